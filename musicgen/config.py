@@ -1,0 +1,113 @@
+"""Shapes and constants of a model, read once from a checkpoint and never changed afterwards.
+
+Knows nothing of files or tensors: `weights.py` fills these in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from musicgen.delay import DelayPattern
+
+PadMode = Literal["constant", "reflect", "replicate"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """The language model: a decoder transformer over K codebooks."""
+
+    num_layers: int
+    dim: int
+    num_heads: int
+    ffn_dim: int
+    num_codebooks: int
+    codebook_size: int
+    cross_attention: bool
+    """True: text through cross-attention (small, medium, large). False: chroma and text as a prefix (melody)."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def special_token(self) -> int:
+        """The token that fills places without a code, and starts every sequence."""
+        return self.codebook_size
+
+
+@dataclass(frozen=True, slots=True)
+class ChromaConfig:
+    """The melody features of a prefix-conditioned model. Source: facts of the melody checkpoint's preprocessor."""
+
+    sample_rate: int = 32000
+    num_chroma: int = 12
+    n_fft: int = 16384
+    hop_length: int = 4096
+    num_frames: int = 235
+    """Length of the prefix; longer melodies are cut, shorter ones repeat."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodecConfig:
+    """The EnCodec that turns codes into samples."""
+
+    sample_rate: int
+    num_codebooks: int
+    """Codebooks of one mono pass; a stereo language model has twice as many."""
+    codebook_size: int
+    codebook_dim: int
+    hidden_size: int
+    num_filters: int
+    upsampling_ratios: tuple[int, ...]
+    num_residual_layers: int
+    num_lstm_layers: int
+    kernel_size: int
+    last_kernel_size: int
+    residual_kernel_size: int
+    dilation_growth_rate: int
+    compress: int
+    conv_shortcut: bool
+    pad_mode: PadMode
+
+    @property
+    def hop_length(self) -> int:
+        """Samples a frame."""
+        hop = 1
+        for ratio in self.upsampling_ratios:
+            hop *= ratio
+        return hop
+
+    @property
+    def frame_rate_hz(self) -> float:
+        return self.sample_rate / self.hop_length
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One MusicGen model: language model, codec, conditioning."""
+
+    name: str
+    decoder: DecoderConfig
+    codec: CodecConfig
+    text_dim: int
+    chroma: ChromaConfig | None
+    audio_channels: int
+    license: str
+    max_duration_s: float = 30.0
+
+    @property
+    def delay_pattern(self) -> DelayPattern:
+        return DelayPattern.for_codebooks(self.decoder.num_codebooks, self.audio_channels)
+
+    @property
+    def frame_rate_hz(self) -> float:
+        return self.codec.frame_rate_hz
+
+    @property
+    def sample_rate(self) -> int:
+        return self.codec.sample_rate
+
+    def num_frames(self, duration_s: float) -> int:
+        """Frames of `duration_s` seconds, as audiocraft counts them (rounded down)."""
+        return int(duration_s * self.frame_rate_hz)

@@ -1,0 +1,1 @@
+"""Ray Serve deployments of MusicGen with HTTP and gRPC ingress."""
