@@ -1,0 +1,126 @@
+"""Which backend runs an operation: decided once per (operation, device, dtype), and told by `report`.
+
+Order of preference: the `backend` argument, then the environment variable MUSICGEN_KERNELS_BACKEND (`cpu`, or
+a list such as `linear=reference,paged_attention=cpu`), then the fastest that supports the case. It knows the
+backends by name only; what each supports is the backend module's own answer (`unavailable`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .errors import BackendUnavailableError
+
+ENVIRONMENT = "MUSICGEN_KERNELS_BACKEND"
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+OPERATIONS = (
+    "append_paged_kv",
+    "paged_attention",
+    "cross_attention",
+    "delayed_sample_step",
+    "linear",
+    "layer_norm",
+    "embed_codes",
+)
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen for one operation, and why.
+
+    Attributes:
+        operation: one of OPERATIONS.
+        backend: one of BACKENDS.
+        reason: one line for a person.
+    """
+
+    operation: str
+    backend: str
+    reason: str
+
+
+@functools.cache
+def _module(backend: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported."""
+    if backend not in BACKENDS:
+        return f"no such backend; there are {', '.join(BACKENDS)}"
+    try:
+        return importlib.import_module(f"{__package__}.{backend}")
+    except ImportError as error:
+        return f"its module cannot be imported ({error})"
+
+
+def unavailable(backend: str, operation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run the operation on that device and dtype; None when it can."""
+    module = _module(backend)
+    if isinstance(module, str):
+        return module
+    if not hasattr(module, operation):
+        return f"it does not offer {operation}"
+    reason: str | None = module.unavailable(operation, device_type, dtype)
+    return reason
+
+
+@functools.cache
+def choose(operation: str, device_type: str, dtype: torch.dtype, wanted: str | None) -> Choice:
+    """Choose a backend. `wanted` names one, None leaves it to preference.
+
+    Raises:
+        BackendUnavailableError: the one asked for cannot run this case.
+    """
+    if wanted is not None:
+        reason = unavailable(wanted, operation, device_type, dtype)
+        if reason is not None:
+            raise BackendUnavailableError(wanted, f"{operation} on {device_type} {dtype}: {reason}")
+        return Choice(operation, wanted, "asked for")
+    refused: list[str] = []
+    for name in _PREFERENCE.get(device_type, ("reference",)):
+        reason = unavailable(name, operation, device_type, dtype)
+        if reason is None:
+            return Choice(operation, name, "; ".join(refused) or "the fastest for this device")
+        refused.append(f"not {name}: {reason}")
+    raise BackendUnavailableError("any", f"{operation} on {device_type} {dtype}: " + "; ".join(refused))
+
+
+def from_environment(operation: str) -> str | None:
+    """The backend that MUSICGEN_KERNELS_BACKEND names for this operation; None when it names none.
+
+    Raises:
+        BackendUnavailableError: the variable cannot be read.
+    """
+    text = os.environ.get(ENVIRONMENT, "").strip()
+    found = None
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = item.rpartition("=")
+        if name and name not in OPERATIONS:
+            raise BackendUnavailableError(item, f"{ENVIRONMENT} names no operation {name!r}")
+        if not name or name == operation:
+            found = value
+    return found
+
+
+def implementation(
+    operation: str, device: torch.device, dtype: torch.dtype, backend: str | None
+) -> Callable[..., Any]:
+    """The function that runs the operation.
+
+    Raises:
+        BackendUnavailableError: the backend asked for, by argument or environment, cannot run this case.
+    """
+    choice = choose(operation, device.type, dtype, backend or from_environment(operation))
+    function: Callable[..., Any] = getattr(_module(choice.backend), operation)
+    return function
+
+
+def report(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
+    """What would run each operation on that device and dtype, and why."""
+    return [choose(name, device_type, dtype, from_environment(name)) for name in OPERATIONS]

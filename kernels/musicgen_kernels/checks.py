@@ -1,0 +1,65 @@
+"""Argument checks shared by all operations: shape, dtype, device, contiguity. It reads no tensor's
+contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import KernelArgumentError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: object) -> str:
+    """One line that says what a value is, for error messages."""
+    if isinstance(value, Tensor):
+        name = str(value.dtype).removeprefix("torch.")
+        return f"{name} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(
+    argument: str,
+    value: object,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype],
+    *,
+    device: torch.device | None = None,
+    contiguous: bool = True,
+) -> Tensor:
+    """Return `value` if it is a tensor of that shape (None: any size), dtype and device.
+
+    Raises:
+        KernelArgumentError: it is not.
+    """
+    if not isinstance(value, Tensor):
+        raise KernelArgumentError(argument, "a tensor", describe(value))
+    actual = value.shape
+    if len(actual) != len(shape) or any(w is not None and w != a for w, a in zip(shape, actual, strict=True)):
+        wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+        raise KernelArgumentError(argument, f"shape {wanted}", describe(value))
+    if value.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise KernelArgumentError(argument, f"dtype {names}", describe(value))
+    if device is not None and value.device != device:
+        raise KernelArgumentError(argument, f"a tensor on {device}", describe(value))
+    if contiguous and not value.is_contiguous():
+        raise KernelArgumentError(
+            argument, "a contiguous tensor", f"strides {list(value.stride())}", "call .contiguous()"
+        )
+    return value
+
+
+def check_int(argument: str, value: int, low: int, high: int) -> int:
+    """Return `value` if low ≤ value ≤ high.
+
+    Raises:
+        KernelArgumentError: it is not.
+    """
+    if not low <= value <= high:
+        raise KernelArgumentError(argument, f"{low} to {high}", str(value))
+    return value

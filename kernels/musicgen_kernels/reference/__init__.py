@@ -1,0 +1,32 @@
+"""The oracle: every operation in plain PyTorch, written to be read, not to be fast.
+
+The functions take what the public operations pass on after their checks (see `sampling`, `attention`,
+`linear`, `norm` for shapes and meaning). They run on any device; float64 inputs are computed in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attention import append_paged_kv, cross_attention, paged_attention
+from .dense import embed_codes, layer_norm, linear
+from .philox import philox4x32, uniforms
+from .sampling import delayed_sample_step
+
+__all__ = [
+    "append_paged_kv",
+    "cross_attention",
+    "delayed_sample_step",
+    "embed_codes",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+    "philox4x32",
+    "unavailable",
+    "uniforms",
+]
+
+
+def unavailable(operation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """The reference runs everything everywhere."""
+    return None
