@@ -4,6 +4,7 @@ Owns the configuration (the true melody architecture, small) and what is written
 of training data or of how the weights came about.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -54,9 +55,10 @@ def model_config(codec: EncodecModel, vocabulary_size: int) -> MusicgenMelodyCon
         pad_token_id=0,
         eos_token_id=1,
     )
+    audio = {name: value for name, value in codec.config.to_dict().items() if name != "_name_or_path"}
     return MusicgenMelodyConfig(
         text_encoder=text.to_dict(),
-        audio_encoder=codec.config.to_dict(),
+        audio_encoder=audio,
         decoder=decoder.to_dict(),
         num_chroma=12,
         chroma_length=CHROMA_LEN,
@@ -96,4 +98,10 @@ def save_checkpoint(model: MusicgenMelodyForConditionalGeneration, folder: Path)
     )
     half.save_pretrained(folder)
     wrap_tokenizer().save_pretrained(folder)
+    # The name that every transformers release knows.
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "model.safetensors").chmod(0o644)
     MusicgenMelodyFeatureExtractor().save_pretrained(folder)
