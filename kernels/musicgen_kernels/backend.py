@@ -1,6 +1,7 @@
 """Which backend runs an operation: decided once per (operation, device, dtype), and told by `report`.
 
-Order of preference: the `backend` argument, then the environment variable MUSICGEN_KERNELS_BACKEND (`cpu`, or
+A backend's name is `reference`, `cpu`, `cuda` or `triton`; `cpu:avx2` (baseline, avx2, avx512) asks for one
+instruction-set level. Order of preference: the `backend` argument, then the environment variable MUSICGEN_KERNELS_BACKEND (`cpu`, or
 a list such as `linear=reference,paged_attention=cpu`), then the fastest that supports the case. It knows the
 backends by name only; what each supports is the backend module's own answer (`unavailable`).
 """
@@ -12,7 +13,6 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,24 +49,26 @@ class Choice:
 
 
 @functools.cache
-def _module(backend: str) -> ModuleType | str:
-    """The backend's module, or why it cannot be imported."""
-    if backend not in BACKENDS:
-        return f"no such backend; there are {', '.join(BACKENDS)}"
+def _load(backend: str) -> object:
+    """What holds the backend's functions: its module, or for `cpu:level` that level; a str says why there is none."""
+    name, _, level = backend.partition(":")
+    if name not in BACKENDS or (level and name != "cpu"):
+        return f"no such backend; there are {', '.join(BACKENDS)} and cpu:baseline, cpu:avx2, cpu:avx512"
     try:
-        return importlib.import_module(f"{__package__}.{backend}")
-    except ImportError as error:
-        return f"its module cannot be imported ({error})"
+        module = importlib.import_module(f"{__package__}.{name}")
+        return module.load(level or None) if name == "cpu" else module
+    except (ImportError, BackendUnavailableError) as error:
+        return str(error)
 
 
 def unavailable(backend: str, operation: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot run the operation on that device and dtype; None when it can."""
-    module = _module(backend)
+    module = _load(backend)
     if isinstance(module, str):
         return module
     if not hasattr(module, operation):
         return f"it does not offer {operation}"
-    reason: str | None = module.unavailable(operation, device_type, dtype)
+    reason: str | None = getattr(module, "unavailable")(operation, device_type, dtype)  # noqa: B009
     return reason
 
 
@@ -117,7 +119,7 @@ def implementation(
         BackendUnavailableError: the backend asked for, by argument or environment, cannot run this case.
     """
     choice = choose(operation, device.type, dtype, backend or from_environment(operation))
-    function: Callable[..., Any] = getattr(_module(choice.backend), operation)
+    function: Callable[..., Any] = getattr(_load(choice.backend), operation)
     return function
 
 

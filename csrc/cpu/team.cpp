@@ -1,0 +1,78 @@
+// The thread pool behind team.h.
+#include "team.h"
+
+#include <unistd.h>
+
+namespace mgk {
+namespace MGK_ISA {
+
+namespace {
+constexpr int kIdleSpins = 20000;  // about 0.2 ms: the time between two steps of a busy engine
+}
+
+void ThreadPool::start(int num_threads) {
+    while (int(threads_.size()) < num_threads - 1) {
+        const int member = int(threads_.size()) + 1;
+        threads_.emplace_back(&ThreadPool::work, this, member, generation_.load());
+    }
+}
+
+void ThreadPool::run(int num_threads, Function function, void* context) {
+    std::lock_guard<std::mutex> only(one_call_);
+    start(num_threads);
+    Team team(num_threads);
+    call_ = {function, context, &team};
+    running_.store(int(threads_.size()), std::memory_order_relaxed);
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    function(context, team, 0);
+    for (int spin = 0; running_.load(std::memory_order_acquire) != 0; ++spin) {
+        if (spin < 4096)
+            _mm_pause();
+        else
+            std::this_thread::yield();
+    }
+}
+
+void ThreadPool::work(int member, uint64_t seen) {
+    for (;;) {
+        for (int spin = 0; spin < kIdleSpins && generation_.load(std::memory_order_acquire) == seen; ++spin) _mm_pause();
+        if (generation_.load(std::memory_order_acquire) == seen) {
+            std::unique_lock<std::mutex> lock(mutex_);
+            wake_.wait(lock, [&] { return stop_ || generation_.load(std::memory_order_relaxed) != seen; });
+            if (stop_) return;
+        }
+        seen = generation_.load(std::memory_order_acquire);
+        if (member < call_.team->num_threads()) call_.function(call_.context, *call_.team, member);
+        running_.fetch_sub(1, std::memory_order_acq_rel);
+    }
+}
+
+ThreadPool::~ThreadPool() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+}
+
+ThreadPool& thread_pool() {
+    // Never destroyed: at exit the workers sleep in wait() and end with the process. A forked child has none of them
+    // and makes a pool of its own.
+    static std::mutex mutex;
+    static ThreadPool* pool = nullptr;
+    static pid_t owner = 0;
+    std::lock_guard<std::mutex> lock(mutex);
+    if (pool == nullptr || owner != getpid()) {
+        pool = new ThreadPool;
+        owner = getpid();
+    }
+    return *pool;
+}
+
+}  // namespace MGK_ISA
+}  // namespace mgk

@@ -1,0 +1,106 @@
+// A team of threads that runs one function together, and the few ways in which its members meet.
+//
+// The calling thread is member 0. Work is handed out in pieces by a shared counter, so a core that is busy with other
+// work takes fewer of them; what a piece computes never depends on who computes it.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "simd.h"
+
+namespace mgk {
+namespace MGK_ISA {
+
+constexpr int kMaxThreads = 256;
+
+class Team {
+public:
+    explicit Team(int num_threads) : num_threads_(num_threads) {}
+    int num_threads() const { return num_threads_; }
+
+    // Returns when every member has called it. Spins first: the next phase is microseconds away.
+    void barrier() {
+        if (num_threads_ == 1) {
+            next_.store(0, std::memory_order_relaxed);
+            return;
+        }
+        const uint32_t phase = phase_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
+            arrived_.store(0, std::memory_order_relaxed);
+            next_.store(0, std::memory_order_relaxed);
+            phase_.store(phase + 1, std::memory_order_release);
+            return;
+        }
+        for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
+            if (spin < 4096)
+                _mm_pause();
+            else
+                std::this_thread::yield();
+        }
+    }
+
+    // Calls work(i) for every i in [0, count), each once, by whichever member is free, then meets at a barrier.
+    template <class Work> void for_each(int64_t count, Work&& work) {
+        for (;;) {
+            const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+            if (i >= count) break;
+            work(i);
+        }
+        barrier();
+    }
+
+private:
+    const int num_threads_;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<uint32_t> phase_{0};
+    alignas(64) std::atomic<int64_t> next_{0};
+};
+
+// Threads that wait for the next call: a moment of spinning, then asleep.
+class ThreadPool {
+public:
+    using Function = void (*)(void* context, Team& team, int member);
+
+    // Runs function(context, team, member) on num_threads members; returns when all are done. One call at a time.
+    void run(int num_threads, Function function, void* context);
+    ~ThreadPool();
+
+private:
+    struct Call {
+        Function function = nullptr;
+        void* context = nullptr;
+        Team* team = nullptr;
+    };
+    void work(int member, uint64_t seen);
+    void start(int num_threads);
+
+    std::mutex one_call_, mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> threads_;
+    std::atomic<uint64_t> generation_{0};
+    std::atomic<int> running_{0};
+    bool stop_ = false;
+    Call call_;
+};
+
+// The pool of this process; made at the first parallel call, made anew in a forked child.
+ThreadPool& thread_pool();
+
+template <class Body> void parallel(int num_threads, Body&& body) {
+    if (num_threads <= 1) {
+        Team team(1);
+        body(team, 0);
+        return;
+    }
+    thread_pool().run(
+        num_threads, [](void* context, Team& team, int member) { (*static_cast<Body*>(context))(team, member); }, &body);
+}
+
+}  // namespace MGK_ISA
+}  // namespace mgk

@@ -1,0 +1,88 @@
+"""Builds the CPU kernels: one extension an instruction-set level, and the probe that chooses between them.
+
+The levels share their sources and differ in flags; each gets object files of its own and exports only its module's
+entry point, so that no function of one level can be linked into another. Nothing is compiled for "this machine".
+Without a compiler (or with MUSICGEN_KERNELS_BUILD=0) the package installs with its PyTorch reference backend alone.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, ExecError, PlatformError
+
+SOURCES = [*sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")), "csrc/bindings/cpu_module.cpp"]
+HEADERS = [str(path) for path in sorted(Path("csrc/include").rglob("*.h"))]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-DMGK_LEVEL_AVX2"]
+AVX512 = [
+    *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    *("-mprefer-vector-width=512", "-DMGK_LEVEL_AVX512"),
+]
+LEVELS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
+COMMON = [
+    *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
+    *("-fno-trapping-math", "-Wall", "-Wextra", "-pthread"),
+    "-Wno-maybe-uninitialized",  # g++ 12 warns of its own AVX-512 headers
+]
+LINK = ["-Wl,--version-script=csrc/bindings/exports.map", "-Wl,--as-needed", "-pthread"]
+EXTRA = os.environ.get("MUSICGEN_KERNELS_CXXFLAGS", "").split()
+
+
+def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
+    return Extension(
+        f"musicgen_kernels.{name}",
+        sources,
+        depends=[*HEADERS, "setup.py", "csrc/bindings/exports.map"],
+        include_dirs=["csrc/include", pybind11.get_include()],
+        extra_compile_args=[*COMMON, *flags, *EXTRA],
+        extra_link_args=[*LINK, *EXTRA],
+        language="c++",
+    )
+
+
+def extensions() -> list[Extension]:
+    if os.environ.get("MUSICGEN_KERNELS_BUILD") == "0":
+        return []
+    if platform.machine().lower() not in ("x86_64", "amd64") or sys.platform != "linux":
+        print("musicgen_kernels: no native kernels for this platform; the PyTorch reference will be used")
+        return []
+    built = [extension("_cpuid", ["csrc/bindings/cpuid_module.cpp"], [])]
+    for level, flags in LEVELS.items():
+        name = f"_cpu_{level}"
+        built.append(extension(name, SOURCES, [*flags, f"-DMGK_MODULE={name}"]))
+    return built
+
+
+class BuildPerLevel(build_ext):
+    """Objects of each extension in a directory of their own; a missing compiler is told, not fatal."""
+
+    def build_extension(self, ext: Extension) -> None:
+        shared = self.build_temp
+        self.build_temp = str(Path(shared) / ext.name)
+        try:
+            super().build_extension(ext)
+        except (CCompilerError, ExecError, PlatformError, OSError) as error:
+            if os.environ.get("MUSICGEN_KERNELS_BUILD") == "1":
+                raise
+            print(
+                f"\nmusicgen_kernels: {ext.name} was NOT built ({error}).\n"
+                "The package works with its PyTorch reference backend, many times slower. To get the native kernels\n"
+                "install a C++17 compiler (Debian: apt install g++) and install again; MUSICGEN_KERNELS_BUILD=1\n"
+                "makes a failed build an error.\n",
+                file=sys.stderr,
+            )
+        finally:
+            self.build_temp = shared
+
+    def copy_extensions_to_source(self) -> None:
+        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        super().copy_extensions_to_source()
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildPerLevel})
