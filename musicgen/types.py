@@ -1,11 +1,11 @@
 """The nouns of the project. Each field says who sets it.
 
-A request travels as: `GenerationRequest` → `Conditioning` → codes `[K, T]` → samples `[C, N]`.
+A request travels as: a user's call → `Conditioning` → `CodesRequest` → codes `[K, T]` → samples `[C, N]`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -60,13 +60,26 @@ class Conditioning:
     """`[num_frames, num_chroma]` one-hot chroma, cut or repeated to the model's length; None for no melody."""
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Frames that the model sees at once. Set by `plan_windows`."""
+
+    start: int
+    """First frame, in frames of the whole piece."""
+    end: int
+    """One past the last frame."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CodesRequest:
     """One request to the language model. Set by the API from a user's call, with everything resolved."""
 
-    conditioning: Conditioning
-    num_frames: int
-    """Frames to return, prompt included."""
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    windows: tuple[tuple[Window, Conditioning], ...]
+    """One window up to the model's longest duration; overlapping ones, in order, beyond it."""
+    sampling: SamplingParams
     prompt_codes: Tensor | None = None
-    """`[K, P]` codes that the result starts with, P < `num_frames`."""
+    """`[K, P]` codes that the result starts with, fewer frames than the result."""
+
+    def with_seed(self, seed: int) -> CodesRequest:
+        """The same request drawn another way."""
+        return replace(self, sampling=replace(self.sampling, seed=seed))

@@ -1,0 +1,34 @@
+"""MusicGen: text and melody to music.
+
+    from musicgen import MusicGen, audio_write
+
+    model = MusicGen.get_pretrained("demo")
+    model.set_generation_params(duration=8)
+    wav = model.generate(["happy rock"], progress=True)
+    audio_write("rock", wav[0], model.sample_rate, strategy="loudness")
+
+The names are audiocraft's. They are imported on first use, so that `musicgen --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from musicgen.api import MusicGen
+    from musicgen.audio import audio_write
+
+__version__ = "0.1.0"
+__all__ = ["MusicGen", "__version__", "audio_write"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MusicGen":
+        from musicgen.api import MusicGen
+
+        return MusicGen
+    if name == "audio_write":
+        from musicgen.audio import audio_write
+
+        return audio_write
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

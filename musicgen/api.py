@@ -1,0 +1,320 @@
+"""`MusicGen`: the API that users of audiocraft know, with seeds, samples and checked arguments.
+
+Owns the order of a call: check everything, condition, generate codes, decode. Knows no kernel and no file format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from musicgen.audio import convert_audio, validate_waveform
+from musicgen.codec_stream import decode_audio
+from musicgen.conditioning import Melody, condition
+from musicgen.errors import InvalidRequestError
+from musicgen.generation import generate_codes, plan_windows
+from musicgen.inputs import (
+    Waveforms,
+    as_list,
+    check_sample_rate,
+    checked_descriptions,
+    checked_melodies,
+    resolve_seeds,
+)
+from musicgen.model import Model
+from musicgen.progress import Progress, ProgressCallback
+from musicgen.types import CodesRequest, SamplingParams
+from musicgen.weights import load_model
+
+MAX_DURATION_S = 3600.0
+DEFAULT_DURATION_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """What `set_generation_params` sets. Checked when made."""
+
+    sampling: SamplingParams = SamplingParams()
+    duration_s: float = DEFAULT_DURATION_S
+    extend_stride_s: float = 18.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.duration_s <= MAX_DURATION_S:
+            raise InvalidRequestError(
+                f"a number of seconds in (0, {MAX_DURATION_S:g}]", repr(self.duration_s), param="duration"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Item:
+    """One piece to make."""
+
+    description: str | None
+    melody: Melody | None = None
+    prompt_codes: Tensor | None = None
+    """`[K, P]`"""
+
+
+class MusicGen:
+    """Text and melody to music.
+
+    Args:
+        model: a loaded model; `get_pretrained` loads one.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._params = GenerationParams()
+        self._progress_callback: ProgressCallback | None = None
+
+    @staticmethod
+    def get_pretrained(
+        name: str = "facebook/musicgen-melody",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MusicGen:
+        """Load a model by short name, Hugging Face repository id or local folder; see `weights.load_model`."""
+        return MusicGen(load_model(name, device, dtype))
+
+    @property
+    def name(self) -> str:
+        return self.model.config.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm.device
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames of codes a second."""
+        return self.model.config.frame_rate_hz
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second of the audio that is generated."""
+        return self.model.config.sample_rate
+
+    @property
+    def audio_channels(self) -> int:
+        return self.model.config.audio_channels
+
+    @property
+    def max_duration(self) -> float:
+        """Seconds that the model sees at once; longer pieces are made in overlapping windows."""
+        return self.model.config.max_duration_s
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the pieces that are generated."""
+        return self._params.duration_s
+
+    def set_generation_params(
+        self,
+        use_sampling: bool = True,
+        top_k: int = 250,
+        top_p: float = 0.0,
+        temperature: float = 1.0,
+        duration: float = 30.0,
+        cfg_coef: float = 3.0,
+        cfg_coef_beta: float | None = None,
+        two_step_cfg: bool = False,
+        extend_stride: float = 18,
+    ) -> None:
+        """Set how the next calls generate.
+
+        Args:
+            use_sampling: False takes the most likely code at every step.
+            top_k: keep every code at least as likely as the k-th; 0 keeps all.
+            top_p: if above 0, keep the most likely codes up to this mass instead.
+            temperature: above 1 bolder, below 1 safer; 0 is greedy.
+            duration: seconds, a prompt included.
+            cfg_coef: guidance: how strongly to follow the conditions; 1 turns it off.
+            cfg_coef_beta: double guidance: how strongly to follow the text beyond the melody (melody models).
+            two_step_cfg: accepted for compatibility; the result is the same either way.
+            extend_stride: beyond `max_duration`, seconds by which each window moves on.
+        Raises:
+            InvalidRequestError: a value out of its range. Nothing is changed then.
+        """
+        sampling = SamplingParams(
+            greedy=not use_sampling,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+            guidance_scale=cfg_coef,
+            melody_guidance=cfg_coef_beta,
+        )
+        params = GenerationParams(sampling, duration, extend_stride)
+        if cfg_coef_beta is not None and self.model.chroma is None:
+            raise InvalidRequestError(
+                f"no double guidance for model {self.name!r}, which takes no melody",
+                repr(cfg_coef_beta),
+                "leave it out, or choose a melody model",
+                param="cfg_coef_beta",
+            )
+        if not 0 < extend_stride < self.max_duration:
+            raise InvalidRequestError(
+                f"seconds in (0, {self.max_duration:g})", repr(extend_stride), param="extend_stride"
+            )
+        if self.model.config.num_frames(duration) < 1:
+            raise InvalidRequestError(
+                f"at least one frame ({1 / self.frame_rate:g} s)", repr(duration), param="duration"
+            )
+        self._params = params
+
+    def set_custom_progress_callback(self, progress_callback: ProgressCallback | None = None) -> None:
+        """Report progress to `progress_callback(generated, total)`, in frames, instead of a progress bar."""
+        self._progress_callback = progress_callback
+
+    def generate(
+        self,
+        descriptions: Sequence[str | None],
+        progress: bool = False,
+        return_tokens: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_samples: int = 1,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Generate from text.
+
+        Args:
+            descriptions: one prompt a piece; None for no prompt.
+            progress: show a progress bar.
+            return_tokens: return the codes too.
+            seed: a number: piece i (counting samples) uses seed + i; a list: one for each piece; None: random ones,
+                drawn from torch's generator. A piece depends on its own seed only, never on its batch mates.
+            num_samples: pieces for each description, next to each other in the result.
+        Returns:
+            `[B, C, N]` samples in [-1, 1] or a little beyond; with `return_tokens` also `[B, K, T]` codes.
+        Raises:
+            InvalidRequestError: before any work is done.
+        """
+        items = [_Item(text) for text in checked_descriptions(descriptions)]
+        return self._generate(items, progress, return_tokens, seed, num_samples)
+
+    def generate_unconditional(
+        self,
+        num_samples: int,
+        progress: bool = False,
+        return_tokens: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Generate `num_samples` pieces from nothing; otherwise as `generate`."""
+        return self._generate([_Item(None)], progress, return_tokens, seed, num_samples)
+
+    def generate_with_chroma(
+        self,
+        descriptions: Sequence[str | None],
+        melody_wavs: Waveforms,
+        melody_sample_rate: int,
+        progress: bool = False,
+        return_tokens: bool = False,
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_samples: int = 1,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Generate from text and melodies; otherwise as `generate`.
+
+        Args:
+            melody_wavs: `[B, C, N]`, `[C, N]` for a single one, or a list of `[C, N]` that may hold None.
+            melody_sample_rate: of all of them, in Hz.
+        """
+        texts = checked_descriptions(descriptions)
+        melodies = checked_melodies(melody_wavs, melody_sample_rate, len(texts))
+        items = [_Item(text, melody) for text, melody in zip(texts, melodies, strict=True)]
+        return self._generate(items, progress, return_tokens, seed, num_samples)
+
+    def generate_continuation(
+        self,
+        prompt: Waveforms,
+        prompt_sample_rate: int,
+        descriptions: Sequence[str | None] | None = None,
+        progress: bool = False,
+        return_tokens: bool = False,
+        *,
+        melody_wavs: Waveforms | None = None,
+        melody_sample_rate: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        num_samples: int = 1,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Continue recordings, each on its own; otherwise as `generate`.
+
+        Args:
+            prompt: `[B, C, N]`, `[C, N]` for a single one, or a list of `[C, N]` of any lengths.
+            prompt_sample_rate: of all of them, in Hz.
+            descriptions: one a prompt, or None for no text.
+            melody_wavs: a melody to follow as well, as in `generate_with_chroma`.
+            melody_sample_rate: of the melodies, in Hz.
+        """
+        wavs = [validate_waveform(wav, "prompt") for wav in as_list(prompt, "prompt")]
+        texts = [None] * len(wavs) if descriptions is None else checked_descriptions(descriptions)
+        if len(texts) != len(wavs):
+            raise InvalidRequestError(
+                f"as many descriptions as prompts ({len(wavs)})", f"{len(texts)}", param="descriptions"
+            )
+        melodies: list[Melody | None] = [None] * len(wavs)
+        if melody_wavs is not None:
+            melodies = checked_melodies(melody_wavs, melody_sample_rate, len(wavs))
+        self._check_melodies_fit(melodies)
+        check_sample_rate(prompt_sample_rate, "prompt_sample_rate")
+        for wav in wavs:
+            self._check_prompt_length(wav.shape[-1] / prompt_sample_rate)
+        converted = [convert_audio(w, prompt_sample_rate, self.sample_rate, self.audio_channels) for w in wavs]
+        codes = [self.model.codec_encoder.encode(wav) for wav in converted]
+        items = [_Item(*item) for item in zip(texts, melodies, codes, strict=True)]
+        return self._generate(items, progress, return_tokens, seed, num_samples)
+
+    def _check_prompt_length(self, prompt_s: float) -> None:
+        if prompt_s >= self.duration - 1 / self.frame_rate:
+            raise InvalidRequestError(
+                f"a prompt shorter than the duration ({self.duration:g} s)",
+                f"{prompt_s:.2f} s",
+                "raise the duration, which includes the prompt, or cut the prompt",
+                param="prompt",
+            )
+
+    def _check_melodies_fit(self, melodies: Sequence[Melody | None]) -> None:
+        if self.model.chroma is None and any(melody is not None for melody in melodies):
+            raise InvalidRequestError(
+                f"no melody for model {self.name!r}", "a melody", "choose a melody model", param="melody_wavs"
+            )
+
+    def _generate(
+        self,
+        items: Sequence[_Item],
+        progress: bool,
+        return_tokens: bool,
+        seed: int | Sequence[int] | None,
+        num_samples: int,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Make every piece, one after another, then decode them together."""
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise InvalidRequestError("an integer ≥ 1", repr(num_samples), param="num_samples")
+        self._check_melodies_fit([item.melody for item in items])
+        seeds = resolve_seeds(seed, len(items) * num_samples)
+        num_frames = self.model.config.num_frames(self.duration)
+        codes = []
+        with Progress(len(seeds), num_frames, progress, self._progress_callback) as report:
+            for item in items:
+                request = self._request(item, num_frames)
+                for _ in range(num_samples):
+                    codes.append(generate_codes(self.model.lm, request.with_seed(seeds[len(codes)]), report.frames))
+                    report.next_piece()
+        tokens = torch.stack(codes)
+        wav = decode_audio(self.model.codec, tokens, self.audio_channels)
+        return (wav, tokens.long()) if return_tokens else wav
+
+    def _request(self, item: _Item, num_frames: int) -> CodesRequest:
+        config, params = self.model.config, self._params
+        num_prompt_frames = 0 if item.prompt_codes is None else item.prompt_codes.shape[-1]
+        windows = plan_windows(
+            num_frames,
+            num_prompt_frames,
+            config.num_frames(config.max_duration_s),
+            config.num_frames(params.extend_stride_s),
+        )
+        conditioned = condition(self.model, item.description, item.melody, windows)
+        return CodesRequest(conditioned, params.sampling, item.prompt_codes)

@@ -1,0 +1,62 @@
+"""From a prompt and a melody to what the language model is conditioned on, window by window.
+
+Each item is computed on its own, so that nothing depends on its batch mates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from musicgen.errors import InvalidRequestError
+from musicgen.model import Model
+from musicgen.types import Conditioning, Window
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Melody:
+    """A melody as the caller gave it."""
+
+    wav: Tensor
+    """`[C, N]` floats."""
+    sample_rate: int
+
+
+def condition(
+    model: Model, prompt: str | None, melody: Melody | None, windows: list[Window]
+) -> tuple[tuple[Window, Conditioning], ...]:
+    """The conditioning of each window of one request.
+
+    In a piece of several windows each sees the melody from its own beginning on, and the melody starts again when it
+    is over. In a piece of one window the chroma repeats instead. Source: audiocraft `MusicGen._generate_tokens`.
+
+    Raises:
+        InvalidRequestError: a melody for a model that takes none, or a prompt that is too long.
+    """
+    if melody is not None and model.chroma is None:
+        raise InvalidRequestError(
+            f"no melody for model {model.config.name!r}",
+            "a melody",
+            "choose a melody model: melody, melody-large or demo",
+            param="melody",
+        )
+    text = model.text_encoder.encode(prompt)
+    conditioned = []
+    for window in windows:
+        chroma = None
+        if melody is not None:
+            assert model.chroma is not None
+            part = melody if len(windows) == 1 else _from_offset(melody, window.start, model)
+            (chroma,) = model.chroma([(part.wav, part.sample_rate)])
+        conditioned.append((window, Conditioning(text, chroma)))
+    return tuple(conditioned)
+
+
+def _from_offset(melody: Melody, start_frame: int, model: Model) -> Melody:
+    """One window's length of the melody from `start_frame` on, starting again at its end."""
+    first = int(start_frame / model.config.frame_rate_hz * melody.sample_rate)
+    num_samples = int(model.config.max_duration_s * melody.sample_rate)
+    positions = torch.arange(first, first + num_samples) % melody.wav.shape[-1]
+    return Melody(melody.wav[..., positions], melody.sample_rate)

@@ -1,0 +1,72 @@
+"""Checks of what users of the API pass in, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from musicgen.audio import validate_waveform
+from musicgen.conditioning import Melody
+from musicgen.errors import InvalidRequestError
+from musicgen.types import MAX_SEED, SamplingParams
+
+Waveforms = Tensor | Sequence[Tensor | None]
+"""`[B, C, N]`, `[C, N]` for a single one, or a list of `[C, N]`."""
+
+
+def checked_descriptions(descriptions: Sequence[str | None]) -> list[str | None]:
+    if isinstance(descriptions, str):
+        raise InvalidRequestError("a list of texts", "one text", f"write [{descriptions!r}]", param="descriptions")
+    texts = list(descriptions)
+    if not texts:
+        raise InvalidRequestError("at least one description", "an empty list", param="descriptions")
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise InvalidRequestError("texts or None", type(text).__name__, param="descriptions")
+    return texts
+
+
+def as_list(wavs: Waveforms, param: str) -> list[Tensor | None]:
+    """`[C, N]` → one; `[B, C, N]` or a list → as many."""
+    if isinstance(wavs, Tensor):
+        if wavs.dim() not in (2, 3):
+            raise InvalidRequestError("a tensor [B, C, N] or [C, N]", f"shape {list(wavs.shape)}", param=param)
+        wavs = list(wavs[None] if wavs.dim() == 2 else wavs)
+    if not wavs:
+        raise InvalidRequestError("at least one waveform", "none", param=param)
+    return list(wavs)
+
+
+def checked_melodies(wavs: Waveforms, sample_rate: int | None, num_items: int) -> list[Melody | None]:
+    check_sample_rate(sample_rate, "melody_sample_rate")
+    assert sample_rate is not None
+    listed = as_list(wavs, "melody_wavs")
+    if len(listed) != num_items:
+        raise InvalidRequestError(
+            f"as many melodies as descriptions ({num_items})",
+            f"{len(listed)}",
+            "use None for a piece without a melody",
+            param="melody_wavs",
+        )
+    return [
+        None if wav is None else Melody(validate_waveform(wav, "melody_wavs"), sample_rate) for wav in listed
+    ]
+
+
+def check_sample_rate(sample_rate: int | None, param: str) -> None:
+    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 768_000:
+        raise InvalidRequestError("an integer rate in Hz, 1000 to 768000", repr(sample_rate), param=param)
+
+
+def resolve_seeds(seed: int | Sequence[int] | None, num_pieces: int) -> list[int]:
+    """One seed a piece; without any, from torch's global generator, so that `torch.manual_seed` is obeyed."""
+    if seed is None:
+        return [int(s) for s in torch.randint(0, MAX_SEED, (num_pieces,))]
+    seeds = [(seed + i) % (MAX_SEED + 1) for i in range(num_pieces)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != num_pieces:
+        raise InvalidRequestError(f"one seed, or one a piece ({num_pieces})", f"{len(seeds)}", param="seed")
+    for value in [*seeds, *([seed] if isinstance(seed, int) else [])]:
+        SamplingParams(seed=value)  # checks the range
+    return seeds

@@ -1,0 +1,97 @@
+"""From a request's conditioning to the rows of the decoder: projections and guidance rows.
+
+A request takes one to three rows that live and die together: conditional, melody-only (double guidance), null.
+Knows nothing of sampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from musicgen.config import ModelConfig
+from musicgen.models.transformer import Decoder
+from musicgen.types import Conditioning, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GuidanceRows:
+    """The decoder inputs of one request's R rows, conditional first, null last."""
+
+    prefix: Tensor | None
+    """`[R, P, dim]` embeddings before the codes (melody models)."""
+    text: Tensor | None
+    """`[R, L, dim]` cross-attention source (text models)."""
+    num_rows: int
+
+    @property
+    def prefix_len(self) -> int:
+        return 0 if self.prefix is None else self.prefix.shape[1]
+
+
+def null_chroma(num_frames: int, num_chroma: int) -> Tensor:
+    """No melody: `[num_frames, num_chroma]` one-hot in bin 0. Source: audiocraft `ChromaStemConditioner`."""
+    chroma = torch.zeros(num_frames, num_chroma)
+    chroma[:, 0] = 1.0
+    return chroma
+
+
+class LanguageModel(nn.Module):
+    """The decoder with the projections of its conditions.
+
+    A projection that a checkpoint does not have (transformers leaves it out where the widths agree) is the identity.
+    """
+
+    def __init__(self, config: ModelConfig, *, project_text: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.decoder.dim
+        self.text_proj: nn.Linear | nn.Identity = nn.Linear(config.text_dim, dim) if project_text else nn.Identity()
+        self.chroma_proj = nn.Linear(config.chroma.num_chroma, dim) if config.chroma is not None else None
+        self.decoder = Decoder(config.decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.out_norm.weight.device
+
+    def guidance_rows(self, conditioning: Conditioning, sampling: SamplingParams) -> GuidanceRows:
+        """The rows that a request needs: the null row only where guidance changes something.
+
+        Raises:
+            AssertionError: double guidance without a melody model (the API refuses it before).
+        """
+        text = self._project_text(conditioning.text)
+        null_text = torch.zeros_like(text)
+        is_unconditional = conditioning.text is None and conditioning.chroma is None
+        guided = not is_unconditional and (sampling.guidance_scale != 1.0 or sampling.melody_guidance is not None)
+        if self.config.chroma is None:
+            assert sampling.melody_guidance is None
+            rows = torch.stack([text, null_text] if guided else [text])
+            return GuidanceRows(None, rows, len(rows))
+
+        null_melody = self._project_chroma(None)
+        melody = null_melody if conditioning.chroma is None else self._project_chroma(conditioning.chroma)
+        prefixes = [torch.cat([melody, text])]
+        if guided and sampling.melody_guidance is not None:
+            prefixes.append(torch.cat([melody, null_text]))
+        if guided:
+            prefixes.append(torch.cat([null_melody, null_text]))
+        return GuidanceRows(torch.stack(prefixes), None, len(prefixes))
+
+    def _project_text(self, text: Tensor | None) -> Tensor:
+        """`[L, dim]`; no text is one zero position, the length of audiocraft's empty prompt."""
+        if text is None:
+            return torch.zeros(1, self.config.decoder.dim, device=self.device)
+        projected: Tensor = self.text_proj(text.to(self.device))
+        return projected
+
+    def _project_chroma(self, chroma: Tensor | None) -> Tensor:
+        config = self.config.chroma
+        assert config is not None
+        assert self.chroma_proj is not None
+        if chroma is None:
+            chroma = null_chroma(config.num_frames, config.num_chroma)
+        projected: Tensor = self.chroma_proj(chroma.to(self.device))
+        return projected

@@ -1,0 +1,94 @@
+"""The text encoder: one prompt → T5 states, through transformers.
+
+Prompts are encoded one by one: padding would become part of the melody models' prefix. Knows nothing of guidance.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, T5EncoderModel
+
+from musicgen.errors import InvalidRequestError, WeightsError
+
+MAX_TEXT_TOKENS = 512
+"""Longest prompt; T5 was trained up to this length."""
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+class TextEncoder:
+    """T5 with its tokenizer.
+
+    Args:
+        model: a transformers `T5EncoderModel`, in fp32.
+        tokenizer: its tokenizer, which ends every prompt in `</s>`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> TextEncoder:
+        """A whole T5 checkpoint, such as `t5-base`, which audiocraft checkpoints name but do not hold."""
+        try:
+            model = T5EncoderModel.from_pretrained(name_or_path, dtype=torch.float32)
+        except OSError as error:
+            raise WeightsError(
+                f"text encoder {name_or_path!r}: expected it in the local cache or on the Hugging Face hub, got "
+                f"neither; check the network, or HF_HOME and HF_HUB_OFFLINE"
+            ) from error
+        return cls(model, load_tokenizer(name_or_path))
+
+    @property
+    def dim(self) -> int:
+        """Width of the states."""
+        dim: int = self.model.config.d_model
+        return dim
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+
+    @torch.inference_mode()
+    def encode(self, prompt: str | None) -> Tensor | None:
+        """States `[L, text_dim]` in fp32, or None for no prompt.
+
+        None and the empty string are both no prompt, as in audiocraft; a blank is a prompt.
+
+        Raises:
+            InvalidRequestError: the prompt is longer than `MAX_TEXT_TOKENS` tokens.
+        """
+        if not prompt:
+            return None
+        tokens = self.tokenizer.encode(prompt)
+        if len(tokens) > MAX_TEXT_TOKENS:
+            raise InvalidRequestError(
+                f"a prompt of at most {MAX_TEXT_TOKENS} tokens", f"{len(tokens)}", "shorten the text", param="prompt"
+            )
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([tokens], device=device)
+        states: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return states[0].float()
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{name_or_path}: expected a tokenizer (tokenizer.json or spiece.model), got none that loads: {error}"
+        ) from error
+    return tokenizer

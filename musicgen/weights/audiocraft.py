@@ -1,0 +1,205 @@
+"""Checkpoints in audiocraft's layout: `state_dict.bin` with the language model, `compression_state_dict.bin`.
+
+The text encoder is not in the files: it is loaded from the hub by the name that the configuration gives.
+Source of the names and options: audiocraft `models/{builders,loaders,lm}.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from musicgen.config import ChromaConfig, CodecConfig, DecoderConfig, ModelConfig
+from musicgen.errors import WeightsError
+from musicgen.model import Model
+from musicgen.models.chroma import ChromaExtractor
+from musicgen.models.language_model import LanguageModel
+from musicgen.models.t5 import TextEncoder
+from musicgen.weights import codec, hub
+from musicgen.weights.checkpoint import (
+    NameMap,
+    Part,
+    assemble,
+    from_dict,
+    from_safetensors,
+    load_bin,
+    read_json,
+)
+from musicgen.weights.codec_config import codec_config_from_audiocraft, codec_config_from_hf
+
+LM_FILE, CODEC_FILE = "state_dict.bin", "compression_state_dict.bin"
+TEXT, MELODY = "condition_provider.conditioners.description", "condition_provider.conditioners.self_wav"
+REQUIRED_OPTIONS = {
+    "norm_first": True,
+    "bias_ff": False,
+    "bias_attn": False,
+    "bias_proj": False,
+    "activation": "gelu",
+    "positional_embedding": "sin",
+    "qk_layer_norm": False,
+    "qk_layer_norm_cross": False,
+    "layer_scale": None,
+    "kv_repeat": 1,
+    "past_context": None,
+    "norm": "layer_norm",
+}
+
+
+def load(folder: Path, name: str, license: str) -> Model:
+    """Load the checkpoint in `folder`.
+
+    Raises:
+        WeightsError: a file is missing or unsafe, an unsupported option, or tensors that do not fit.
+    """
+    text, state = _read(folder / LM_FILE)
+    cfg = _parse(text, folder)
+    codec_config, codec_tensors = _codec(folder / CODEC_FILE)
+    text_encoder = TextEncoder.from_pretrained(_get(cfg, "conditioners.description.t5.name", folder))
+    config = ModelConfig(
+        name=name,
+        decoder=_decoder_config(cfg, folder),
+        codec=codec_config,
+        text_dim=text_encoder.dim,
+        chroma=_chroma_config(cfg, folder),
+        audio_channels=_audio_channels(cfg),
+        license=license,
+        max_duration_s=float(_get(cfg, "dataset.segment_duration", folder)),
+    )
+    _check_delays(cfg, config, folder)
+    with torch.device("meta"):
+        lm = LanguageModel(config)
+    source = from_dict(state, str(folder / LM_FILE))
+    computed = {n for n in source if n.startswith(f"{MELODY}.chroma.")}  # the spectrogram's window
+    assemble(lm, source, _name_map(config), ignored=computed)
+    chroma = None if config.chroma is None else ChromaExtractor(config.chroma)
+    return Model(config, lm.eval(), text_encoder, chroma, *codec.build_codec(codec_config, codec_tensors))
+
+
+def _parse(text: str, folder: Path) -> dict[str, Any]:
+    try:
+        cfg = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise WeightsError(f"{folder / LM_FILE}: expected YAML under xp.cfg, got: {error}") from error
+    if not isinstance(cfg, dict):
+        raise WeightsError(f"{folder / LM_FILE}: expected a mapping under xp.cfg, got {type(cfg).__name__}")
+    return cfg
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Configuration (YAML) and tensors of one of the two files."""
+    content = load_bin(path)
+    state, text = content.get("best_state"), content.get("xp.cfg")
+    if not isinstance(state, Mapping) or not isinstance(text, str):
+        raise WeightsError(f"{path}: expected the entries best_state and xp.cfg, got {sorted(map(str, content))}")
+    return text, dict(state)
+
+
+def _codec(path: Path) -> tuple[CodecConfig, Mapping[str, Tensor]]:
+    """The codec's configuration and tensors, from the file itself or from where it points to."""
+    pointer = load_bin(path).get("pretrained")
+    if pointer is None:
+        text, state = _read(path)
+        config = codec_config_from_audiocraft(text)
+        return config, codec.codec_tensors_from_audiocraft(state, config)
+    if not isinstance(pointer, str):
+        raise WeightsError(f"{path}: expected the name of a codec, got {pointer!r}")
+    folder = hub.resolve(pointer)
+    config = codec_config_from_hf(read_json(folder / "config.json"))
+    return config, codec.codec_tensors_from_hf(from_safetensors(folder), config)
+
+
+def _get(cfg: Mapping[str, Any], path: str, folder: Path) -> Any:
+    """The value at a dotted path of the configuration."""
+    value: Any = cfg
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise WeightsError(f"{folder / LM_FILE}: expected {path} in its configuration, got none")
+        value = value[key]
+    return value
+
+
+def _decoder_config(cfg: Mapping[str, Any], folder: Path) -> DecoderConfig:
+    options = _get(cfg, "transformer_lm", folder)
+    for option, expected in REQUIRED_OPTIONS.items():
+        if options.get(option, expected) != expected:
+            raise WeightsError(
+                f"{folder / LM_FILE}: expected {option} {expected!r}, got {options[option]!r}; "
+                "only MusicGen's own architecture is supported"
+            )
+    return DecoderConfig(
+        num_layers=options["num_layers"],
+        dim=options["dim"],
+        num_heads=options["num_heads"],
+        ffn_dim=int(options["hidden_scale"] * options["dim"]),
+        num_codebooks=options["n_q"],
+        codebook_size=options["card"],
+        cross_attention=bool(_get(cfg, "fuser.cross", folder)),
+    )
+
+
+def _chroma_config(cfg: Mapping[str, Any], folder: Path) -> ChromaConfig | None:
+    if "self_wav" not in _get(cfg, "conditioners", folder):
+        return None
+    if list(_get(cfg, "fuser.prepend", folder)) != ["self_wav", "description"]:
+        raise WeightsError(f"{folder / LM_FILE}: expected melody and text as the prefix, got {cfg['fuser']}")
+    options = _get(cfg, "conditioners.self_wav.chroma_stem", folder)
+    sample_rate, n_fft = int(cfg["sample_rate"]), 2 ** int(options.get("radix2_exp", 14))
+    hop_length = n_fft // 4
+    return ChromaConfig(
+        sample_rate=sample_rate,
+        num_chroma=int(options["n_chroma"]),
+        n_fft=n_fft,
+        hop_length=hop_length,
+        num_frames=int(sample_rate * options["duration"]) // hop_length + 1,
+    )
+
+
+def _audio_channels(cfg: Mapping[str, Any]) -> int:
+    """Stereo models interleave the codes of two mono passes of the codec."""
+    return 2 if (cfg.get("interleave_stereo_codebooks") or {}).get("use") else int(cfg.get("channels", 1))
+
+
+def _check_delays(cfg: Mapping[str, Any], config: ModelConfig, folder: Path) -> None:
+    delays = tuple(_get(cfg, "codebooks_pattern.delay.delays", folder))
+    if delays != config.delay_pattern.delays:
+        raise WeightsError(f"{folder / LM_FILE}: expected delays {config.delay_pattern.delays}, got {delays}")
+
+
+def _name_map(config: ModelConfig) -> NameMap:
+    num_codebooks = config.decoder.num_codebooks
+    names: dict[str, tuple[Part, ...]] = {
+        "decoder.embed.weight": tuple(Part(f"emb.{k}.weight") for k in range(num_codebooks)),
+        "decoder.heads.weight": tuple(Part(f"linears.{k}.weight") for k in range(num_codebooks)),
+    }
+    for kind in ("weight", "bias"):
+        names[f"decoder.out_norm.{kind}"] = (Part(f"out_norm.{kind}"),)
+        names[f"text_proj.{kind}"] = (Part(f"{TEXT}.output_proj.{kind}"),)
+        if config.chroma is not None:
+            names[f"chroma_proj.{kind}"] = (Part(f"{MELODY}.output_proj.{kind}"),)
+    for i in range(config.decoder.num_layers):
+        layer_names = _layer_names(f"transformer.layers.{i}", config.decoder.cross_attention)
+        names.update({f"decoder.layers.{i}.{ours}": (part,) for ours, part in layer_names.items()})
+    return names
+
+
+def _layer_names(theirs: str, cross_attention: bool) -> dict[str, Part]:
+    names = {
+        "self_attn.qkv.weight": Part(f"{theirs}.self_attn.in_proj_weight"),
+        "self_attn.out.weight": Part(f"{theirs}.self_attn.out_proj.weight"),
+        "fc1.weight": Part(f"{theirs}.linear1.weight"),
+        "fc2.weight": Part(f"{theirs}.linear2.weight"),
+    }
+    norms = ["norm1", "norm2"]
+    if cross_attention:
+        norms.append("norm_cross")
+        fused = f"{theirs}.cross_attention.in_proj_weight"
+        names["cross_attn.q.weight"] = Part(fused, thirds=(0, 1))
+        names["cross_attn.kv.weight"] = Part(fused, thirds=(1, 3))
+        names["cross_attn.out.weight"] = Part(f"{theirs}.cross_attention.out_proj.weight")
+    names.update({f"{n}.{kind}": Part(f"{theirs}.{n}.{kind}") for n in norms for kind in ("weight", "bias")})
+    return names

@@ -1,0 +1,178 @@
+"""Reading tensors from checkpoint files, and moving them into a module by a name map.
+
+A name map gives, for each parameter of a module, the parts of the checkpoint that make it up: one tensor, several
+concatenated along their first axis, or rows of a fused one. Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from musicgen.errors import WeightsError
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of the checkpoint, or rows `start:stop` of its first axis in units of a third (fused Q, K, V)."""
+
+    name: str
+    thirds: tuple[int, int] | None = None
+
+
+NameMap = Mapping[str, tuple[Part, ...]]
+"""Parameter of a module → the parts that are concatenated into it."""
+
+MAX_NAMES_SHOWN = 8
+
+
+class TensorSource(Mapping[str, Tensor]):
+    """Named tensors of a checkpoint, read when asked for.
+
+    Args:
+        readers: name → function that reads it.
+        origin: where they come from, for error messages.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[], Tensor]], origin: str) -> None:
+        self._readers, self.origin = readers, origin
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __contains__(self, name: object) -> bool:  # without reading it
+        return name in self._readers
+
+    def under(self, prefix: str) -> TensorSource:
+        """The tensors whose names start with `prefix`, without it."""
+        readers = {n.removeprefix(prefix): r for n, r in self._readers.items() if n.startswith(prefix)}
+        return TensorSource(readers, f"{self.origin} ({prefix}*)")
+
+
+def from_dict(tensors: Mapping[str, Tensor], origin: str) -> TensorSource:
+    return TensorSource({name: (lambda t=tensor: t) for name, tensor in tensors.items()}, origin)
+
+
+def from_safetensors(folder: Path) -> TensorSource:
+    """The tensors of `model.safetensors`, or of the shards that its index names.
+
+    Raises:
+        WeightsError: no such file, a missing shard, or a damaged file.
+    """
+    index = folder / "model.safetensors.index.json"
+    names: Iterable[str] = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise WeightsError(f"{folder}: expected {name}, got no such file; download the checkpoint again")
+        try:
+            handle = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            raise WeightsError(f"{path}: expected a safetensors file, got a damaged one ({error})") from error
+        for key in handle.keys():  # noqa: SIM118 - not a dict
+            readers[key] = lambda h=handle, k=key: h.get_tensor(k)
+    return TensorSource(readers, str(folder))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        WeightsError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: expected a JSON file, got: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def load_bin(path: Path) -> dict[str, object]:
+    """A `torch.save` file of plain data (tensors, containers, strings), without running any code in it.
+
+    Raises:
+        WeightsError: unreadable, not a dictionary, or it holds something that would have to be executed.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        try:  # the legacy (pre-zip) format cannot be memory-mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError):
+            reason = str(error).splitlines()[0]
+            raise WeightsError(f"{path}: expected a file of plain tensors, got: {reason}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return content
+
+
+def assemble(module: nn.Module, source: TensorSource, name_map: NameMap, *, ignored: Iterable[str] = ()) -> None:
+    """Fill `module` (mutated, may be on the meta device) from `source`.
+
+    Each parameter becomes fp32 in host memory; move or convert the module afterwards.
+
+    Args:
+        ignored: names of the source that are known and not needed.
+    Raises:
+        WeightsError: names every missing, extra or mis-shaped tensor.
+    """
+    wanted = {name: parameter.shape for name, parameter in module.state_dict().items()}
+    assert wanted.keys() == name_map.keys(), wanted.keys() ^ name_map.keys()
+    used = {part.name for parts in name_map.values() for part in parts}
+    missing = sorted(used - source.keys())
+    extra = sorted(source.keys() - used - set(ignored))
+    misshaped: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    for name, parts in name_map.items():
+        if any(part.name not in source for part in parts):
+            continue
+        value = torch.cat([_read(source, part) for part in parts]) if parts else torch.empty(0)
+        if value.shape != wanted[name]:
+            origin = " + ".join(part.name for part in parts)
+            misshaped.append(f"{origin}: expected {tuple(wanted[name])}, got {tuple(value.shape)}")
+            continue
+        tensors[name] = value
+    _refuse(source.origin, {"missing": missing, "not known": extra, "of another shape": misshaped})
+    module.load_state_dict(tensors, assign=True)
+    module.requires_grad_(False)
+
+
+def _read(source: TensorSource, part: Part) -> Tensor:
+    tensor = source[part.name].float()
+    if part.thirds is None:
+        return tensor
+    third = tensor.shape[0] // 3
+    return tensor[part.thirds[0] * third : part.thirds[1] * third]
+
+
+def _refuse(origin: str, problems: Mapping[str, list[str]]) -> None:
+    """Raise one WeightsError that lists all problems, if there is any."""
+    found = []
+    for what, names in problems.items():
+        if names:
+            more = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+            found.append(f"{len(names)} tensors {what}: {'; '.join(names[:MAX_NAMES_SHOWN])}{more}")
+    if found:
+        raise WeightsError(
+            f"{origin}: the tensors do not fit the configuration. {'. '.join(found)}. "
+            "Check that configuration and weights are of the same model, or download both again"
+        )

@@ -1,0 +1,50 @@
+"""The models that go by a short name, with their licences. Pure data; nothing is fetched here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEMO_MODEL = "demo"
+NON_COMMERCIAL = "CC-BY-NC-4.0"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a user should know before loading a model."""
+
+    name: str
+    repo_id: str
+    """Hugging Face repository; empty for the embedded demo model."""
+    num_lm_parameters: float
+    melody: bool
+    audio_channels: int
+    license: str
+
+
+def _meta(name: str, billions: float, *, melody: bool = False) -> list[ModelCard]:
+    """The mono model and its stereo twin."""
+    return [
+        ModelCard(name, f"facebook/musicgen-{name}", billions * 1e9, melody, 1, NON_COMMERCIAL),
+        ModelCard(f"stereo-{name}", f"facebook/musicgen-stereo-{name}", billions * 1e9, melody, 2, NON_COMMERCIAL),
+    ]
+
+
+MODELS: dict[str, ModelCard] = {
+    card.name: card
+    for card in [
+        ModelCard(DEMO_MODEL, "", 7e6, True, 1, "MIT"),
+        *_meta("small", 0.42),
+        *_meta("medium", 1.84),
+        *_meta("melody", 1.38, melody=True),
+        *_meta("large", 3.26),
+        *_meta("melody-large", 2.45, melody=True),
+    ]
+}
+
+
+def find(name: str) -> ModelCard | None:
+    """The card of a short name (`melody`), a repository id (`facebook/musicgen-melody`), or None."""
+    for card in MODELS.values():
+        if name == card.name or (card.repo_id and name == card.repo_id):
+            return card
+    return None
