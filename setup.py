@@ -1,12 +1,14 @@
 """Builds the CPU kernels: one extension an instruction-set level, and the probe that chooses between them.
 
-The levels share their sources and differ in flags; each gets object files of its own and exports only its module's
-entry point, so that no function of one level can be linked into another. Nothing is compiled for "this machine".
-Without a compiler (or with MUSICGEN_KERNELS_BUILD=0) the package installs with its PyTorch reference backend alone.
+The levels share their sources and differ in flags; each gets object files of its own and exports only its
+module's entry point, so that no function of one level can be linked into another. Nothing is compiled for
+"this machine". Without a compiler (or with MUSICGEN_KERNELS_BUILD=0) the package installs with its PyTorch
+reference backend alone.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import sys
@@ -63,25 +65,31 @@ class BuildPerLevel(build_ext):
     """Objects of each extension in a directory of their own; a missing compiler is told, not fatal."""
 
     def build_extension(self, ext: Extension) -> None:
-        shared = self.build_temp
-        self.build_temp = str(Path(shared) / ext.name)
+        separate = copy.copy(self)  # extensions are built in parallel threads
+        separate.build_temp = str(Path(self.build_temp) / ext.name)
         try:
-            super().build_extension(ext)
+            build_ext.build_extension(separate, ext)
         except (CCompilerError, ExecError, PlatformError, OSError) as error:
             if os.environ.get("MUSICGEN_KERNELS_BUILD") == "1":
                 raise
             print(
                 f"\nmusicgen_kernels: {ext.name} was NOT built ({error}).\n"
-                "The package works with its PyTorch reference backend, many times slower. To get the native kernels\n"
-                "install a C++17 compiler (Debian: apt install g++) and install again; MUSICGEN_KERNELS_BUILD=1\n"
-                "makes a failed build an error.\n",
+                "The package works with its PyTorch reference backend, many times slower. To get the native\n"
+                "kernels install a C++17 compiler (Debian: apt install g++) and install again;\n"
+                "MUSICGEN_KERNELS_BUILD=1 makes a failed build an error.\n",
                 file=sys.stderr,
             )
-        finally:
-            self.build_temp = shared
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.parallel is None:
+            self.parallel = min(len(self.extensions), os.cpu_count() or 1)
 
     def copy_extensions_to_source(self) -> None:
-        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        def built(ext: Extension) -> bool:
+            return (Path(self.build_lib) / self.get_ext_filename(ext.name)).exists()
+
+        self.extensions = [ext for ext in self.extensions if built(ext)]
         super().copy_extensions_to_source()
 
 

@@ -1,9 +1,10 @@
 """Which backend runs an operation: decided once per (operation, device, dtype), and told by `report`.
 
 A backend's name is `reference`, `cpu`, `cuda` or `triton`; `cpu:avx2` (baseline, avx2, avx512) asks for one
-instruction-set level. Order of preference: the `backend` argument, then the environment variable MUSICGEN_KERNELS_BACKEND (`cpu`, or
-a list such as `linear=reference,paged_attention=cpu`), then the fastest that supports the case. It knows the
-backends by name only; what each supports is the backend module's own answer (`unavailable`).
+instruction-set level. Order of preference: the `backend` argument, then the environment variable
+MUSICGEN_KERNELS_BACKEND (`cpu`, or a list such as `linear=reference,paged_attention=cpu`), then the fastest
+that supports the case. It knows the backends by name only; what each supports is the backend module's own
+answer (`unavailable`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Choice:
 
 @functools.cache
 def _load(backend: str) -> object:
-    """What holds the backend's functions: its module, or for `cpu:level` that level; a str says why there is none."""
+    """What holds the backend's functions: its module, or for `cpu:level` that level; a str says why there is
+    none.
+    """
     name, _, level = backend.partition(":")
     if name not in BACKENDS or (level and name != "cpu"):
         return f"no such backend; there are {', '.join(BACKENDS)} and cpu:baseline, cpu:avx2, cpu:avx512"

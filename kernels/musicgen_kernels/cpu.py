@@ -1,7 +1,8 @@
-"""The CPU backend: hands addresses and sizes of checked tensors to the compiled kernels of one instruction-set level.
+"""The CPU backend: hands addresses and sizes of checked tensors to the compiled kernels of one
+instruction-set level.
 
-It checks what only this backend asks for (dtypes, memory order); the compiled code checks indices and lengths. Threads:
-as many as `torch.get_num_threads()`.
+It checks what only this backend asks for (dtypes, memory order); the compiled code checks indices and
+lengths. Threads: as many as `torch.get_num_threads()`.
 """
 
 from __future__ import annotations

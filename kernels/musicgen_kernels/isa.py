@@ -1,7 +1,8 @@
 """Which compiled instruction-set level of the CPU kernels this process uses.
 
-The best level that the processor offers and that was built, unless MUSICGEN_KERNELS_ISA names one. A level never
-changes a result by itself within a process: results may differ between levels in the last bits, never within one.
+The best level that the processor offers and that was built, unless MUSICGEN_KERNELS_ISA names one. A level
+never changes a result by itself within a process: results may differ between levels in the last bits, never
+within one.
 """
 
 from __future__ import annotations
