@@ -58,7 +58,9 @@ def build(*, melody: bool, stereo: bool, seed: int = 0) -> PreTrainedModel:
     model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith(("decoder.", "enc_to_dec", "audio_enc_to_dec")) and parameter.dim() > 1:
+            if "decoder.embed_tokens" in name:
+                parameter.normal_(std=1.0)
+            elif name.startswith(("decoder.", "enc_to_dec", "audio_enc_to_dec")) and parameter.dim() > 1:
                 parameter.normal_(std=0.25)
             elif name.startswith("decoder.") and "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

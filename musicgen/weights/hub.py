@@ -35,19 +35,20 @@ def resolve(name: str) -> Path:
     """
     if name == DEMO_MODEL:
         return demo_checkpoint()
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
     card = find(name)
-    repo_id = card.repo_id if card else name
-    if card is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if card is not None:
+        return _download(card.repo_id)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InvalidRequestError(
             "a short name, a Hugging Face repository id or a local folder",
             repr(name),
             f"short names: {', '.join(MODELS)}",
             param="model",
         )
-    return _download(repo_id)
+    return _download(name)
 
 
 def is_cached(repo_id: str) -> bool:
