@@ -1,0 +1,222 @@
+"""EnCodec's decoder: codes to samples, whole or piece by piece through one path.
+
+A whole decode is a loop over pieces, so the two cannot differ. What a stream must carry between pieces is one value
+of fixed size, `DecoderState`. Knows one mono signal a row; stereo and streams of different ages are in
+`codec_stream.py`, checkpoints in `weights/codec.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from musicgen.config import CodecConfig
+from musicgen.errors import InvalidRequestError
+from musicgen.models.seanet import Piece, StreamConv, StreamResidual, StreamUpsample
+
+_WHOLE_PIECE_FRAMES = 50
+"""Frames a whole decode handles at a time: 1 s of MusicGen, whose widest activation (8 MB) stays in the cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderState:
+    """What the decoder must remember of B signals of the same age. A value: decoding returns a new one."""
+
+    values: Tensor
+    """`[B, state_size]` float32: LSTM states and convolution tails, in the order of `EncodecDecoder.state_shapes`."""
+    num_frames: int
+    """Frames taken in so far."""
+    num_samples: int
+    """Samples given out so far; behind `num_frames` by up to the look-ahead."""
+
+
+class EncodecDecoder(nn.Module):
+    """The quantiser's codebooks and the SEANet decoder, in float32.
+
+    Source: EnCodec (Défossez et al. 2022), section 3; the non-causal, weight-normalised form that MusicGen uses, with
+    the normalisation folded into the weights.
+    """
+
+    codebooks: Tensor
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.num_filters * 2 ** len(config.upsampling_ratios)
+        books = torch.zeros(config.num_codebooks, config.codebook_size, config.codebook_dim)
+        self.register_buffer("codebooks", books)
+        self.conv_in = StreamConv(config.hidden_size, dim, config.kernel_size, 1, config.pad_mode)
+        self.lstm = nn.LSTM(dim, dim, config.num_lstm_layers)
+        self.upsamples = nn.ModuleList()
+        self.residuals = nn.ModuleList()
+        for ratio in config.upsampling_ratios:
+            self.upsamples.append(StreamUpsample(dim, dim // 2, ratio))
+            dim //= 2
+            self.residuals.append(nn.ModuleList(_residual(config, dim, j) for j in range(config.num_residual_layers)))
+        self.conv_out = StreamConv(dim, 1, config.last_kernel_size, 1, config.pad_mode)
+        self.min_first_frames = _min_first_frames(self)
+        self.state_shapes = _state_shapes(self)
+        self.state_size = sum(math.prod(shape) for shape in self.state_shapes)
+        self.requires_grad_(False)
+
+    @property
+    def stages(self) -> list[tuple[StreamUpsample, list[StreamResidual]]]:
+        """The layers between the LSTM and the last convolution, in order."""
+        return [
+            (cast(StreamUpsample, upsample), [cast(StreamResidual, r) for r in cast(nn.ModuleList, residuals)])
+            for upsample, residuals in zip(self.upsamples, self.residuals, strict=True)
+        ]
+
+    @property
+    def lookahead_frames(self) -> int:
+        """Frames that must follow frame t before its last sample is known."""
+        return self.min_first_frames
+
+    def initial_state(self, batch_size: int) -> DecoderState:
+        values = torch.zeros(batch_size, self.state_size, device=self.codebooks.device)
+        return DecoderState(values, num_frames=0, num_samples=0)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, state: DecoderState, *, last: bool) -> tuple[Tensor, DecoderState]:
+        """Decode the next frames of B signals.
+
+        Args:
+            codes: `[B, K, T]` integers in [0, codebook_size), T ≥ 0, K ≤ the codec's codebooks.
+            state: of the frames before; not changed.
+            last: True if no frame follows: the samples held back are given out.
+        Returns:
+            `[B, N]` float32 samples, the next ones of each signal: all that the frames so far determine, and with
+            `last` all there are, so that the pieces of T frames in all add up to T · hop_length samples.
+        Raises:
+            InvalidRequestError: codes of a wrong shape or range.
+        """
+        latents = self._dequantise(codes)
+        tails = self._unpack(state.values)
+        first = state.num_frames < self.min_first_frames
+        if first:
+            latents = torch.cat((tails[0][: state.num_frames], latents))
+        num_frames = state.num_frames + codes.shape[-1]
+        if (first and num_frames < self.min_first_frames and not last) or (not last and latents.shape[0] == 0):
+            if first:
+                tails[0] = F.pad(latents, (0, 0, 0, 0, 0, tails[0].shape[0] - num_frames))
+            samples = latents.new_zeros(codes.shape[0], 0)
+        elif num_frames == 0:
+            samples = latents.new_zeros(codes.shape[0], 0)
+        else:
+            samples, tails = self._synthesise(latents, tails, Piece(first, last))
+        after = DecoderState(self._pack(tails), num_frames, state.num_samples + samples.shape[-1])
+        return samples, after
+
+    def decode_whole(self, codes: Tensor) -> Tensor:
+        """`[B, K, T]` codes → `[B, T · hop_length]` float32 samples.
+
+        Raises:
+            InvalidRequestError: as `decode`.
+        """
+        num_frames = codes.shape[-1]
+        samples = torch.empty(codes.shape[0], num_frames * self.config.hop_length, device=self.codebooks.device)
+        state = self.initial_state(codes.shape[0])
+        for start in range(0, num_frames, _WHOLE_PIECE_FRAMES):
+            piece = codes[..., start : start + _WHOLE_PIECE_FRAMES]
+            offset = state.num_samples
+            out, state = self.decode(piece, state, last=start + _WHOLE_PIECE_FRAMES >= num_frames)
+            samples[:, offset : state.num_samples] = out
+        return samples
+
+    def _dequantise(self, codes: Tensor) -> Tensor:
+        """`[B, K, T]` codes → `[T, B, codebook_dim]`: the sum of the chosen entries."""
+        num_codebooks, codebook_size, _ = self.codebooks.shape
+        if codes.ndim != 3 or not 1 <= codes.shape[1] <= num_codebooks or codes.is_floating_point():
+            expected = f"integers [B, K, T] with K ≤ {num_codebooks}"
+            raise InvalidRequestError(expected, f"{codes.dtype} {list(codes.shape)}", param="codes")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
+            got = f"a range of {int(codes.min())} to {int(codes.max())}"
+            raise InvalidRequestError(f"codes in [0, {codebook_size})", got, param="codes")
+        by_time = codes.to(self.codebooks.device).permute(1, 2, 0)
+        latents: Tensor = F.embedding(by_time[0], self.codebooks[0])
+        for k in range(1, codes.shape[1]):
+            latents += F.embedding(by_time[k], self.codebooks[k])
+        return latents
+
+    def _synthesise(self, x: Tensor, tails: list[Tensor], piece: Piece) -> tuple[Tensor, list[Tensor]]:
+        """`[n, B, codebook_dim]` latents → `[B, N]` samples and the next tails."""
+        after: list[Tensor] = []
+        pending = iter(tails)
+
+        def run(layer: StreamConv | StreamUpsample | StreamResidual, x: Tensor) -> Tensor:
+            out, tail = layer(x, next(pending)[: layer.tail_shape[0]], piece)
+            after.append(tail)
+            return out
+
+        x = run(self.conv_in, x)
+        hidden, cell = next(pending), next(pending)
+        y, (hidden, cell) = self.lstm(x, (hidden.contiguous(), cell.contiguous()))
+        x = x + y
+        after += [hidden, cell]
+        for upsample, residuals in self.stages:
+            x = run(upsample, F.elu(x, inplace=True))
+            for residual in residuals:
+                x = run(residual, x)
+        x = run(self.conv_out, F.elu(x, inplace=True))
+        samples: Tensor = x.squeeze(-1).t().contiguous()
+        return samples, after
+
+    def _unpack(self, values: Tensor) -> list[Tensor]:
+        """`[B, state_size]` → the tails, each `[len, B, C]`, views."""
+        tails, start = [], 0
+        for length, dim in self.state_shapes:
+            part = values[:, start : start + length * dim]
+            tails.append(part.reshape(-1, length, dim).transpose(0, 1))
+            start += length * dim
+        return tails
+
+    def _pack(self, tails: list[Tensor]) -> Tensor:
+        """The inverse of `_unpack`; a tail that is shorter than its place (after a last piece) is filled up."""
+        parts = []
+        for tail, (length, _) in zip(tails, self.state_shapes, strict=True):
+            filled = F.pad(tail, (0, 0, 0, 0, 0, length - tail.shape[0]))
+            parts.append(filled.transpose(0, 1).flatten(1))
+        return torch.cat(parts, dim=-1)
+
+
+def _residual(config: CodecConfig, dim: int, index: int) -> StreamResidual:
+    dilation = config.dilation_growth_rate**index
+    hidden, kernel = dim // config.compress, config.residual_kernel_size
+    return StreamResidual(dim, hidden, kernel, dilation, config.pad_mode, config.conv_shortcut)
+
+
+def _min_first_frames(decoder: EncodecDecoder) -> int:
+    """Frames a first piece must have so that every layer has enough to reflect and something to give out."""
+    num_frames = 1
+    while not _gives_samples(decoder, num_frames):
+        num_frames += 1
+    return num_frames
+
+
+def _gives_samples(decoder: EncodecDecoder, length: int) -> bool:
+    def shortened(length: int, conv: StreamConv) -> int:
+        return length - conv.pad_right if length > max(conv.pad_left, conv.pad_right) else 0
+
+    length = shortened(length, decoder.conv_in)
+    for upsample, residuals in decoder.stages:
+        length = length * upsample.ratio - upsample.trim_left if length else 0
+        for residual in residuals:
+            length = shortened(length, residual.conv)
+    return shortened(length, decoder.conv_out) > 0
+
+
+def _state_shapes(decoder: EncodecDecoder) -> list[tuple[int, int]]:
+    """(length, channels) of each tail in the order of the layers. The first also holds frames until there are enough
+    to begin."""
+    length, dim = decoder.conv_in.tail_shape
+    shapes = [(max(length, decoder.min_first_frames - 1), dim)]
+    shapes += [(decoder.lstm.num_layers, decoder.lstm.hidden_size)] * 2
+    for upsample, residuals in decoder.stages:
+        shapes.append(upsample.tail_shape)
+        shapes += [residual.tail_shape for residual in residuals]
+    return [*shapes, decoder.conv_out.tail_shape]

@@ -1,0 +1,154 @@
+"""The layers of EnCodec's SEANet decoder, each able to take its input in pieces.
+
+A layer here is its weights plus two pure functions of (input, tail): what comes out, and the tail to hand to the next
+piece. A tail is the last inputs that later outputs still need, so its size is fixed. Because the convolutions look
+ahead, a layer's output lags its input by its right padding until the last piece makes up for it.
+
+Time is the outermost axis, `[n, B, C]`: a shifted window of any batch is then one contiguous matrix, so every
+convolution is a few matrix products without copies. Knows nothing of codes, of streams or of checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from musicgen.config import PadMode
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a piece lies in its signal: padding is added only at the signal's true ends."""
+
+    first: bool
+    last: bool
+
+
+def pad_time(x: Tensor, left: int, right: int, mode: PadMode) -> Tensor:
+    """Pad `[n, B, C]` in time, as EnCodec pads.
+
+    Reflection needs more samples than it adds; a shorter signal is first followed by just enough zeros, which are cut
+    off again afterwards. Source: EnCodec (Défossez et al. 2022), the padding of its convolutions.
+    """
+    if left == 0 and right == 0:
+        return x
+    if mode == "constant":
+        return F.pad(x, (0, 0, 0, 0, left, right))
+    num_zeros = max(0, max(left, right) - x.shape[0] + 1) if mode == "reflect" else 0
+    signal = F.pad(x, (0, 0, 0, 0, 0, num_zeros)).permute(1, 2, 0)
+    padded = F.pad(signal, (left, right), mode=mode)
+    return padded[..., : padded.shape[-1] - num_zeros].permute(2, 0, 1).contiguous()
+
+
+def extend(x: Tensor, tail: Tensor, piece: Piece, left: int, right: int, mode: PadMode) -> tuple[Tensor, Tensor]:
+    """Put a piece between what came before it and, at the ends of the signal, padding.
+
+    Args:
+        x: `[n, B, C]` the new input.
+        tail: `[left + right, B, C]` the end of what this function returned before; ignored for a first piece.
+    Returns:
+        The extended piece, and the next tail, a view of it.
+    """
+    joined = x if piece.first or tail.shape[0] == 0 else torch.cat((tail, x))
+    joined = pad_time(joined, left if piece.first else 0, right if piece.last else 0, mode)
+    return joined, joined[max(0, joined.shape[0] - (left + right)) :]
+
+
+class StreamConv(nn.Module):
+    """A convolution of stride 1 that keeps the length of its signal."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int, dilation: int, pad_mode: PadMode) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(kernel_size, in_dim, out_dim), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(out_dim), requires_grad=False)
+        self.dilation = dilation
+        self.pad_mode: PadMode = pad_mode
+        self.tail_len = (kernel_size - 1) * dilation
+        self.pad_right = self.tail_len // 2
+        self.pad_left = self.tail_len - self.pad_right
+        self.tail_shape = (self.tail_len, in_dim)
+
+    def extend(self, x: Tensor, tail: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        return extend(x, tail, piece, self.pad_left, self.pad_right, self.pad_mode)
+
+    def convolve(self, extended: Tensor) -> Tensor:
+        """`[n + tail_len, B, in_dim]` → `[n, B, out_dim]`, no padding."""
+        kernel_size, in_dim, out_dim = self.weight.shape
+        num_out, batch = extended.shape[0] - self.tail_len, extended.shape[1]
+        if out_dim * kernel_size <= in_dim:
+            return self._convolve_narrow(extended, num_out)
+        rows = extended.reshape(-1, in_dim)
+        stride = self.dilation * batch
+        out = torch.addmm(self.bias, rows[: num_out * batch], self.weight[0])
+        for tap in range(1, kernel_size):
+            out.addmm_(rows[tap * stride : tap * stride + num_out * batch], self.weight[tap])
+        return out.view(num_out, batch, out_dim)
+
+    def _convolve_narrow(self, extended: Tensor, num_out: int) -> Tensor:
+        """As `convolve` for few outputs: all taps in one product, as `out_dim` alone is too thin for one."""
+        kernel_size, in_dim, out_dim = self.weight.shape
+        taps = extended @ self.weight.permute(1, 0, 2).reshape(in_dim, kernel_size * out_dim)
+        taps = taps.view(*extended.shape[:2], kernel_size, out_dim)
+        out = self.bias.expand(num_out, extended.shape[1], out_dim).clone()
+        for tap in range(kernel_size):
+            out += taps[tap * self.dilation : tap * self.dilation + num_out, :, tap]
+        return out
+
+    def forward(self, x: Tensor, tail: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        extended, tail = self.extend(x, tail, piece)
+        return self.convolve(extended), tail
+
+
+class StreamUpsample(nn.Module):
+    """A transposed convolution of stride `ratio` and kernel `2 · ratio`.
+
+    Output block q (`ratio` samples) needs only inputs q and q − 1, so it is two products with the two halves of the
+    kernel; the output's first `ratio − ratio // 2` samples belong to the padding that EnCodec cuts off.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, ratio: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, in_dim, ratio * out_dim), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(out_dim), requires_grad=False)
+        self.ratio = ratio
+        self.trim_right = ratio // 2
+        self.trim_left = ratio - self.trim_right
+        self.tail_shape = (1, in_dim)
+
+    def forward(self, x: Tensor, tail: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        """`[n, B, in_dim]` → `[n · ratio, B, out_dim]`, less or more at the signal's ends. `weight[0]` meets the
+        present input, `weight[1]` the one before it."""
+        extended, _ = extend(x, tail, piece, 1, 1, "constant")
+        batch, in_dim, out_dim = extended.shape[1], extended.shape[2], self.bias.shape[0]
+        rows = extended.reshape(-1, in_dim)
+        out = torch.addmm(self.bias.repeat(self.ratio), rows[batch:], self.weight[0])
+        out.addmm_(rows[:-batch], self.weight[1])
+        blocks = out.view(-1, batch, self.ratio, out_dim).transpose(1, 2).reshape(-1, batch, out_dim)
+        end = blocks.shape[0] - (self.trim_right if piece.last else 0)
+        return blocks[self.trim_left if piece.first else 0 : end], extended[-1:]
+
+
+class StreamResidual(nn.Module):
+    """ELU, convolution, ELU, pointwise convolution, plus the input (through a pointwise convolution if so built)."""
+
+    def __init__(
+        self, dim: int, hidden_dim: int, kernel_size: int, dilation: int, pad_mode: PadMode, conv_shortcut: bool
+    ) -> None:
+        super().__init__()
+        self.conv = StreamConv(dim, hidden_dim, kernel_size, dilation, pad_mode)
+        self.project = StreamConv(hidden_dim, dim, 1, 1, pad_mode)
+        self.shortcut = StreamConv(dim, dim, 1, 1, pad_mode) if conv_shortcut else None
+        self.tail_shape = self.conv.tail_shape
+
+    def forward(self, x: Tensor, tail: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
+        """`[n, B, dim]` → `[n, B, dim]`, less or more at the signal's ends. The tail is of the input before the ELU,
+        so that it serves both branches (padding commutes with the ELU, whose value at 0 is 0)."""
+        extended, tail = self.conv.extend(x, tail, piece)
+        hidden = self.conv.convolve(F.elu(extended))
+        out = self.project.convolve(F.elu(hidden, inplace=True))
+        skip = extended[self.conv.pad_left : extended.shape[0] - self.conv.pad_right]
+        out += skip if self.shortcut is None else self.shortcut.convolve(skip)
+        return out, tail
