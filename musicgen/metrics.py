@@ -65,7 +65,13 @@ def chromagram(wav: Tensor, settings: ChromaSettings = DEFAULT_CHROMA) -> Tensor
         wav = F.pad(wav, (missing // 2, missing // 2 + missing % 2))
     window = torch.hann_window(settings.n_fft, device=wav.device)
     spectrum = torch.stft(
-        wav.float(), settings.n_fft, settings.hop_len, window=window, center=True, pad_mode="reflect", return_complex=True
+        wav.float(),
+        settings.n_fft,
+        settings.hop_len,
+        window=window,
+        center=True,
+        pad_mode="reflect",
+        return_complex=True,
     )
     power = (spectrum / window.pow(2).sum().sqrt()).abs().pow(2)
     bank = chroma_filter_bank(settings.sample_rate_hz, settings.n_fft).to(wav.device)
@@ -73,7 +79,7 @@ def chromagram(wav: Tensor, settings: ChromaSettings = DEFAULT_CHROMA) -> Tensor
 
 
 def one_hot_chroma(chroma: Tensor) -> Tensor:
-    """The strongest pitch class of each frame: float32 one-hot of the shape of ``chroma`` (``[..., 12]``); ties go low."""
+    """The strongest pitch class of each frame: float32 one-hot, shaped as ``chroma`` (``[..., 12]``)."""
     return F.one_hot(chroma.argmax(dim=-1), NUM_CHROMA).float()
 
 
@@ -109,7 +115,9 @@ def chroma_cosine_similarity(
     return F.cosine_similarity(first, second, dim=-1, eps=1e-8).mean(dim=-1)
 
 
-def spectral_distance(reference: Tensor, generated: Tensor, n_ffts: tuple[int, ...] = (512, 1024, 2048, 4096)) -> Tensor:
+def spectral_distance(
+    reference: Tensor, generated: Tensor, n_ffts: tuple[int, ...] = (512, 1024, 2048, 4096)
+) -> Tensor:
     """Multi-resolution spectral distance: 0 for equal recordings, larger is worse.
 
     For each window length, spectral convergence ``‖|G| − |R|‖ / ‖|R|‖`` plus the mean absolute difference of natural

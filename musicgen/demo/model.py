@@ -84,7 +84,9 @@ def wrap_tokenizer() -> PreTrainedTokenizerFast:
 def save_checkpoint(model: MusicgenMelodyForConditionalGeneration, folder: Path) -> None:
     """Writes model (float16, one file), tokenizer, feature extractor and generation settings into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
     half = MusicgenMelodyForConditionalGeneration(model.config)
     half.half().load_state_dict(state)
     half.generation_config = GenerationConfig(

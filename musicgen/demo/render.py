@@ -60,7 +60,11 @@ def midi_file(scores: Sequence[Score]) -> bytes:
         offset_s = index * (CLIP_S + GAP_S)
         start = round(offset_s * TICKS_A_SECOND)
         style = STYLES[score.label.style]
-        for channel, program in ((LEAD_CHANNEL, score.label.lead), (COMP_CHANNEL, style.comp), (BASS_CHANNEL, style.bass)):
+        for channel, program in (
+            (LEAD_CHANNEL, score.label.lead),
+            (COMP_CHANNEL, style.comp),
+            (BASS_CHANNEL, style.bass),
+        ):
             events.append((start, 1, bytes([0xC0 | channel, program])))
         for channel, volume in CHANNEL_VOLUMES.items():
             events.append((start, 1, bytes([0xB0 | channel, 7, volume])))

@@ -29,7 +29,9 @@ def build_tokenizer() -> Tokenizer:
     letters = r"[a-z0-9\-]"
     known = "|".join(words)
     tokenizer = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate([PAD, END, UNKNOWN, FILLER, *words])}, unk_token=UNKNOWN)
+        models.WordLevel(
+            {word: index for index, word in enumerate([PAD, END, UNKNOWN, FILLER, *words])}, unk_token=UNKNOWN
+        )
     )
     tokenizer.normalizer = normalizers.Sequence(
         [

@@ -1,0 +1,140 @@
+"""Batches for the demo language model from cached codes, chroma and labels.
+
+Owns the delay pattern's layout, the crops, the random prompts and the dropping of conditions.  Knows nothing of the
+model's weights.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from musicgen.demo.model import CHROMA_LEN, CODEBOOK_SIZE, NUM_CODEBOOKS
+from musicgen.demo.score import Label, describe
+
+SPECIAL = CODEBOOK_SIZE
+MIN_MELODY_FRAMES = 40
+"""Shortest melody, in chroma frames, that a crop is conditioned on before it is repeated: 5 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """``sequences`` int16 ``[N, K, T + 4]`` (delayed, column 0 special); ``chroma`` int8 ``[N, 235]``; ``labels`` N."""
+
+    sequences: Tensor
+    chroma: Tensor
+    chroma_original: Tensor
+    labels: tuple[Label, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One crop of each of B clips.
+
+    ``inputs`` and ``targets`` int64 ``[B, K, S]`` (``SPECIAL`` where the delay pattern has no code); ``chroma`` int64
+    ``[B, 235]``; ``text_ids`` int64 ``[B, text_len]``; ``text_mask`` float32 ``[B]``, 0 where the text is dropped;
+    ``offset`` is the step of the first column.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    chroma: Tensor
+    text_ids: Tensor
+    text_mask: Tensor
+    offset: int
+
+
+def delay(codes: Tensor) -> Tensor:
+    """Delay pattern: int ``[N, K, T]`` → ``[N, K, T + 4]`` with ``out[:, k, 1 + k + t] = codes[:, k, t]``."""
+    num_clips, num_codebooks, num_frames = codes.shape
+    out = torch.full((num_clips, num_codebooks, num_frames + NUM_CODEBOOKS), SPECIAL, dtype=codes.dtype)
+    for k in range(num_codebooks):
+        out[:, k, 1 + k : 1 + k + num_frames] = codes[:, k]
+    return out
+
+
+def load_clips(folder: Path) -> Clips:
+    """All cached shards of a folder.
+
+    Raises:
+        FileNotFoundError: the folder has no cached shard.
+    """
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise FileNotFoundError(f"no cached shard (*.npz) in {folder}: run musicgen.demo.tokenise first")
+    codes, decoded, original, labels = [], [], [], []
+    for path in paths:
+        with np.load(path) as cache:
+            codes.append(torch.from_numpy(cache["codes"]))
+            decoded.append(torch.from_numpy(cache["chroma_decoded"]))
+            original.append(torch.from_numpy(cache["chroma"]))
+        labels += [Label(**fields) for fields in json.loads(path.with_suffix(".json").read_text())]
+    return Clips(delay(torch.cat(codes)), torch.cat(decoded), torch.cat(original), tuple(labels))
+
+
+def repeat_melody(chroma: Tensor, num_frames: int) -> Tensor:
+    """The first ``num_frames`` of ``[..., frames]``, repeated cyclically to the same length."""
+    return chroma[..., torch.arange(chroma.shape[-1]) % num_frames]
+
+
+def sample_batch(
+    clips: Clips, tokenizer: Tokenizer, rng: random.Random, batch_size: int, num_steps: int, offset: int
+) -> Batch:
+    """A training batch: random clips, random words, melodies cut short and repeated, conditions dropped.
+
+    Of ten examples one loses both conditions (guidance's null), one the text, one and a half the melody.
+    """
+    chosen = [rng.randrange(len(clips)) for _ in range(batch_size)]
+    chroma = clips.chroma[chosen].long()
+    shortest = max(MIN_MELODY_FRAMES, -(-(offset + num_steps) * 10 // 64))
+    text_mask = torch.ones(batch_size)
+    for row in range(batch_size):
+        if shortest < CHROMA_LEN and rng.random() < 0.4:
+            chroma[row] = repeat_melody(chroma[row], rng.randint(shortest, CHROMA_LEN))
+        drop = rng.random()
+        if drop < 0.20:
+            text_mask[row] = 0.0
+        if drop < 0.10 or drop > 0.85:
+            chroma[row] = 0
+    texts = [describe(clips.labels[index], rng) for index in chosen]
+    return _crop(clips, tokenizer, chosen, texts, chroma, text_mask, num_steps, offset)
+
+
+def held_out_batch(
+    clips: Clips, tokenizer: Tokenizer, rows: list[int], num_steps: int, *, melody: str = "right", text: str = "right"
+) -> Batch:
+    """Crops from the clips' start with the ``right`` condition, a ``wrong`` one (the next clip's) or ``none``.
+
+    The prompt of a clip is the same in every call.
+    """
+    following = [(row + 1) % len(clips) for row in rows]
+    chroma = clips.chroma[following if melody == "wrong" else rows].long()
+    if melody == "none":
+        chroma = torch.zeros_like(chroma)
+    sources = following if text == "wrong" else rows
+    texts = [describe(clips.labels[row], random.Random(f"held/{row}")) for row in sources]
+    text_mask = torch.full((len(rows),), 0.0 if text == "none" else 1.0)
+    return _crop(clips, tokenizer, rows, texts, chroma, text_mask, num_steps, 0)
+
+
+def _crop(
+    clips: Clips,
+    tokenizer: Tokenizer,
+    chosen: list[int],
+    texts: list[str],
+    chroma: Tensor,
+    text_mask: Tensor,
+    num_steps: int,
+    offset: int,
+) -> Batch:
+    columns = clips.sequences[chosen, :, offset : offset + num_steps + 1].long()
+    text_ids = torch.tensor([tokenizer.encode(text).ids for text in texts])
+    return Batch(columns[:, :, :-1], columns[:, :, 1:], chroma, text_ids, text_mask, offset)

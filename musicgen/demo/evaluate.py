@@ -1,0 +1,210 @@
+"""Held-out figures of the demo model: codec, language model, generation.
+
+Owns which figures are taken and writes them as JSON.  Knows nothing of training.  Run on shards of a seed that training
+never saw, rendered and tokenised like the training data.
+
+    python -m musicgen.demo.evaluate --data build/demo --out build/demo/figures.json
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, EncodecModel, MusicgenMelodyForConditionalGeneration, PreTrainedTokenizerFast
+
+from musicgen.demo import checkpoint_path
+from musicgen.demo.dataset import load_clips
+from musicgen.demo.generate import generate
+from musicgen.demo.style import StyleClassifier, features, fit_classifier
+from musicgen.demo.tokenise import HOP_LEN, decode, encode
+from musicgen.demo.train_lm import evaluate as evaluate_losses
+from musicgen.metrics import chroma_cosine_similarity, chromagram, spectral_distance
+
+SAMPLE_RATE_HZ = 32000
+SILENT_RMS = 0.01
+ONE_NOTE_SHARE = 0.9
+CARD_PROMPTS = ("happy rock", "energetic EDM", "sad jazz")
+
+
+@dataclass(frozen=True, slots=True)
+class Similarities:
+    """Chroma cosine similarity, one-hot (exact) and soft, with the right partner and with all wrong ones."""
+
+    right: float
+    wrong: float
+    right_soft: float
+    wrong_soft: float
+
+
+def similarities(references: Tensor, others: Tensor, num_shifts: int = 8) -> Similarities:
+    """Compares two lists of recordings, ``[B, samples]`` each, in order and shifted by 1..num_shifts places."""
+    shifts = range(1, min(num_shifts, len(references) - 1) + 1)
+
+    def mean(argmax: bool, shift: int) -> float:
+        return chroma_cosine_similarity(references, others.roll(shift, 0), argmax=argmax).mean().item()
+
+    wrong = [float(np.mean([mean(argmax, shift) for shift in shifts])) for argmax in (True, False)]
+    return Similarities(mean(True, 0), wrong[0], mean(False, 0), wrong[1])
+
+
+def codec_figures(codec: EncodecModel, wav: Tensor) -> dict[str, Any]:
+    """What coding and decoding does to recordings, ``[B, samples]`` (whole frames)."""
+    codes = encode(codec, wav)
+    decoded = decode(codec, codes)
+    used = [codes[:, k].unique().numel() for k in range(codes.shape[1])]
+    shares = [
+        torch.bincount(codes[:, k].flatten(), minlength=2).float() / codes[:, k].numel() for k in range(len(used))
+    ]
+    perplexities = [float((-(p[p > 0] * p[p > 0].log()).sum()).exp()) for p in shares]
+    result: dict[str, Any] = {"spectral_distance": spectral_distance(wav, decoded).mean().item(), "entries_used": used}
+    result["codebook_perplexity"] = [round(value, 1) for value in perplexities]
+    if len(wav) > 1:
+        pairs = similarities(wav, decoded)
+        result |= {name: round(getattr(pairs, name), 4) for name in Similarities.__slots__}
+    else:
+        result["right"] = chroma_cosine_similarity(wav, decoded).mean().item()
+        result["right_soft"] = chroma_cosine_similarity(wav, decoded, argmax=False).mean().item()
+    return result
+
+
+def collapse(wav: Tensor) -> dict[str, float]:
+    """Shares of recordings, ``[B, samples]``, that are silent, and that stay on one pitch class."""
+    silent = wav.pow(2).mean(dim=1).sqrt() < SILENT_RMS
+    classes = chromagram(wav).argmax(dim=-1)
+    top = torch.stack([torch.bincount(row, minlength=12).max() / len(row) for row in classes])
+    return {"silent": silent.float().mean().item(), "one_note": (top > ONE_NOTE_SHARE).float().mean().item()}
+
+
+def train_classifier(codec: EncodecModel, folder: Path, num_clips: int, num_samples: int) -> StyleClassifier:
+    """A style classifier from decoded training clips, each cut into pieces of ``num_samples``."""
+    clips = load_clips(folder)
+    rows, styles = [], []
+    for index in range(min(num_clips, len(clips))):
+        codes = undelay(clips.sequences[index : index + 1].long())
+        pieces = decode(codec, codes)[0].unfold(0, num_samples, num_samples)
+        rows.append(features(pieces))
+        styles += [clips.labels[index].style] * len(pieces)
+    return fit_classifier(torch.cat(rows), styles)
+
+
+def undelay(sequences: Tensor) -> Tensor:
+    """Inverse of ``dataset.delay``: int ``[N, K, T + 4]`` → ``[N, K, T]``."""
+    num_codebooks, num_frames = sequences.shape[1], sequences.shape[2] - sequences.shape[1]
+    return torch.stack([sequences[:, k, 1 + k : 1 + k + num_frames] for k in range(num_codebooks)], dim=1)
+
+
+def generation_figures(
+    model: MusicgenMelodyForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    classifier: StyleClassifier,
+    melodies: Tensor,
+    prompts: Sequence[tuple[str, str]],
+    duration_s: float,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Melody following, style and collapse of generated music.
+
+    Args:
+        melodies: float ``[B, samples]``, ``duration_s`` each.
+        prompts: B pairs (style, prompt), which need not be those of the melodies' clips.
+    """
+    parts = []
+    for start in range(0, len(melodies), batch_size):
+        texts = [prompt for _, prompt in prompts[start : start + batch_size]]
+        part = generate(model, tokenizer, texts, melodies[start : start + batch_size], duration_s, seed=start)
+        parts.append(part)
+        print(f"generated {start + len(texts)} of {len(melodies)}", flush=True)
+    wav = torch.cat(parts)
+    pairs = similarities(melodies, wav)
+    found = classifier.predict(wav)
+    result: dict[str, Any] = {"recordings": len(wav), "seconds": duration_s, **collapse(wav)}
+    result |= {name: round(getattr(pairs, name), 4) for name in Similarities.__slots__}
+    result["style_accuracy"] = float(
+        np.mean([style == guess for (style, _), guess in zip(prompts, found, strict=True)])
+    )
+    result["style_chance"] = 1 / len(classifier.names)
+    return result
+
+
+def load_recording(path: Path, num_samples: int) -> Tensor:
+    """A recording as float ``[1, num_samples]``: mono, 32 kHz, repeated if it is shorter."""
+    import soundfile as sf
+    import torchaudio
+
+    audio, rate_hz = sf.read(str(path), dtype="float32", always_2d=True)
+    mono = torchaudio.functional.resample(torch.from_numpy(audio.mean(axis=1)), rate_hz, SAMPLE_RATE_HZ)
+    repeats = -(-num_samples // len(mono))
+    return mono.repeat(repeats)[None, :num_samples]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/ (for the classifier) and held/")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--melodies", type=int, default=64)
+    parser.add_argument("--duration", type=float, default=10.0)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--recordings", type=Path, nargs="*", default=[], help="melodies from elsewhere")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    figures = all_figures(arguments)
+    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+def all_figures(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every figure, as a JSON-ready dictionary."""
+    model = MusicgenMelodyForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    codec = model.audio_encoder
+    num_samples = int(arguments.duration * SAMPLE_RATE_HZ) // HOP_LEN * HOP_LEN
+    held = load_clips(arguments.data / "held")
+    shards = sorted((arguments.data / "held").glob("*.npy"))
+    wav = torch.cat([torch.from_numpy(np.load(path)[:, :num_samples].astype(np.float32)) / 32767 for path in shards])
+    figures: dict[str, Any] = {"codec": codec_figures(codec, wav[:32]), "codec_recordings": {}}
+    print(figures, flush=True)
+    for path in arguments.recordings:
+        figures["codec_recordings"][path.stem] = codec_figures(codec, load_recording(path, num_samples))
+    figures["losses"] = evaluate_losses(model, held, len(held))
+    print(figures["losses"], flush=True)
+    classifier = train_classifier(codec, arguments.data / "train", 160, num_samples)
+    decoded = decode(codec, encode(codec, wav[: arguments.melodies]))
+    guesses = classifier.predict(decoded)
+    truth = [label.style for label in held.labels[: arguments.melodies]]
+    figures["classifier_accuracy_on_held_out"] = float(np.mean([a == b for a, b in zip(truth, guesses, strict=True)]))
+    styles = [held.labels[(index + 1) % arguments.melodies] for index in range(arguments.melodies)]
+    # Prompts of the next clip: the melody must come from the melody, the style from the words.
+    prompts = [(label.style, _prompt(label.mood, label.style)) for label in styles]
+    figures["generation"] = generation_figures(
+        model, tokenizer, classifier, wav[: arguments.melodies], prompts, arguments.duration, arguments.batch
+    )
+    print(figures["generation"], flush=True)
+    figures["recordings"] = {}
+    for path in arguments.recordings:
+        melody = load_recording(path, num_samples).expand(len(CARD_PROMPTS), -1)
+        out = generate(model, tokenizer, CARD_PROMPTS, melody, arguments.duration, seed=0)
+        exact = chroma_cosine_similarity(melody, out)
+        soft = chroma_cosine_similarity(melody, out, argmax=False)
+        figures["recordings"][path.stem] = {
+            prompt: {"right": round(exact[i].item(), 4), "right_soft": round(soft[i].item(), 4), "style": style}
+            for i, (prompt, style) in enumerate(zip(CARD_PROMPTS, classifier.predict(out), strict=True))
+        }
+    return figures
+
+
+def _prompt(mood: str, style: str) -> str:
+    from musicgen.demo.score import STYLES
+
+    return f"{mood} {STYLES[style].names[0]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Batches: delay pattern, crops, conditions."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from musicgen.demo.dataset import SPECIAL, delay, held_out_batch, load_clips, repeat_melody, sample_batch
+from musicgen.demo.evaluate import undelay
+from musicgen.demo.text import TEXT_LEN, build_tokenizer
+
+
+def test_delay_layout_and_its_inverse() -> None:
+    codes = torch.arange(24).view(1, 4, 6)
+    delayed = delay(codes)
+    assert delayed.shape == (1, 4, 10)
+    assert delayed[0, 2].tolist() == [SPECIAL] * 3 + codes[0, 2].tolist() + [SPECIAL]
+    assert (delayed[:, :, 0] == SPECIAL).all()
+    assert torch.equal(undelay(delayed), codes)
+
+
+def test_missing_cache_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="tokenise"):
+        load_clips(tmp_path)
+
+
+def test_a_melody_is_repeated_cyclically() -> None:
+    assert repeat_melody(torch.arange(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_training_batches(cached: Path) -> None:
+    clips, tokenizer = load_clips(cached), build_tokenizer()
+    for offset in (0, 160):
+        batch = sample_batch(clips, tokenizer, random.Random(1), 64, 40, offset)
+        assert batch.inputs.shape == batch.targets.shape == (64, 4, 40)
+        assert torch.equal(batch.inputs[:, :, 1:], batch.targets[:, :, :-1])
+        assert batch.text_ids.shape == (64, TEXT_LEN)
+        assert batch.chroma.shape == (64, 235)
+        assert (batch.inputs[:, :, 0] == SPECIAL).all() == (offset == 0)
+        # Both kinds of dropping occur, and neither always.
+        assert 0 < (batch.text_mask == 0).sum() < 32
+        assert 0 < (batch.chroma == 0).all(dim=1).sum() < 32
+    # The melody of a crop is right wherever it is kept, also when it was repeated.
+    codes = batch.targets[:, 0] // 50
+    kept = (batch.chroma != 0).any(dim=1)
+    frames = (torch.arange(40) + 160) * 10 // 64
+    assert torch.equal(batch.chroma[kept][:, frames], codes[kept])
+
+
+def test_held_out_conditions(cached: Path) -> None:
+    clips, tokenizer = load_clips(cached), build_tokenizer()
+    right = held_out_batch(clips, tokenizer, [0, 1], 20)
+    wrong = held_out_batch(clips, tokenizer, [0, 1], 20, melody="wrong", text="wrong")
+    none = held_out_batch(clips, tokenizer, [0, 1], 20, melody="none", text="none")
+    assert torch.equal(wrong.chroma[0], right.chroma[1])
+    assert torch.equal(wrong.text_ids[0], right.text_ids[1])
+    assert not torch.equal(wrong.text_ids[1], right.text_ids[1])
+    assert torch.equal(wrong.targets, right.targets)
+    assert none.text_mask.sum() == none.chroma.sum() == 0
+    assert right.text_mask.sum() == 2

@@ -1,0 +1,42 @@
+"""The evaluation's own measures: similarity pairs, collapse, the style classifier."""
+
+import math
+
+import pytest
+import torch
+
+from musicgen.demo.evaluate import collapse, similarities
+from musicgen.demo.style import features, fit_classifier
+
+
+def tone(frequency_hz: float, seconds: float = 2.0) -> torch.Tensor:
+    return 0.5 * torch.sin(2 * math.pi * frequency_hz * torch.arange(int(32000 * seconds)) / 32000)
+
+
+def test_right_pairs_are_told_from_wrong_ones() -> None:
+    melodies = torch.stack([tone(440.0), tone(523.25), tone(622.25)])
+    pairs = similarities(melodies, melodies)
+    assert pairs.right == pytest.approx(1.0)
+    assert pairs.wrong == 0.0
+    assert pairs.right_soft > 0.99 > pairs.wrong_soft
+
+
+def test_collapse() -> None:
+    tune = torch.cat([tone(440.0), tone(523.25), tone(622.25)])
+    wav = torch.stack([tune, tone(440.0, 6.0), 0.001 * tune, tune])
+    assert collapse(wav) == {"silent": 0.25, "one_note": 0.25}
+
+
+def test_classifier_separates_timbres() -> None:
+    torch.manual_seed(0)
+
+    def example(style: str) -> torch.Tensor:
+        pitch = 200 * 2 ** torch.rand(()).item()
+        wav = tone(pitch, 1.0)
+        return wav.sign() * 0.3 if style == "square" else wav + 0.2 * torch.randn(32000) * (style == "noisy")
+
+    styles = ["pure", "square", "noisy"] * 8
+    wav = torch.stack([example(style) for style in styles])
+    classifier = fit_classifier(features(wav), styles)
+    fresh = ["square", "noisy", "pure"] * 4
+    assert classifier.predict(torch.stack([example(style) for style in fresh])) == fresh
