@@ -6,12 +6,11 @@ Owns the order of a call: check everything, condition, generate codes, decode. K
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from musicgen.audio import convert_audio, validate_waveform
 from musicgen.codec_stream import decode_audio
 from musicgen.conditioning import Melody, condition
 from musicgen.errors import InvalidRequestError
@@ -19,7 +18,6 @@ from musicgen.generation import generate_codes, plan_windows
 from musicgen.inputs import (
     Waveforms,
     as_list,
-    check_sample_rate,
     checked_descriptions,
     checked_melodies,
     resolve_seeds,
@@ -27,6 +25,7 @@ from musicgen.inputs import (
 from musicgen.model import Model
 from musicgen.progress import Progress, ProgressCallback
 from musicgen.types import CodesRequest, SamplingParams
+from musicgen.waveform import check_sample_rate, convert_audio, validate_waveform
 from musicgen.weights import load_model
 
 MAX_DURATION_S = 3600.0
@@ -37,7 +36,7 @@ DEFAULT_DURATION_S = 15.0
 class GenerationParams:
     """What `set_generation_params` sets. Checked when made."""
 
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     duration_s: float = DEFAULT_DURATION_S
     extend_stride_s: float = 18.0
 

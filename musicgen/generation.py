@@ -43,9 +43,11 @@ def generate_codes(model: LanguageModel, request: CodesRequest, on_frames: OnFra
     """The codes `[K, T]` (int32, on the host) of one request, prompt included."""
     num_codebooks = model.config.decoder.num_codebooks
     codes = torch.empty(num_codebooks, 0, dtype=torch.int32)
-    if request.prompt_codes is not None:
-        codes = request.prompt_codes.to("cpu", torch.int32)
+    if request.known_codes is not None:
+        codes = request.known_codes.to("cpu", torch.int32)
     for window, conditioning in request.windows:
+        if codes.shape[-1] >= window.end:
+            continue
         codes = _extend(model, codes, window, conditioning, request.sampling, on_frames or (lambda _: None))
     return codes
 

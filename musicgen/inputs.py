@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from musicgen.audio import validate_waveform
 from musicgen.conditioning import Melody
 from musicgen.errors import InvalidRequestError
 from musicgen.types import MAX_SEED, SamplingParams
+from musicgen.waveform import check_sample_rate, validate_waveform
 
 Waveforms = Tensor | Sequence[Tensor | None]
 """`[B, C, N]`, `[C, N]` for a single one, or a list of `[C, N]`."""
@@ -40,8 +40,9 @@ def as_list(wavs: Waveforms, param: str) -> list[Tensor | None]:
 
 
 def checked_melodies(wavs: Waveforms, sample_rate: int | None, num_items: int) -> list[Melody | None]:
+    if sample_rate is None:
+        raise InvalidRequestError("the melodies' rate in Hz", "none", param="melody_sample_rate")
     check_sample_rate(sample_rate, "melody_sample_rate")
-    assert sample_rate is not None
     listed = as_list(wavs, "melody_wavs")
     if len(listed) != num_items:
         raise InvalidRequestError(
@@ -53,11 +54,6 @@ def checked_melodies(wavs: Waveforms, sample_rate: int | None, num_items: int) -
     return [
         None if wav is None else Melody(validate_waveform(wav, "melody_wavs"), sample_rate) for wav in listed
     ]
-
-
-def check_sample_rate(sample_rate: int | None, param: str) -> None:
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or not 1000 <= sample_rate <= 768_000:
-        raise InvalidRequestError("an integer rate in Hz, 1000 to 768000", repr(sample_rate), param=param)
 
 
 def resolve_seeds(seed: int | Sequence[int] | None, num_pieces: int) -> list[int]:

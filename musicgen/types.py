@@ -5,6 +5,8 @@ A request travels as: a user's call → `Conditioning` → `CodesRequest` → co
 
 from __future__ import annotations
 
+import enum
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -77,9 +79,99 @@ class CodesRequest:
     windows: tuple[tuple[Window, Conditioning], ...]
     """One window up to the model's longest duration; overlapping ones, in order, beyond it."""
     sampling: SamplingParams
-    prompt_codes: Tensor | None = None
-    """`[K, P]` codes that the result starts with, fewer frames than the result."""
+    known_codes: Tensor | None = None
+    """`[K, P]` codes that the result starts with, fewer frames than the result: a prompt, or, with the windows of
+    the first time, what an interrupted request had already made."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the result, known ones included."""
+        return self.windows[-1][0].end
+
+    @property
+    def num_known_frames(self) -> int:
+        return 0 if self.known_codes is None else self.known_codes.shape[-1]
 
     def with_seed(self, seed: int) -> CodesRequest:
         """The same request drawn another way."""
         return replace(self, sampling=replace(self.sampling, seed=seed))
+
+
+class FinishReason(enum.Enum):
+    """How a request ended. Every accepted request ends in exactly one of these."""
+
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    """Its caller, or the end of its lease, stopped it."""
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPolicy:
+    """How often a stream gets its frames: a small first chunk, then larger and larger ones."""
+
+    first_frames: int = 12
+    max_frames: int = 50
+    growth: float = 1.5
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.first_frames <= self.max_frames and self.growth >= 1):
+            raise InvalidRequestError("1 ≤ first_frames ≤ max_frames and growth ≥ 1", str(self), param="chunks")
+
+    def next_frames(self, last_frames: int) -> int:
+        """Length of the chunk after one of `last_frames` frames (0: the first)."""
+        return self.first_frames if last_frames == 0 else min(self.max_frames, math.ceil(last_frames * self.growth))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineRequest:
+    """What the engine is asked for. Set by the API or by the service."""
+
+    request_id: str
+    codes: CodesRequest
+    tenant: str = ""
+    weight: float = 1.0
+    """Share of a tenant, relative to the others'."""
+    priority: int = 0
+    """Lower goes first, whatever the shares."""
+    chunks: ChunkPolicy | None = None
+    """None: all frames at the end, for callers that do not listen meanwhile."""
+    deadline_s: float | None = None
+    """Seconds from now by which the last frame must be made; refused at once if that cannot be."""
+    lease_s: float | None = None
+    """Cancelled if nobody renews it for that long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request took."""
+
+    num_frames: int
+    """Frames made; those that were known are not counted."""
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodeChunk:
+    """Frames of one request, in order and without gaps. Set by the engine."""
+
+    request_id: str
+    codes: Tensor
+    """`[K, T]` int32 on the host."""
+    frame_offset: int
+    """Frame of the piece at which the chunk begins."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EndOfRequest:
+    """The one terminal event of a request."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    error: str | None = None
+
+
+EngineEvent = CodeChunk | EndOfRequest

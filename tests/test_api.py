@@ -1,0 +1,255 @@
+"""The API that audiocraft's users know: the model card's example, arguments, seeds, errors before any work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import tune
+
+from musicgen import MusicGen
+from musicgen.errors import InvalidRequestError
+from musicgen.model import Model
+
+
+@pytest.fixture
+def text(models: dict[str, Model]) -> MusicGen:
+    return _short(MusicGen(models["text"]))
+
+
+@pytest.fixture
+def melody(models: dict[str, Model]) -> MusicGen:
+    return _short(MusicGen(models["melody"]))
+
+
+def _short(model: MusicGen) -> MusicGen:
+    model.set_generation_params(duration=0.4)
+    return model
+
+
+def _wav(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def _both(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    assert isinstance(result, tuple)
+    return result
+
+
+def test_the_model_cards_example(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed on the card, but for imports, the model's name, the recording and the duration."""
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("bach.mp3", tune(3.0, 44100)[0].numpy(), 44100)
+
+    import torchaudio.functional  # noqa: F401 - the card imports torchaudio
+
+    from musicgen import MusicGen, audio_write
+    from musicgen.audio import load_audio
+
+    model = MusicGen.get_pretrained(str(folders["melody"]))
+    model.set_generation_params(duration=0.5)
+
+    descriptions = ["happy rock", "energetic EDM", "sad jazz"]
+
+    melody, sr = load_audio("bach.mp3")
+    # generates using the melody from the given audio and the provided descriptions.
+    wav = model.generate_with_chroma(descriptions, melody[None].expand(3, -1, -1), sr)
+
+    for idx, one_wav in enumerate(wav):
+        # Will save under {idx}.wav, with loudness normalization at -14 db LUFS.
+        audio_write(f"{idx}", one_wav.cpu(), model.sample_rate, strategy="loudness")
+
+    for idx in range(3):
+        samples, rate = soundfile.read(f"{idx}.wav")
+        assert rate == 32000
+        assert samples.shape == (16000,)
+
+
+def test_attributes_and_defaults(models: dict[str, Model]) -> None:
+    model = MusicGen(models["text-stereo"])
+    assert (model.frame_rate, model.sample_rate, model.audio_channels) == (50, 32000, 2)
+    assert (model.max_duration, model.duration) == (30.0, 15.0)
+    model.set_generation_params()
+    assert model.duration == 30.0
+
+
+def test_shapes_and_tokens(models: dict[str, Model]) -> None:
+    for kind, channels in (("text", 1), ("text-stereo", 2), ("melody-stereo", 2)):
+        wav, tokens = _both(_short(MusicGen(models[kind])).generate(["rock", None], return_tokens=True))
+        assert wav.shape == (2, channels, 12800)
+        assert tokens.shape == (2, 4 * channels, 20)
+        assert wav.isfinite().all()
+        assert wav.std() > 0
+
+
+def test_an_item_of_a_batch_is_what_it_is_alone(melody: MusicGen) -> None:
+    prompts = ["rock", "a longer prompt than the others have", None]
+    melodies = [tune(1.0), None, tune(2.0, first_note=3)]
+    wav, tokens = _both(melody.generate_with_chroma(prompts, melodies, 32000, return_tokens=True, seed=[5, 6, 7]))
+    for i, (prompt, tune_) in enumerate(zip(prompts, melodies, strict=True)):
+        alone, alone_tokens = _both(
+            melody.generate_with_chroma([prompt], [tune_], 32000, return_tokens=True, seed=5 + i)
+        )
+        assert torch.equal(alone_tokens[0], tokens[i])
+        torch.testing.assert_close(alone[0], wav[i], atol=1e-5, rtol=0)
+
+
+def test_seeds(text: MusicGen) -> None:
+    first = _wav(text.generate(["rock"], seed=0))
+    assert torch.equal(_wav(text.generate(["rock"], seed=0)), first)
+    assert not torch.equal(_wav(text.generate(["rock"], seed=1)), first)
+    assert not torch.equal(_wav(text.generate(["rock"])), _wav(text.generate(["rock"])))
+    torch.manual_seed(3)
+    drawn = _wav(text.generate(["rock"]))
+    torch.manual_seed(3)
+    assert torch.equal(_wav(text.generate(["rock"])), drawn)
+
+
+def test_num_samples(text: MusicGen) -> None:
+    _, tokens = _both(text.generate(["rock", "jazz"], return_tokens=True, seed=10, num_samples=3))
+    assert tokens.shape[0] == 6
+    _, alone = _both(text.generate(["jazz"], return_tokens=True, seed=14))
+    assert torch.equal(tokens[4], alone[0])
+    assert len({tuple(t.flatten().tolist()) for t in tokens}) == 6
+    assert _wav(text.generate_unconditional(2)).shape[0] == 2
+
+
+def test_melody_changes_the_music(melody: MusicGen) -> None:
+    melody.set_generation_params(duration=0.4, use_sampling=False)
+    pieces = [
+        _wav(melody.generate_with_chroma(["rock"], wavs, 32000))
+        for wavs in (tune(2.0), tune(2.0, first_note=4)[None], [None])
+    ]
+    assert not torch.equal(pieces[0], pieces[1])
+    assert not torch.equal(pieces[0], pieces[2])
+    assert torch.equal(pieces[2], _wav(melody.generate(["rock"])))
+
+
+def test_continuation_starts_with_the_prompt(melody: MusicGen) -> None:
+    prompt = tune(0.2)
+    melody.set_generation_params(duration=0.5)
+    _, tokens = _both(melody.generate_continuation(prompt, 32000, ["rock"], return_tokens=True, seed=1))
+    assert torch.equal(tokens[0, :, :10], melody.model.codec_encoder.encode(prompt))
+    assert tokens.shape[-1] == 25
+
+
+def test_continuation_with_a_melody(melody: MusicGen) -> None:
+    melody.set_generation_params(duration=0.6, use_sampling=False)
+    prompts = [tune(0.2), tune(0.3, 16000)]
+    plain = _wav(melody.generate_continuation(prompts, 32000))
+    both = _wav(
+        melody.generate_continuation(prompts, 32000, melody_wavs=[tune(2.0), None], melody_sample_rate=32000)
+    )
+    assert not torch.equal(plain[0], both[0])
+    assert torch.equal(plain[1], both[1])
+
+
+def test_stereo_continuation_from_a_mono_prompt(models: dict[str, Model]) -> None:
+    model = MusicGen(models["text-stereo"])
+    model.set_generation_params(duration=0.4)
+    wav, tokens = _both(model.generate_continuation(tune(0.2), 32000, return_tokens=True))
+    assert wav.shape == (1, 2, 12800)
+    assert torch.equal(tokens[0, ::2, :10], tokens[0, 1::2, :10])
+
+
+def test_longer_than_the_model_sees(models: dict[str, Model]) -> None:
+    model = MusicGen(models["text"])
+    model.set_generation_params(duration=31.0, extend_stride=18)
+    seen: list[tuple[int, int]] = []
+    model.set_custom_progress_callback(lambda done, total: seen.append((done, total)))
+    wav = _wav(model.generate(["rock"], seed=0))
+    assert wav.shape[-1] == 31 * 32000
+    done = [d for d, _ in seen]
+    assert done == sorted(set(done))
+    assert seen[-1] == (1550, 1550)
+
+
+def test_progress_over_a_batch(text: MusicGen, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[int, int]] = []
+    text.set_custom_progress_callback(lambda done, total: seen.append((done, total)))
+    text.generate(["rock", "jazz"])
+    assert [d for d, _ in seen] == list(range(1, 41))
+    assert {total for _, total in seen} == {40}
+    text.set_custom_progress_callback(None)
+    text.generate(["rock"], progress=True)
+    assert "20/20" in capsys.readouterr().err
+
+
+def test_threads_do_not_disturb_each_other(text: MusicGen) -> None:
+    expected = [_wav(text.generate(["rock"], seed=i)) for i in range(4)]
+    got: dict[int, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: got.update({i: _wav(text.generate(["rock"], seed=i))})) for i in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[i], expected[i]) for i in range(4))
+
+
+BAD_PARAMS = {
+    "duration": [0, -1, float("nan"), 1e9, 0.001],
+    "top_k": [-1, 2.5, True],
+    "top_p": [-0.1, 1.1, float("nan")],
+    "temperature": [-1.0, float("nan")],
+    "cfg_coef": [float("nan"), float("inf")],
+    "extend_stride": [0, 30, -2],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD_PARAMS.items() for v in values])
+def test_bad_params_are_refused_and_change_nothing(text: MusicGen, name: str, value: float) -> None:
+    with pytest.raises(InvalidRequestError, match="expected .*, got "):
+        text.set_generation_params(**{name: value})  # type: ignore[arg-type]
+    assert text.duration == 0.4
+
+
+NAN = torch.full((1, 3200), float("nan"))
+BAD_CALLS: dict[str, Callable[[MusicGen], object]] = {
+    "empty batch": lambda m: m.generate([]),
+    "a text for a list": lambda m: m.generate("rock"),
+    "not a text": lambda m: m.generate([3]),  # type: ignore[list-item]
+    "no samples": lambda m: m.generate(["rock"], num_samples=0),
+    "none to make": lambda m: m.generate_unconditional(0),
+    "negative seed": lambda m: m.generate(["rock"], seed=-1),
+    "too few seeds": lambda m: m.generate(["rock", "jazz"], seed=[1]),
+    "seed not a number": lambda m: m.generate(["rock"], seed=[1.5]),  # type: ignore[list-item]
+    "too long a text": lambda m: m.generate(["rock " * 600]),
+    "too few melodies": lambda m: m.generate_with_chroma(["rock", "jazz"], [tune(1.0)], 32000),
+    "empty melody": lambda m: m.generate_with_chroma(["rock"], [torch.zeros(1, 0)], 32000),
+    "melody with NaN": lambda m: m.generate_with_chroma(["rock"], [NAN], 32000),
+    "melody of one axis": lambda m: m.generate_with_chroma(["rock"], torch.zeros(100), 32000),
+    "no rate": lambda m: m.generate_with_chroma(["rock"], [tune(1.0)], 0),
+    "no prompts": lambda m: m.generate_continuation([], 32000),
+    "no prompt": lambda m: m.generate_continuation([None], 32000),
+    "empty prompt": lambda m: m.generate_continuation(torch.zeros(1, 0), 32000),
+    "prompt too long": lambda m: m.generate_continuation(tune(0.4), 32000),
+    "counts that do not match": lambda m: m.generate_continuation(tune(0.1), 32000, ["rock", "jazz"]),
+    "melody without a rate": lambda m: m.generate_continuation(tune(0.1), 32000, melody_wavs=[tune(1.0)]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_are_refused_before_any_work(melody: MusicGen, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_work(*_: object, **__: object) -> None:
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr("musicgen.api.generate_codes", no_work)
+    with pytest.raises(InvalidRequestError, match="expected .*, got "):
+        BAD_CALLS[case](melody)
+
+
+def test_text_models_take_no_melody(text: MusicGen) -> None:
+    with pytest.raises(InvalidRequestError, match="no melody"):
+        text.generate_with_chroma(["rock"], [tune(1.0)], 32000)
+    with pytest.raises(InvalidRequestError, match="no melody"):
+        text.generate_continuation(tune(0.1), 32000, melody_wavs=tune(1.0), melody_sample_rate=32000)
+    with pytest.raises(InvalidRequestError, match="double guidance"):
+        text.set_generation_params(cfg_coef_beta=3.0)
+    assert _wav(text.generate_with_chroma(["rock"], [None], 32000)).shape[-1] == 12800
