@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from musicgen.config import ChromaConfig
 from musicgen.errors import InvalidRequestError
+from musicgen.waveform import resample
 
 _A440_OVER_16_HZ = 440.0 / 16
 """Octaves are counted from the A four octaves below concert pitch."""
@@ -94,7 +95,8 @@ class ChromaExtractor(nn.Module):
         if channels.ndim != 2 or channels.numel() == 0 or not channels.is_floating_point():
             got = f"{waveform.dtype} {list(waveform.shape)}"
             raise InvalidRequestError("a float waveform [N] or [C, N], N ≥ 1", got, param="melody")
-        mono = self._resample(channels.to(self.filters).mean(dim=0), sample_rate)[: self.max_samples]
+        mono = resample(channels.to(self.filters).mean(dim=0), sample_rate, self.config.sample_rate)
+        mono = mono[: self.max_samples]
         if mono.shape[0] < self.config.n_fft:  # one window, the recording in its middle
             missing = self.config.n_fft - mono.shape[0]
             mono = F.pad(mono, (missing // 2, missing - missing // 2))
@@ -104,14 +106,3 @@ class ChromaExtractor(nn.Module):
         one_hot = F.one_hot(chroma.argmax(dim=0), self.config.num_chroma).to(self.filters.dtype)
         num_repeats = -(-self.config.num_frames // one_hot.shape[0])
         return one_hot.repeat(num_repeats, 1)[: self.config.num_frames]
-
-    def _resample(self, mono: Tensor, sample_rate: int) -> Tensor:
-        """To the model's rate, with the filter that transformers' extractor uses."""
-        from torchaudio.functional import resample
-
-        if sample_rate == self.config.sample_rate:
-            return mono
-        if not isinstance(sample_rate, int) or isinstance(sample_rate, bool) or not 1000 <= sample_rate <= 768_000:
-            raise InvalidRequestError("a sample rate of 1000 to 768000 Hz", repr(sample_rate), param="melody")
-        resampled: Tensor = resample(mono, sample_rate, self.config.sample_rate, rolloff=0.945, lowpass_filter_width=24)
-        return resampled

@@ -95,6 +95,7 @@ class EncodecDecoder(nn.Module):
         Raises:
             InvalidRequestError: codes of a wrong shape or range.
         """
+        self.check_codes(codes)
         latents = self._dequantise(codes)
         tails = self._unpack(state.values)
         first = state.num_frames < self.min_first_frames
@@ -128,8 +129,8 @@ class EncodecDecoder(nn.Module):
             samples[:, offset : state.num_samples] = out
         return samples
 
-    def _dequantise(self, codes: Tensor) -> Tensor:
-        """`[B, K, T]` codes → `[T, B, codebook_dim]`: the sum of the chosen entries."""
+    def check_codes(self, codes: Tensor) -> None:
+        """Raises: InvalidRequestError: not `[B, K, T]` integers in range; see `decode`."""
         num_codebooks, codebook_size, _ = self.codebooks.shape
         if codes.ndim != 3 or not 1 <= codes.shape[1] <= num_codebooks or codes.is_floating_point():
             expected = f"integers [B, K, T] with K ≤ {num_codebooks}"
@@ -137,10 +138,13 @@ class EncodecDecoder(nn.Module):
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
             got = f"a range of {int(codes.min())} to {int(codes.max())}"
             raise InvalidRequestError(f"codes in [0, {codebook_size})", got, param="codes")
+
+    def _dequantise(self, codes: Tensor) -> Tensor:
+        """`[B, K, T]` codes → `[T, B, codebook_dim]`: the sum of the chosen entries."""
         by_time = codes.to(self.codebooks.device).permute(1, 2, 0)
-        latents: Tensor = F.embedding(by_time[0], self.codebooks[0])
+        latents = self.codebooks[0][by_time[0]]
         for k in range(1, codes.shape[1]):
-            latents += F.embedding(by_time[k], self.codebooks[k])
+            latents += self.codebooks[k][by_time[k]]
         return latents
 
     def _synthesise(self, x: Tensor, tails: list[Tensor], piece: Piece) -> tuple[Tensor, list[Tensor]]:
@@ -149,9 +153,9 @@ class EncodecDecoder(nn.Module):
         pending = iter(tails)
 
         def run(layer: StreamConv | StreamUpsample | StreamResidual, x: Tensor) -> Tensor:
-            out, tail = layer(x, next(pending)[: layer.tail_shape[0]], piece)
-            after.append(tail)
-            return out
+            result: tuple[Tensor, Tensor] = layer(x, next(pending)[: layer.tail_shape[0]], piece)
+            after.append(result[1])
+            return result[0]
 
         x = run(self.conv_in, x)
         hidden, cell = next(pending), next(pending)

@@ -1,0 +1,138 @@
+"""Audio files: reading whatever libsndfile reads, and audiocraft's `audio_write`.
+
+Audio is `[C, N]` float32 in [−1, 1] everywhere. The one place to import audio functions from; checks and rates are in
+`waveform.py`, levels in `loudness.py`, formats in `audio_encode.py`. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from musicgen.audio_encode import FORMATS, checked_format, encode_audio, generation_metadata
+from musicgen.errors import InvalidRequestError
+from musicgen.loudness import STRATEGIES, Strategy, check_strategy, measure_loudness, normalize_audio
+from musicgen.waveform import (
+    MAX_CHANNELS,
+    check_sample_rate,
+    convert_audio,
+    convert_channels,
+    resample,
+    to_mono,
+    validate_waveform,
+)
+
+__all__ = [
+    "FORMATS",
+    "STRATEGIES",
+    "audio_write",
+    "convert_audio",
+    "convert_channels",
+    "encode_audio",
+    "generation_metadata",
+    "load_audio",
+    "measure_loudness",
+    "normalize_audio",
+    "resample",
+    "to_mono",
+    "validate_waveform",
+]
+
+MAX_DURATION_S = 1800.0
+
+
+def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float = MAX_DURATION_S) -> tuple[Tensor, int]:
+    """Read an audio file.
+
+    Args:
+        source: a path, or a file's content.
+        max_duration_s: more is refused before it is decoded.
+    Returns:
+        `[C, N]` float32, and the sample rate in Hz.
+    Raises:
+        InvalidRequestError: no such file, not audio, empty, too long, too many channels, NaN or infinite samples.
+    """
+    name = "audio data" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise InvalidRequestError("an audio file", f"{name}, which is no file", param="audio")
+    try:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
+            rate, channels = int(file.samplerate), int(file.channels)
+            _check_size(name, file.frames, rate, channels, max_duration_s)
+            samples = file.read(dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        hint = "wav, flac, mp3, ogg, opus and aiff can be read"
+        raise InvalidRequestError("a readable audio file", f"{name} ({error})", hint, param="audio") from error
+    check_sample_rate(rate)
+    return validate_waveform(torch.from_numpy(np.ascontiguousarray(samples.T)), "audio", name=name), rate
+
+
+def _check_size(name: str, num_samples: int, rate: int, channels: int, max_duration_s: float) -> None:
+    if num_samples > max_duration_s * rate:
+        got = f"{name} of {num_samples / rate:.0f} s"
+        raise InvalidRequestError(f"at most {max_duration_s:g} s of audio", got, "cut it first", param="audio")
+    if channels > MAX_CHANNELS:
+        got = f"{name} with {channels}"
+        raise InvalidRequestError(f"at most {MAX_CHANNELS} channels", got, "mix it to stereo first", param="audio")
+
+
+def audio_write(
+    stem_name: str | os.PathLike[str],
+    wav: Tensor,
+    sample_rate: int,
+    format: str = "wav",
+    mp3_rate: int = 320,
+    ogg_rate: int | None = None,
+    normalize: bool = True,
+    strategy: Strategy = "peak",
+    peak_clip_headroom_db: float = 1,
+    rms_headroom_db: float = 18,
+    loudness_headroom_db: float = 14,
+    loudness_compressor: bool = False,
+    log_clipping: bool = True,
+    make_parent_dir: bool = True,
+    add_suffix: bool = True,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Normalise audio and write it to a file, whole or not at all. Names and defaults are audiocraft's.
+
+    Args:
+        stem_name: the path without its suffix, which is added unless `add_suffix` is false.
+        make_parent_dir: make the folder if there is none.
+        normalize, strategy, ..., log_clipping: see `normalize_audio`; the others: see `encode_audio`.
+    Returns:
+        The path of the file.
+    Raises:
+        InvalidRequestError: bad audio, rate, format, strategy or tag, or a folder that cannot be written to.
+    """
+    check_strategy(strategy)
+    wav = validate_waveform(wav)
+    checked_format(format, wav.shape[0])
+    path = Path(f"{os.fspath(stem_name)}.{format}" if add_suffix else stem_name)
+    levelled = normalize_audio(
+        wav, normalize, strategy, peak_clip_headroom_db, rms_headroom_db, loudness_headroom_db, loudness_compressor,
+        log_clipping, sample_rate, str(stem_name),
+    )  # fmt: skip
+    content = encode_audio(levelled, sample_rate, format, mp3_rate=mp3_rate, ogg_rate=ogg_rate, metadata=metadata)
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        if make_parent_dir:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise InvalidRequestError("a place to write to", f"{path} ({error.strerror})", param="stem_name") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return path

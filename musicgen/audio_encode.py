@@ -1,0 +1,133 @@
+"""Audio to the bytes of a file: wav, flac, mp3, ogg and opus, with metadata.
+
+Owns what each format can hold and what a generated file says of itself. Knows no paths and sets no levels.
+"""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soundfile
+from torch import Tensor
+
+from musicgen.errors import InvalidRequestError
+from musicgen.waveform import MAX_CHANNELS, check_sample_rate, resample, validate_waveform
+
+SOFTWARE = "musicgen-serve"
+MACHINE_MADE = "Machine-made music"
+_TAGS = ("title", "artist", "album", "date", "genre", "copyright", "license", "comment", "software")
+_MAX_TAG_CHARS = 1000
+_WRITE_BLOCK = 65536
+"""Samples a call: libsndfile's Vorbis encoder takes stack in proportion, and can overflow it on long pieces."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFormat:
+    """How libsndfile writes a format."""
+
+    container: str
+    subtype: str
+    sample_rates: tuple[int, ...] = ()
+    """The only ones possible, in Hz; empty: any."""
+    max_channels: int = MAX_CHANNELS
+
+
+FORMATS: Mapping[str, FileFormat] = {
+    "wav": FileFormat("WAV", "PCM_16"),
+    "flac": FileFormat("FLAC", "PCM_16"),
+    "mp3": FileFormat("MP3", "MPEG_LAYER_III", (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000), 2),
+    "ogg": FileFormat("OGG", "VORBIS"),
+    "opus": FileFormat("OGG", "OPUS", (48000,), 2),
+}
+
+
+def generation_metadata(model: str, seed: int, *, license: str = "", prompt: str = "") -> dict[str, str]:
+    """What a generated file says of itself: that a machine made it, by which model, from which seed and text."""
+    parts = [MACHINE_MADE, f"model: {model}", f"seed: {seed}"]
+    parts += [f"licence of the weights: {license}"] if license else []
+    parts += [f"prompt: {prompt}"] if prompt else []
+    return {"comment": "; ".join(parts), "software": SOFTWARE}
+
+
+def encode_audio(
+    wav: Tensor,
+    sample_rate: int,
+    format: str = "wav",
+    *,
+    mp3_rate: int = 320,
+    ogg_rate: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """The content of an audio file.
+
+    Args:
+        wav: `[N]` or `[C, N]` float; what exceeds [−1, 1] is cut (see `normalize_audio`).
+        sample_rate: in Hz; resampled where the format does not know it (opus: 48 kHz).
+        format: a name in `FORMATS`; wav and flac have 16 bits.
+        mp3_rate: kbit/s of mp3. ogg_rate: approximate kbit/s of ogg; the default leaves it to the encoder.
+        metadata: tags (title, artist, album, date, genre, copyright, license, comment, software), as far as the
+            format has them; None says only that a machine made it; empty writes none.
+    Raises:
+        InvalidRequestError: bad audio, rate, format or tag.
+    """
+    wav = validate_waveform(wav).detach().cpu()
+    check_sample_rate(sample_rate)
+    target = checked_format(format, wav.shape[0])
+    if target.sample_rates and sample_rate not in target.sample_rates:
+        higher = [rate for rate in target.sample_rates if rate >= sample_rate]
+        new_rate = min(higher, default=max(target.sample_rates))
+        wav, sample_rate = resample(wav, sample_rate, new_rate), new_rate
+    tags = _checked_tags(metadata, ascii_only=format == "mp3")
+    buffer = io.BytesIO()
+    quality = _quality(format, sample_rate, mp3_rate, ogg_rate)
+    with soundfile.SoundFile(
+        buffer, "w", sample_rate, wav.shape[0], target.subtype, format=target.container, **quality
+    ) as file:
+        for tag, value in tags.items():
+            setattr(file, tag, value)
+        samples = np.ascontiguousarray(wav.clamp(-1, 1).numpy().T)
+        for start in range(0, len(samples), _WRITE_BLOCK):
+            file.write(samples[start : start + _WRITE_BLOCK])
+    return buffer.getvalue()
+
+
+def checked_format(format: str, channels: int) -> FileFormat:
+    if format not in FORMATS:
+        raise InvalidRequestError("one of " + ", ".join(FORMATS), repr(format), param="format")
+    if channels > FORMATS[format].max_channels:
+        expected = f"at most {FORMATS[format].max_channels} channels for {format}"
+        raise InvalidRequestError(expected, str(channels), "choose flac or wav", param="format")
+    return FORMATS[format]
+
+
+def _checked_tags(metadata: Mapping[str, str] | None, *, ascii_only: bool) -> dict[str, str]:
+    tags = {}
+    given = {"comment": MACHINE_MADE, "software": SOFTWARE} if metadata is None else metadata
+    for tag, value in given.items():
+        if tag not in _TAGS:
+            raise InvalidRequestError("a tag of " + ", ".join(_TAGS), repr(tag), param="metadata")
+        text = " ".join(str(value).replace("\0", " ").split())[:_MAX_TAG_CHARS]
+        if ascii_only:  # libsndfile writes mp3 tags in Latin-1 but passes UTF-8 through
+            text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        tags[tag] = text
+    return tags
+
+
+def _quality(format: str, sample_rate: int, mp3_rate: int, ogg_rate: int | None) -> dict[str, Any]:
+    """libsndfile's 0 (best) to 1 (smallest) for a bit rate.
+
+    mp3: linear between the standard's highest and lowest rates. ogg: Vorbis' quality steps have nominal rates.
+    """
+    if format == "mp3":
+        high, low = (320, 32) if sample_rate >= 32000 else (160, 8)
+        level = (high - min(max(mp3_rate, low), high)) / (high - low)
+        return {"bitrate_mode": "CONSTANT", "compression_level": level}
+    if format == "ogg" and ogg_rate is not None:
+        nominal = (64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 500)
+        return {"compression_level": 1 - float(np.interp(ogg_rate, nominal, np.linspace(0, 1, len(nominal))))}
+    return {}

@@ -1,0 +1,108 @@
+"""Audio as tensors: checks, sample rates, channels. Knows nothing of files or models."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from musicgen.errors import InvalidRequestError
+
+MAX_CHANNELS = 8
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 768_000
+_MAX_TERM = 2000
+"""The filter bank of a ratio p/q has a size of about p · q: rates without a common factor would need gigabytes. A
+ratio of terms up to this is within 1e-6 of any other, which nobody hears."""
+
+
+def check_sample_rate(sample_rate: int, param: str = "sample_rate") -> None:
+    """Raises: InvalidRequestError: not a whole number of Hz, or none that any audio has."""
+    is_int = isinstance(sample_rate, int) and not isinstance(sample_rate, bool)
+    if not is_int or not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+        expected = f"an integer rate in Hz, {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
+        raise InvalidRequestError(expected, repr(sample_rate), param=param)
+
+
+def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
+    """`[..., N]` float32 at `from_rate` Hz → `[..., ⌈N · to_rate / from_rate⌉]` at `to_rate`, to within 1e-6 of that.
+
+    A windowed sinc of 24 zero crossings that begins to fall at 94.5 % of the band: the filter that MusicGen was
+    trained with (julius), as transformers' melody features set it for torchaudio.
+
+    Raises:
+        InvalidRequestError: an impossible rate.
+    """
+    from torchaudio.functional import resample as torchaudio_resample
+
+    check_sample_rate(from_rate)
+    check_sample_rate(to_rate)
+    if from_rate == to_rate or wav.shape[-1] == 0:
+        return wav
+    ratio = Fraction(to_rate, from_rate)
+    if max(ratio.numerator, ratio.denominator) > _MAX_TERM:
+        small = Fraction(min(ratio, 1 / ratio)).limit_denominator(_MAX_TERM)
+        ratio = small if ratio < 1 else 1 / small
+    resampled: Tensor = torchaudio_resample(
+        wav, ratio.denominator, ratio.numerator, rolloff=0.945, lowpass_filter_width=24
+    )
+    return resampled
+
+
+def validate_waveform(wav: Any, param: str = "wav", *, name: str = "a waveform") -> Tensor:
+    """Check audio that a caller passes in.
+
+    Args:
+        wav: `[N]` or `[C, N]` tensor: floats, or 16- or 32-bit PCM.
+        param, name: what the error calls it.
+    Returns:
+        `[C, N]` float32; the input's memory where possible.
+    Raises:
+        InvalidRequestError: not a tensor, of another shape, empty, longer than 30 minutes at 768 kHz, NaN or infinite.
+    """
+    if not isinstance(wav, Tensor):
+        raise InvalidRequestError("a tensor [C, N]", f"{name} of type {type(wav).__name__}", param=param)
+    shape = list(wav.shape)
+    samples: Tensor = wav[None] if wav.ndim == 1 else wav
+    if samples.ndim != 2 or not 1 <= samples.shape[0] <= MAX_CHANNELS:
+        hint = "transpose it" if samples.ndim == 2 and 1 <= samples.shape[1] <= MAX_CHANNELS else ""
+        raise InvalidRequestError(f"shape [N] or [C, N] with C ≤ {MAX_CHANNELS}", f"{shape}", hint, param=param)
+    if samples.shape[1] == 0:
+        raise InvalidRequestError("at least one sample", f"{name} without any", param=param)
+    if samples.dtype in (torch.int16, torch.int32):
+        samples = samples.float() / (-torch.iinfo(samples.dtype).min)
+    if not samples.is_floating_point():
+        raise InvalidRequestError("float samples, or 16- or 32-bit PCM", str(samples.dtype), param=param)
+    samples = samples.float()
+    if not bool(samples.isfinite().all()):
+        raise InvalidRequestError("finite samples", f"{name} with NaN or infinite ones", param=param)
+    return samples
+
+
+def to_mono(wav: Tensor) -> Tensor:
+    """`[..., C, N]` → `[..., 1, N]`, the mean of the channels."""
+    return wav.mean(dim=-2, keepdim=True)
+
+
+def convert_channels(wav: Tensor, channels: int) -> Tensor:
+    """`[..., C, N]` → `[..., channels, N]`: mixed to mono, repeated from mono, or the first ones.
+
+    Raises:
+        InvalidRequestError: fewer channels than asked for, and not mono.
+    """
+    if wav.shape[-2] == channels:
+        return wav
+    if channels == 1:
+        return to_mono(wav)
+    if wav.shape[-2] == 1:
+        return wav.expand(*wav.shape[:-2], channels, wav.shape[-1])
+    if wav.shape[-2] > channels:
+        return wav[..., :channels, :]
+    raise InvalidRequestError(f"1 or at least {channels} channels", str(wav.shape[-2]), param="channels")
+
+
+def convert_audio(wav: Tensor, from_rate: int, to_rate: int, to_channels: int) -> Tensor:
+    """`[..., C, N]` at `from_rate` Hz → `[..., to_channels, N']` at `to_rate` Hz. Raises: as `resample` and
+    `convert_channels`."""
+    return resample(convert_channels(wav, to_channels), from_rate, to_rate)
