@@ -1,0 +1,67 @@
+"""The command `musicgen`: reads the command line, runs one subcommand, turns errors into a line and an exit code.
+
+Knows which module runs a subcommand, and imports it only then, so that `--help` waits for nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from musicgen.cli.options import build_parser
+from musicgen.errors import InvalidRequestError, MusicGenError
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+DEBUG = "MUSICGEN_DEBUG"
+"""Environment variable: 1 lets errors through with their traceback."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: what follows `musicgen` on the command line; None takes the process's own.
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
+    Raises:
+        SystemExit: after `--help` and `--version` (0) and for a command line that cannot be read (2).
+    """
+    parser = build_parser()
+    namespace = parser.parse_args(arguments)
+    if namespace.command is None:
+        parser.print_help()
+        return 0
+    try:
+        code = _run(vars(namespace))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nmusicgen: interrupted; the files named above are complete", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except MusicGenError as error:
+        if os.environ.get(DEBUG) == "1":
+            raise
+        print(f"musicgen: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(error, InvalidRequestError) else EXIT_FAILED
+
+
+def _run(values: dict[str, object]) -> int:
+    command = values.pop("command")
+    if command == "generate":
+        from musicgen.cli import generate
+
+        return generate.run(values)
+    if command == "models":
+        from musicgen.cli import models
+
+        return models.run(**values)  # type: ignore[arg-type]
+    from musicgen.cli import doctor
+
+    return doctor.run(**values)  # type: ignore[arg-type]
+
+
+__all__ = ["main"]

@@ -1,0 +1,134 @@
+"""`musicgen doctor`: versions, devices and backends of this machine, and why they were chosen. Changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json as json_format
+import os
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from musicgen_kernels import backend, isa
+from musicgen_kernels.errors import BackendUnavailableError
+
+from musicgen import __version__
+from musicgen.cli.quiet import quiet_libraries
+
+PACKAGES = (
+    *("torch", "torchaudio", "transformers", "huggingface-hub", "soundfile", "pyloudnorm"),
+    *("triton", "ray", "demucs"),
+)
+NOT_INSTALLED = "not installed"
+
+
+def run(*, json: bool) -> int:
+    """Print what was found. Returns the exit code."""
+    with quiet_libraries():
+        found = examine()
+    print(json_format.dumps(found) if json else _as_text(found))
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything that is printed, as plain data; what could not be found out says why."""
+    return {
+        "musicgen": __version__,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "cpu": _cpu(),
+        "backends": {device: _backends(device, dtype) for device, dtype in _targets()},
+        "stems": _stems(),
+        "hugging_face": _hugging_face(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_INSTALLED
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu: {_processor()}"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory_gib = properties.total_memory / 2**30
+        devices.append(
+            f"cuda:{index}: {properties.name}, {memory_gib:.0f} GiB, "
+            f"compute capability {properties.major}.{properties.minor}"
+        )
+    return devices
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
+
+
+def _cpu() -> dict[str, Any]:
+    """The compiled kernels: which instruction-set level runs, or why none does."""
+    found: dict[str, Any] = {"torch_capability": torch.backends.cpu.get_cpu_capability()}
+    found["torch_threads"] = torch.get_num_threads()
+    try:
+        found["supported_levels"] = isa.supported_levels()
+        found["extension"] = isa.load_level(None)[0]
+        found["reason"] = f"the best level that is built; {isa.ENVIRONMENT} asks for another"
+        if os.environ.get(isa.ENVIRONMENT, "").strip():
+            found["reason"] = f"{isa.ENVIRONMENT} asks for it"
+    except BackendUnavailableError as error:
+        found["extension"], found["reason"] = None, str(error)
+    return found
+
+
+def _targets() -> list[tuple[str, torch.dtype]]:
+    """Devices with the dtype that models have there by default."""
+    on_gpu = [("cuda", torch.float16)] if torch.cuda.is_available() else []
+    return [("cpu", torch.float32), *on_gpu]
+
+
+def _backends(device: str, dtype: torch.dtype) -> list[dict[str, str]]:
+    try:
+        return [asdict(choice) for choice in backend.report(device, dtype)]
+    except BackendUnavailableError as error:
+        return [{"operation": "all", "backend": "none", "reason": str(error)}]
+
+
+def _stems() -> str:
+    if importlib.util.find_spec("demucs") is None:
+        return "demucs is not installed: pip install 'musicgen-serve[stems]'"
+    return "demucs is installed"
+
+
+def _hugging_face() -> dict[str, Any]:
+    from huggingface_hub import constants
+
+    return {"cache": str(constants.HF_HUB_CACHE), "offline": bool(constants.HF_HUB_OFFLINE)}
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    lines = [f"musicgen {found['musicgen']}, Python {found['python']}", "", "versions"]
+    lines += [f"  {name:16}{version}" for name, version in found["versions"].items()]
+    lines += ["", "devices", *(f"  {device}" for device in found["devices"])]
+    cpu = found["cpu"]
+    lines += ["", "processor", f"  torch           {cpu['torch_capability']}, {cpu['torch_threads']} threads"]
+    if cpu["extension"] is None:
+        lines.append(f"  C++ kernels     none: {cpu['reason']}")
+    else:
+        levels = ", ".join(cpu["supported_levels"])
+        lines.append(f"  C++ kernels     {cpu['extension']} (offered: {levels}): {cpu['reason']}")
+    for device, choices in found["backends"].items():
+        lines += ["", f"kernel backends on {device}"]
+        lines += [f"  {choice['operation']:22}{choice['backend']:12}{choice['reason']}" for choice in choices]
+    hub = found["hugging_face"]
+    lines += ["", "weights", f"  cache           {hub['cache']}"]
+    lines.append(f"  offline mode    {'on: nothing is downloaded' if hub['offline'] else 'off'}")
+    return "\n".join([*lines, "", "stems", f"  {found['stems']}"])

@@ -1,0 +1,185 @@
+"""`musicgen generate`: checks everything, loads the model, makes the pieces one by one, writes and reports each.
+
+Owns the order of the work. Knows no sampling, no codec and no file format: those are the API's and `audio`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from musicgen.cli.checks import Recording, Recordings, check_inputs, check_loudness, check_with_model
+from musicgen.cli.options import GenerateOptions
+from musicgen.cli.plan import Piece, free_stem, make_folder, plan_pieces
+from musicgen.cli.quiet import quiet_libraries, torch_threads
+from musicgen.cli.report import Bar, Report, Written
+from musicgen.cli.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from musicgen.api import MusicGen
+
+
+def run(values: dict[str, Any]) -> int:
+    """Run the command with the values of `GenerateOptions`. Returns the exit code.
+
+    Raises:
+        MusicGenError: bad input (before any work), or a model that cannot be loaded.
+    """
+    options = GenerateOptions(**values)
+    pieces = plan_pieces(options)
+    loudness_lufs = check_loudness(options)
+    make_folder(options.out)
+    watch = Stopwatch()
+    with ExitStack() as stack:
+        with watch.measure("load"):
+            stack.enter_context(quiet_libraries())
+            stack.enter_context(torch_threads(options))
+            import musicgen.api  # noqa: F401 - so that its seconds count here, not for the checks
+        with watch.measure("inputs"):
+            recordings = check_inputs(options)
+        with watch.measure("load"):
+            model = _load(options)
+        check_with_model(options, recordings, model)
+        if options.stems:
+            with watch.measure("inputs"):
+                recordings = _separated(recordings, model)
+        return _make(options, pieces, recordings, model, watch, loudness_lufs)
+
+
+def _load(options: GenerateOptions) -> MusicGen:
+    import torch
+
+    from musicgen.api import MusicGen
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    return MusicGen.get_pretrained(options.model, options.device, dtype)
+
+
+def _separated(recordings: Recordings, model: MusicGen) -> Recordings:
+    """With melodies without drums and bass."""
+    from musicgen.stems import MelodyStems
+
+    stems = MelodyStems(model.sample_rate, device=model.device)
+    melodies = {
+        path: Recording(stems(melody.wav, melody.sample_rate), stems.sample_rate)
+        for path, melody in recordings.melodies.items()
+    }
+    return dataclasses.replace(recordings, melodies=melodies)
+
+
+def _make(
+    options: GenerateOptions,
+    pieces: list[Piece],
+    recordings: Recordings,
+    model: MusicGen,
+    watch: Stopwatch,
+    loudness_lufs: float,
+) -> int:
+    """Make, write and report the pieces one after another, so that an interruption loses one at most."""
+    _watch_parts(model, watch)
+    report = Report(options, model, len(pieces))
+    report.start(pieces[0].seed)
+    with Bar(len(pieces), options.duration) as bar:
+        model.set_custom_progress_callback(bar.frames)
+        for piece in pieces:
+            bar.begin(piece.title)
+            start = time.perf_counter()
+            with watch.measure("codes"):
+                wav = _generate(model, piece, recordings)
+            with watch.measure("write"):
+                path, picture = _write(options, piece, wav, model, loudness_lufs)
+                written = _read_back(piece, path, picture, time.perf_counter() - start)
+            bar.say(report.line(written))
+    report.finish(watch.seconds)
+    return 0
+
+
+def _watch_parts(model: MusicGen, watch: Stopwatch) -> None:
+    """Measure the model's parts (mutates which objects `model` uses); what is left of a call is the codes."""
+    import torch
+
+    if model.device.type == "cuda":
+        watch.synchronize = torch.cuda.synchronize
+    parts = model.model
+    model.model = dataclasses.replace(
+        parts,
+        text_encoder=watch.watch("inputs", parts.text_encoder, "encode"),
+        chroma=None if parts.chroma is None else watch.watch("inputs", parts.chroma),
+        codec_encoder=watch.watch("inputs", parts.codec_encoder, "encode"),
+        codec=watch.watch("decode", parts.codec, "decode", "decode_whole"),
+    )
+
+
+def _generate(model: MusicGen, piece: Piece, recordings: Recordings) -> Tensor:
+    """The samples `[C, N]` of one piece."""
+    melody = None if piece.melody is None else recordings.melodies[piece.melody]
+    texts = [piece.text]
+    if piece.prompt_audio is not None:
+        beginning = recordings.prompts[piece.prompt_audio]
+        wav = model.generate_continuation(
+            [beginning.wav],
+            beginning.sample_rate,
+            texts,
+            progress=True,
+            melody_wavs=None if melody is None else [melody.wav],
+            melody_sample_rate=None if melody is None else melody.sample_rate,
+            seed=piece.seed,
+        )
+    elif melody is not None:
+        wav = model.generate_with_chroma(texts, [melody.wav], melody.sample_rate, progress=True, seed=piece.seed)
+    else:
+        wav = model.generate(texts, progress=True, seed=piece.seed)
+    assert not isinstance(wav, tuple)  # no tokens were asked for
+    return wav[0]
+
+
+def _write(
+    options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen, loudness_lufs: float
+) -> tuple[Path, Path | None]:
+    """Write one piece, and its picture if one is wanted. Returns both paths."""
+    from musicgen.audio import audio_write, generation_metadata
+
+    config = model.model.config
+    tags = generation_metadata(config.name, piece.seed, license=config.license, prompt=piece.text or "")
+    suffixes = [f".{options.format}", *([".png"] if options.plot else [])]
+    path = audio_write(
+        free_stem(options.out, piece.file_stem, suffixes, overwrite=options.overwrite),
+        wav,
+        model.sample_rate,
+        format=options.format,
+        strategy=options.strategy,
+        loudness_headroom_db=-loudness_lufs,
+        metadata={"title": piece.title, **tags},
+    )
+    if not options.plot:
+        return path, None
+    from musicgen.plots import plot_audio
+
+    picture = path.with_suffix(".png")
+    plot_audio(wav, model.sample_rate, picture, title=piece.title)
+    return path, picture
+
+
+def _read_back(piece: Piece, path: Path, picture: Path | None, made_in_s: float) -> Written:
+    """What the file holds, measured on the file itself: a lossy format moves the peak."""
+    from musicgen.api import MAX_DURATION_S
+    from musicgen.audio import load_audio
+    from musicgen.loudness import measure_loudness
+
+    wav, sample_rate = load_audio(path, max_duration_s=2 * MAX_DURATION_S)
+    return Written(
+        path=path,
+        piece=piece,
+        duration_s=wav.shape[-1] / sample_rate,
+        sample_rate=sample_rate,
+        channels=wav.shape[0],
+        peak=float(wav.abs().max()),
+        loudness_lufs=measure_loudness(wav, sample_rate),
+        made_in_s=made_in_s,
+        picture=picture,
+    )

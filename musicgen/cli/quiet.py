@@ -1,0 +1,74 @@
+"""Settings of libraries for the length of a command: their chatter off its output, their threads. Put back afterwards.
+
+Progress of downloads stays: it is the user's business. So do the project's own warnings, a line each on stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from musicgen.cli.options import GenerateOptions
+from musicgen.errors import InvalidRequestError
+
+CHATTY_LOGGERS = ("transformers", "huggingface_hub", "torio", "torchaudio", "matplotlib")
+MAX_THREADS = 1024
+
+
+class _OneLine(logging.Handler):
+    """A warning of the project as a line on stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(f"musicgen: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No warnings, no log lines below an error, no bars for loading weights from disk."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in CHATTY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    own, handler = logging.getLogger("musicgen"), _OneLine(logging.WARNING)
+    own.addHandler(handler)
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        own.removeHandler(handler)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def torch_threads(options: GenerateOptions) -> Iterator[None]:
+    """Set the number of threads that torch works with.
+
+    Raises:
+        InvalidRequestError: an impossible number.
+    """
+    import torch
+
+    from musicgen.weights.registry import DEMO_MODEL
+
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        raise InvalidRequestError(f"an integer in [1, {MAX_THREADS}]", str(options.threads), param="threads")
+    before = torch.get_num_threads()
+    wanted = options.threads or (1 if options.model == DEMO_MODEL else before)
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,162 @@
+"""What `musicgen generate` says: the bar on stderr, a line for each file, the summary, JSON. Measures nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from musicgen.cli.options import GenerateOptions
+from musicgen.cli.plan import Piece
+from musicgen.cli.timing import PARTS, PartName
+
+if TYPE_CHECKING:
+    from musicgen.api import MusicGen
+
+DEMO_NOTE = "embedded demo model: small, made here, not Meta's weights"
+MAX_TITLE_LEN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished file, as it was read back. Set by `generate`."""
+
+    path: Path
+    piece: Piece
+    duration_s: float
+    sample_rate: int
+    channels: int
+    peak: float
+    """Largest absolute sample; 1 is full scale."""
+    loudness_lufs: float | None
+    """None for audio too short or too quiet to have one."""
+    made_in_s: float
+    picture: Path | None
+
+
+class Bar:
+    """The progress over all pieces, in seconds of music; hidden where stderr is no terminal."""
+
+    def __init__(self, num_pieces: int, duration_s: float) -> None:
+        self._num_pieces, self._duration_s = num_pieces, duration_s
+        self._index = 0
+        self._bar = tqdm(
+            total=round(num_pieces * duration_s, 2),
+            disable=None,
+            bar_format="{desc} {percentage:3.0f} %|{bar}| {n:.1f}/{total:g} s of music [{elapsed}<{remaining}]",
+        )
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, title: str) -> None:
+        """The next piece begins."""
+        self._index += 1
+        short = title if len(title) <= MAX_TITLE_LEN else f"{title[: MAX_TITLE_LEN - 1]}…"
+        self._bar.set_description_str(f"{self._index}/{self._num_pieces} {short}")
+
+    def frames(self, generated: int, total: int) -> None:
+        """`generated` of `total` frames of this piece are known."""
+        done_s = (self._index - 1 + generated / total) * self._duration_s
+        self._bar.update(done_s - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """A line on stdout, above the bar."""
+        self._bar.write(line)
+
+
+class Report:
+    """The lines of one run, in order: `start`, `line` for each file, `finish`."""
+
+    def __init__(self, options: GenerateOptions, model: MusicGen, num_pieces: int) -> None:
+        self._options, self._model, self._num_pieces = options, model, num_pieces
+        self._written: list[Written] = []
+
+    def start(self, first_seed: int) -> None:
+        from musicgen.weights.registry import DEMO_MODEL
+
+        config = self._model.model.config
+        what = DEMO_NOTE if self._options.model == DEMO_MODEL else f"model {config.name}"
+        print(f"{what}; licence of the weights: {config.license}; on {self._model.device}")
+        drawn = " (drawn; give it with --seed to get the same again)" if self._options.seed is None else ""
+        last = f" to {first_seed + self._num_pieces - 1}" if self._num_pieces > 1 else ""
+        print(f"seed {first_seed}{last}{drawn}", flush=True)
+
+    def line(self, written: Written) -> str:
+        """The line of a finished file; remembered for the summary."""
+        self._written.append(written)
+        parts = [
+            str(written.path),
+            f"{written.duration_s:.2f} s",
+            f"seed {written.piece.seed}",
+            f"peak {_decibels(written.peak)}",
+            "too short or quiet for a loudness"
+            if written.loudness_lufs is None
+            else f"{written.loudness_lufs:.1f} LUFS",
+            f"made in {written.made_in_s:.1f} s",
+        ]
+        picture = f"\n{written.picture}" if written.picture else ""
+        return "  ".join(parts) + picture
+
+    def finish(self, seconds: Mapping[PartName, float]) -> None:
+        """The summary; with --json, JSON as the last line.
+
+        Args:
+            seconds: of each part of the work.
+        """
+        audio_s = sum(written.duration_s for written in self._written)
+        work_s = sum(spent for part, spent in seconds.items() if part != "load")
+        factor = audio_s / work_s
+        print(
+            f"{audio_s:.1f} s of music in {work_s:.1f} s after loading: real-time factor {factor:.2f} "
+            "(seconds of music a second)"
+        )
+        print("; ".join(f"{label} {seconds[part]:.2f} s" for part, label in PARTS.items()))
+        if self._options.json:
+            self._print_json(audio_s, work_s, seconds)
+        sys.stdout.flush()
+
+    def _print_json(self, audio_s: float, work_s: float, seconds: Mapping[PartName, float]) -> None:
+        config = self._model.model.config
+        summary = {
+            "model": config.name,
+            "license": config.license,
+            "device": str(self._model.device),
+            "files": [_as_dict(written) for written in self._written],
+            "audio_s": round(audio_s, 3),
+            "work_s": round(work_s, 3),
+            "real_time_factor": round(audio_s / work_s, 3),
+            "parts_s": {part: round(spent, 3) for part, spent in seconds.items()},
+        }
+        print(json.dumps(summary, ensure_ascii=False))
+
+
+def _as_dict(written: Written) -> dict[str, Any]:
+    piece = written.piece
+    return {
+        "path": str(written.path),
+        "picture": str(written.picture) if written.picture else None,
+        "prompt": piece.text,
+        "melody": str(piece.melody) if piece.melody else None,
+        "prompt_audio": str(piece.prompt_audio) if piece.prompt_audio else None,
+        "seed": piece.seed,
+        "duration_s": round(written.duration_s, 3),
+        "sample_rate": written.sample_rate,
+        "channels": written.channels,
+        "peak": round(written.peak, 4),
+        "loudness_lufs": None if written.loudness_lufs is None else round(written.loudness_lufs, 2),
+        "made_in_s": round(written.made_in_s, 3),
+    }
+
+
+def _decibels(peak: float) -> str:
+    return f"{20 * math.log10(peak):.1f} dBFS" if peak > 0 else "none: silence"
