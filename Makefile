@@ -1,0 +1,65 @@
+# Everything a newcomer needs, from a bare clone. `make help` lists the targets.
+#
+#   VENV     where the virtual environment is made (default .venv)
+#   PYTHON   the interpreter to make it from, 3.10 or newer (default python3)
+#   PIP_ARGS more arguments for pip, such as an index with CPU-only torch
+#   OUT      where `make demo` writes (default out)
+
+VENV ?= .venv
+PYTHON ?= python3
+PIP_ARGS ?=
+OUT ?= out
+
+BIN := $(VENV)/bin
+DEPENDENCIES := $(VENV)/.dependencies-installed
+INSTALLED := $(VENV)/.project-installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.map)
+DEMO_PROMPTS := "happy rock" "sad jazz"
+DEMO_OPTIONS := --duration 8 --plot --overwrite -o $(OUT)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## make .venv, install everything into it, build the C++ kernels (the others do it when needed)
+
+demo: $(INSTALLED) ## make four pieces with the embedded model: two from text, two from a melody, with pictures, in out/
+	$(BIN)/python -m musicgen.demo.tune $(OUT)/ode-to-joy.wav
+	$(BIN)/musicgen generate $(DEMO_PROMPTS) --seed 7 $(DEMO_OPTIONS)
+	$(BIN)/musicgen generate $(DEMO_PROMPTS) --seed 7 --melody $(OUT)/ode-to-joy.wav $(DEMO_OPTIONS)
+	@$(BIN)/python -m musicgen.demo.check --rate 32000 --seconds 8 \
+	    $(OUT)/happy-rock_seed7.wav $(OUT)/sad-jazz_seed8.wav \
+	    $(OUT)/happy-rock_ode-to-joy_seed7.wav $(OUT)/sad-jazz_ode-to-joy_seed8.wav
+
+test: lint ## everything that must hold: lint, then all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff, mypy (strict) and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## remove what was built here (not .venv, and not the music in out/)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f kernels/musicgen_kernels/*.so $(VENV)/.project-installed
+	find musicgen kernels serving tests -name __pycache__ -prune -exec rm -rf {} +
+
+# An existing environment is used as it is.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "make: expected Python 3.10 or newer, got `$(PYTHON) --version 2>&1`; run make PYTHON=python3.x"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# First what the build needs, so that the project is built against the pinned set and without a second download.
+$(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing the dependencies into $(VENV); torch is large, so the first time takes some minutes"
+	$(PIP) setuptools pybind11 numpy
+	@touch $@
+
+$(INSTALLED): $(DEPENDENCIES) setup.py $(NATIVE)
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
