@@ -92,8 +92,8 @@ def _make(
             with watch.measure("codes"):
                 wav = _generate(model, piece, recordings)
             with watch.measure("write"):
-                path, picture = _write(options, piece, wav, model, loudness_lufs)
-                written = _read_back(piece, path, picture, time.perf_counter() - start)
+                path = _write(options, piece, wav, model, loudness_lufs)
+                written = _read_back(path, piece, time.perf_counter() - start, plot=options.plot)
             bar.say(report.line(written))
     report.finish(watch.seconds)
     return 0
@@ -138,16 +138,14 @@ def _generate(model: MusicGen, piece: Piece, recordings: Recordings) -> Tensor:
     return wav[0]
 
 
-def _write(
-    options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen, loudness_lufs: float
-) -> tuple[Path, Path | None]:
-    """Write one piece, and its picture if one is wanted. Returns both paths."""
+def _write(options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen, loudness_lufs: float) -> Path:
+    """Write one piece. Returns where."""
     from musicgen.audio import audio_write, generation_metadata
 
     config = model.model.config
     tags = generation_metadata(config.name, piece.seed, license=config.license, prompt=piece.text or "")
     suffixes = [f".{options.format}", *([".png"] if options.plot else [])]
-    path = audio_write(
+    return audio_write(
         free_stem(options.out, piece.file_stem, suffixes, overwrite=options.overwrite),
         wav,
         model.sample_rate,
@@ -156,20 +154,14 @@ def _write(
         loudness_headroom_db=-loudness_lufs,
         metadata={"title": piece.title, **tags},
     )
-    if not options.plot:
-        return path, None
-    from musicgen.plots import plot_audio
-
-    picture = path.with_suffix(".png")
-    plot_audio(wav, model.sample_rate, picture, title=piece.title)
-    return path, picture
 
 
-def _read_back(piece: Piece, path: Path, picture: Path | None, made_in_s: float) -> Written:
-    """What the file holds, measured on the file itself: a lossy format moves the peak."""
+def _read_back(path: Path, piece: Piece, made_in_s: float, *, plot: bool) -> Written:
+    """What the file holds, measured and drawn from the file itself: a lossy format moves the peak."""
     from musicgen.api import MAX_DURATION_S
     from musicgen.audio import load_audio
     from musicgen.loudness import measure_loudness
+    from musicgen.plots import plot_audio
 
     wav, sample_rate = load_audio(path, max_duration_s=2 * MAX_DURATION_S)
     return Written(
@@ -181,5 +173,5 @@ def _read_back(piece: Piece, path: Path, picture: Path | None, made_in_s: float)
         peak=float(wav.abs().max()),
         loudness_lufs=measure_loudness(wav, sample_rate),
         made_in_s=made_in_s,
-        picture=picture,
+        picture=plot_audio(wav, sample_rate, path.with_suffix(".png"), title=piece.title) if plot else None,
     )

@@ -126,7 +126,7 @@ def make_folder(folder: Path) -> None:
 
 
 def free_stem(folder: Path, stem: str, suffixes: Sequence[str], *, overwrite: bool) -> Path:
-    """Where to write, without the suffix: `stem`, or the first of `stem-2`, `stem-3` … of which no file is there yet."""
+    """Where to write, without the suffix: `stem`, or the first of `stem-2`, `stem-3` … that is free."""
     path, number = folder / stem, 1
     while not overwrite and any(path.with_name(f"{path.name}{suffix}").exists() for suffix in suffixes):
         number += 1
