@@ -30,7 +30,7 @@ LEVELS = {"baseline": [], "avx2": AVX2, "avx512": AVX512}
 COMMON = [
     *("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
     *("-fno-trapping-math", "-Wall", "-Wextra", "-pthread"),
-    "-Wno-maybe-uninitialized",  # g++ 12 warns of its own AVX-512 headers
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # g++ 12 warns of its own AVX-512 headers
 ]
 LINK = ["-Wl,--version-script=csrc/bindings/exports.map", "-Wl,--as-needed", "-pthread"]
 EXTRA = os.environ.get("MUSICGEN_KERNELS_CXXFLAGS", "").split()

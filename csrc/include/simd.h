@@ -155,11 +155,45 @@ MGK_INLINE float sum_lanes(F16 a) {
     return x[0];
 }
 MGK_INLINE float max_lanes(F16 a) {
-    alignas(64) float x[kLanes];
-    store(x, a);
-    for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] = x[i] < x[i + half] ? x[i + half] : x[i];
-    return x[0];
+#if defined(MGK_LEVEL_AVX512)
+    return _mm512_reduce_max_ps(a.part[0]);
+#else
+#if defined(MGK_LEVEL_AVX2)
+    const __m256 both = _mm256_max_ps(a.part[0], a.part[1]);
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+#else
+    __m128 x = _mm_max_ps(_mm_max_ps(a.part[0], a.part[1]), _mm_max_ps(a.part[2], a.part[3]));
+#endif
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+#endif
+}
+
+// ---- pairs of 16-bit integers in each lane
+MGK_INLINE I16 widen_bytes(const int8_t* p) {  // 32 bytes to 32 int16, two a lane
+    I16 r;
+#if defined(MGK_LEVEL_AVX512)
+    r.part[0] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(MGK_LEVEL_AVX2)
+    MGK_EACH r.part[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
+#else
+    for (int h = 0; h < 2; ++h) {
+        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * h));
+        r.part[2 * h] = _mm_srai_epi16(_mm_unpacklo_epi8(x, x), 8);
+        r.part[2 * h + 1] = _mm_srai_epi16(_mm_unpackhi_epi8(x, x), 8);
+    }
+#endif
+    return r;
+}
+MGK_INLINE I16 dot_pairs(I16 a, I16 b, I16 sum) {  // sum + a₀b₀ + a₁b₁ in each lane, exact
+#if defined(MGK_LEVEL_AVX512)
+    sum.part[0] = _mm512_dpwssd_epi32(sum.part[0], a.part[0], b.part[0]);
+#elif defined(MGK_LEVEL_AVX2)
+    MGK_EACH sum.part[i] = _mm256_add_epi32(sum.part[i], _mm256_madd_epi16(a.part[i], b.part[i]));
+#else
+    MGK_EACH sum.part[i] = _mm_add_epi32(sum.part[i], _mm_madd_epi16(a.part[i], b.part[i]));
+#endif
+    return sum;
 }
 
 // ---- narrow floats

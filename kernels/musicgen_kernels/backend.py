@@ -113,9 +113,7 @@ def from_environment(operation: str) -> str | None:
     return found
 
 
-def implementation(
-    operation: str, device: torch.device, dtype: torch.dtype, backend: str | None
-) -> Callable[..., Any]:
+def implementation(operation: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> Callable[..., Any]:
     """The function that runs the operation.
 
     Raises:

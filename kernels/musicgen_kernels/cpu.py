@@ -13,8 +13,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .checks import check_tensor
+from .errors import KernelArgumentError
 from .isa import load_level
+from .packing import KINDS, PackedLinear
+from .pages import KV_DTYPES, PagedKV
 from .sampling import SampleBatch
+
+HEAD_DIMS = (32, 64)
+TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FLOAT = (torch.float32,)
 
 
 class CpuBackend:
@@ -52,6 +60,133 @@ class CpuBackend:
         )
         pointers = tuple(tensor.data_ptr() for tensor in tensors)
         self.native.delayed_sample_step(pointers, sizes, torch.get_num_threads())
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: PackedLinear,
+        bias: Tensor | None,
+        gelu: bool,
+        residual: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """See `musicgen_kernels.linear.linear`."""
+        if weight.order != "tiles":
+            raise KernelArgumentError("weight", "order 'tiles'", repr(weight.order), "pack it for the CPU")
+        check_tensor("x", x, x.shape, _FLOAT)
+        self.native.linear(
+            *packed_arguments(weight),
+            *(x.data_ptr(), _address(bias), _address(residual), out.data_ptr()),
+            *(x.shape[0], gelu, torch.get_num_threads()),
+        )
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, out: Tensor
+    ) -> None:
+        """See `musicgen_kernels.norm.layer_norm`."""
+        check_tensor("x", x, x.shape, _FLOAT)
+        addresses = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _address(residual))
+        self.native.layer_norm(*addresses, eps, *x.shape, out.data_ptr(), torch.get_num_threads())
+
+    def embed_codes(self, codes: Tensor, tables: Tensor, positions: Tensor, sinusoids: Tensor, out: Tensor) -> None:
+        """See `musicgen_kernels.norm.embed_codes`."""
+        num_codebooks, num_entries, dim = tables.shape
+        self.native.embed_codes(
+            *(tables.data_ptr(), TABLE_DTYPES.index(tables.dtype), num_codebooks, num_entries - 1, dim),
+            *(sinusoids.data_ptr(), sinusoids.shape[0], codes.data_ptr(), positions.data_ptr()),
+            *(codes.shape[0], out.data_ptr(), torch.get_num_threads()),
+        )
+
+    def append_paged_kv(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        cache: PagedKV,
+        page_table: Tensor,
+        query_offsets: Tensor,
+        kv_lens: Tensor,
+    ) -> None:
+        """See `musicgen_kernels.attention.append_paged_kv`."""
+        check_tensor("keys", keys, keys.shape, _FLOAT, contiguous=False)
+        self.native.append_paged_kv(
+            page_arguments(cache),
+            row_arguments(page_table, query_offsets, kv_lens),
+            *(keys.data_ptr(), keys.stride(0), keys.stride(1)),
+            *(values.data_ptr(), values.stride(0), values.stride(1)),
+            *(keys.shape[0], torch.get_num_threads()),
+        )
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        cache: PagedKV,
+        page_table: Tensor,
+        query_offsets: Tensor,
+        kv_lens: Tensor,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        """See `musicgen_kernels.attention.paged_attention`."""
+        self._attention(query, cache, (page_table, query_offsets, kv_lens), scale, out, causal=True)
+
+    def cross_attention(
+        self,
+        query: Tensor,
+        cache: PagedKV,
+        page_table: Tensor,
+        query_offsets: Tensor,
+        kv_lens: Tensor,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        """See `musicgen_kernels.attention.cross_attention`."""
+        self._attention(query, cache, (page_table, query_offsets, kv_lens), scale, out, causal=False)
+
+    def _attention(
+        self,
+        query: Tensor,
+        cache: PagedKV,
+        rows: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        out: Tensor,
+        *,
+        causal: bool,
+    ) -> None:
+        check_tensor("query", query, query.shape, _FLOAT, contiguous=False)
+        self.native.paged_attention(
+            *(page_arguments(cache), row_arguments(*rows), causal),
+            *(query.data_ptr(), query.stride(0), query.stride(1), scale, out.data_ptr()),
+            *(query.shape[0], torch.get_num_threads()),
+        )
+
+
+def page_arguments(cache: PagedKV) -> tuple[int, ...]:
+    """What the compiled code is told of a layer's pages: addresses, dtype, sizes."""
+    if cache.layout != "cpu":
+        raise KernelArgumentError("cache.layout", "'cpu'", repr(cache.layout), "allocate it with new_kv_store")
+    num_pages, num_heads, _, head_dim = cache.k.shape
+    if head_dim not in HEAD_DIMS:
+        raise KernelArgumentError("head_dim", f"one of {HEAD_DIMS}", str(head_dim))
+    scales = (_address(cache.k_scales), _address(cache.v_scales))
+    kind = KV_DTYPES.index(cache.k.dtype)
+    return (cache.k.data_ptr(), cache.v.data_ptr(), *scales, kind, num_pages, num_heads, head_dim)
+
+
+def row_arguments(page_table: Tensor, query_offsets: Tensor, kv_lens: Tensor) -> tuple[int, ...]:
+    """What the compiled code is told of a ragged batch: addresses, number of rows, width of the table."""
+    addresses = (page_table.data_ptr(), query_offsets.data_ptr(), kv_lens.data_ptr())
+    return (*addresses, *page_table.shape)
+
+
+def packed_arguments(weight: PackedLinear) -> tuple[int, int, int, int, int, int]:
+    """What the compiled code is told of a packed matrix: address, offset of the scales, kind, N, K, group."""
+    kind = KINDS.index(weight.kind)
+    size = (weight.out_features, weight.in_features, weight.group_len)
+    return (weight.data.data_ptr(), weight.scales_offset, kind, *size)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

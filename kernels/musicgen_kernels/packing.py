@@ -149,9 +149,7 @@ def unpack_header(data: Tensor) -> PackedLinear:
     magic, version, kind, order, n, k, group, _, offset = fields
     if magic != MAGIC or version != VERSION or kind >= len(KINDS) or order >= len(ORDERS):
         got = f"{magic!r} version {version}"
-        raise KernelArgumentError(
-            "data", f"packed weights of version {VERSION}", got, "pack the weight again"
-        )
+        raise KernelArgumentError("data", f"packed weights of version {VERSION}", got, "pack the weight again")
     packed = PackedLinear(data, KINDS[kind], ORDERS[order], n, k, group)
     expected = packed.scales_offset + (2 * n * (k // group) if group else 0)
     if offset != packed.scales_offset or data.numel() != expected:
@@ -235,9 +233,7 @@ def _codes_to_rows(packed: PackedLinear) -> Tensor:
             return torch.stack([raw & 15, raw >> 4], dim=-1).view(n, k)
         halves = torch.stack([raw & 15, raw >> 4]).view(2, tiles, k // 32, 4, TILE, 4)
         return halves.permute(1, 4, 2, 0, 3, 5).reshape(n, k)
-    dtype, run = {"fp32": (torch.float32, 1), "bf16": (torch.bfloat16, 2), "int8": (torch.int8, 4)}[
-        packed.kind
-    ]
+    dtype, run = {"fp32": (torch.float32, 1), "bf16": (torch.bfloat16, 2), "int8": (torch.int8, 4)}[packed.kind]
     codes = raw.view(dtype)
     if packed.order == "rows":
         return codes.view(n, k)

@@ -79,9 +79,7 @@ class KVStore:
         """The pages of one layer, as views."""
         scales = (None, None)
         if self.k_scales is not None and self.v_scales is not None:
-            return PagedKV(
-                self.k[index], self.v[index], self.k_scales[index], self.v_scales[index], self.layout
-            )
+            return PagedKV(self.k[index], self.v[index], self.k_scales[index], self.v_scales[index], self.layout)
         return PagedKV(self.k[index], self.v[index], *scales, self.layout)
 
     @property

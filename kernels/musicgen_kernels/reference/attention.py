@@ -127,7 +127,5 @@ def _gather(cache: PagedKV, table: Tensor, length: int) -> tuple[Tensor, Tensor]
         None if cache.v_scales is None else cache.v_scales[ids],
         cache.layout,
     )
-    keys, values = (
-        pages.transpose(1, 2).flatten(0, 1)[:length] for pages in (chosen.keys(), chosen.values())
-    )
+    keys, values = (pages.transpose(1, 2).flatten(0, 1)[:length] for pages in (chosen.keys(), chosen.values()))
     return keys, values

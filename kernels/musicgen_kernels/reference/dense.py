@@ -24,9 +24,7 @@ def linear(
     out.copy_(y)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, out: Tensor
-) -> None:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, out: Tensor) -> None:
     """See `musicgen_kernels.norm.layer_norm`."""
     h = x.to(weight.dtype)
     if residual is not None:

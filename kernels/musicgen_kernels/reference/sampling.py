@@ -9,9 +9,7 @@ from ..sampling import SampleBatch
 from .philox import uniforms
 
 
-def delayed_sample_step(
-    logits: Tensor, batch: SampleBatch, delays: Tensor, sequences: Tensor, out: Tensor
-) -> None:
+def delayed_sample_step(logits: Tensor, batch: SampleBatch, delays: Tensor, sequences: Tensor, out: Tensor) -> None:
     """See `musicgen_kernels.sampling.delayed_sample_step`; writes `out` and `sequences`."""
     num_codebooks, num_codes = logits.shape[1:]
     offsets = batch.row_offsets.tolist()

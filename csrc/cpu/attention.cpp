@@ -1,0 +1,382 @@
+// Paged attention on the CPU. Lanes are positions for the scores (keys are stored transposed, so that a score needs no sum
+// across lanes) and head elements for the values.
+//
+// int8 pages stay integers: the query is rounded to 15 bits once, a page's scores are exact sums of 16-bit pairs; the
+// weights times the values' scales are rounded to 15 bits of the split's largest, and their sums are exact again.
+#include "attention.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "error.h"
+#include "team.h"
+#include "vector_math.h"
+
+namespace mgk {
+namespace MGK_ISA {
+
+namespace {
+
+#if defined(MGK_LEVEL_AVX512)
+constexpr int kChains = 4, kQueries = 4, kValueLanes = 64;
+#elif defined(MGK_LEVEL_AVX2)
+constexpr int kChains = 2, kQueries = 2, kValueLanes = 32;
+#else
+constexpr int kChains = 2, kQueries = 2, kValueLanes = 16;
+#endif
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kQuant = 32767.0f;
+
+template <KVKind kind> struct Element { using type = uint16_t; };
+template <> struct Element<KVKind::fp32> { using type = float; };
+template <> struct Element<KVKind::int8> { using type = int8_t; };
+
+template <KVKind kind> MGK_INLINE F16 load_element(const typename Element<kind>::type* p) {
+    if constexpr (kind == KVKind::fp32) return load(p);
+    else if constexpr (kind == KVKind::bf16) return load_bf16(p);
+    else return load_fp16(p);
+}
+
+// The page after next is fetched while this one is worked on: pages lie anywhere, no hardware can guess the next.
+MGK_INLINE void prefetch_bytes(const char* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+}
+
+template <KVKind kind, int dim, int queries> struct Pass {
+    using T = typename Element<kind>::type;
+    static constexpr int64_t page_bytes = int64_t(kPage) * dim * sizeof(T);
+    static constexpr bool quantised = kind == KVKind::int8;
+
+    const KVPages& pages;
+    const int32_t* table;
+    int64_t head;
+    int64_t lens[queries];
+    alignas(64) float query[queries][dim];         // times scale · log2 e
+    alignas(64) int32_t query_pairs[queries][dim / 2];  // int8 pages: two 16-bit codes each
+    float query_scale[queries];
+    alignas(64) float score[queries][kSplit];
+    alignas(64) float value[queries][dim];
+    F16 mass[queries];
+    float largest[queries];
+
+    Pass(const KVPages& pages_, const int32_t* table_, int64_t head_) : pages(pages_), table(table_), head(head_) {}
+
+    const T* keys(int64_t page) const { return reinterpret_cast<const T*>(pages.k + pages.offset(table[page], head)); }
+    const T* values(int64_t page) const { return reinterpret_cast<const T*>(pages.v + pages.offset(table[page], head)); }
+    int64_t scale_offset(int64_t page) const { return (table[page] * int64_t(pages.num_heads) + head) * kPage; }
+
+    void start(const float* q, int64_t stride, float scale) {
+        for (int i = 0; i < queries; ++i) {
+            float top = 0.0f;
+            for (int d = 0; d < dim; ++d) {
+                query[i][d] = q[i * stride + d] * (scale * kLog2E);
+                top = std::fmax(top, std::fabs(query[i][d]));
+                value[i][d] = 0.0f;
+            }
+            mass[i] = zero();
+            largest[i] = -kInfinity;
+            if constexpr (quantised) {
+                const float inverse = top > 0.0f ? kQuant / top : 0.0f;
+                query_scale[i] = top / kQuant;
+                for (int d = 0; d < dim; d += 2) {
+                    const uint32_t low = uint32_t(int32_t(std::nearbyintf(query[i][d] * inverse))) & 0xffffu;
+                    const uint32_t high = uint32_t(int32_t(std::nearbyintf(query[i][d + 1] * inverse))) << 16;
+                    query_pairs[i][d / 2] = int32_t(low | high);
+                }
+            }
+        }
+    }
+
+    // Scores of 16 positions, in units of log2.
+    MGK_INLINE void score_page(int64_t page, int64_t in_split, const char* next) {
+        const T* k = keys(page);
+        if constexpr (quantised) {
+            I16 sum[queries][2];
+            for (int i = 0; i < queries; ++i) sum[i][0] = sum[i][1] = int_zero();
+            for (int pair = 0; pair < dim / 2; pair += 2) {
+                _mm_prefetch(next + pair * 32, _MM_HINT_T0);
+                const I16 first = widen_bytes(k + pair * 32), second = widen_bytes(k + pair * 32 + 32);
+                for (int i = 0; i < queries; ++i) {
+                    sum[i][0] = dot_pairs(first, int_set1(query_pairs[i][pair]), sum[i][0]);
+                    sum[i][1] = dot_pairs(second, int_set1(query_pairs[i][pair + 1]), sum[i][1]);
+                }
+            }
+            const F16 scales = load(pages.k_scales + scale_offset(page));
+            for (int i = 0; i < queries; ++i)
+                store(&score[i][in_split * kPage], to_float(sum[i][0] + sum[i][1]) * (scales * set1(query_scale[i])));
+        } else {
+            F16 sum[queries][kChains];
+            for (int i = 0; i < queries; ++i)
+                for (int c = 0; c < kChains; ++c) sum[i][c] = zero();
+            for (int d = 0; d < dim; d += kChains)
+                for (int c = 0; c < kChains; ++c) {
+                    const T* p = k + (d + c) * kPage;
+                    if ((d + c) * kPage * sizeof(T) % 64 == 0)
+                        _mm_prefetch(next + (d + c) * kPage * sizeof(T), _MM_HINT_T0);
+                    const F16 key = load_element<kind>(p);
+                    for (int i = 0; i < queries; ++i) sum[i][c] = fma(key, set1(query[i][d + c]), sum[i][c]);
+                }
+            for (int i = 0; i < queries; ++i) {
+                F16 total = sum[i][0] + sum[i][1];
+                if constexpr (kChains == 4) total = total + (sum[i][2] + sum[i][3]);
+                store(&score[i][in_split * kPage], total);
+            }
+        }
+    }
+
+    // Scores to weights 2^(score − largest); rescales what was gathered before. `first` is the split's first position.
+    void weigh(int i, int64_t first, int64_t num_pages) {
+        F16 top = set1(largest[i]);
+        for (int64_t page = 0; page < num_pages; ++page) {
+            const int64_t valid = lens[i] - first - page * kPage;
+            F16 s = load(&score[i][page * kPage]);
+            if (valid < kPage) {
+                s = first_lanes(valid < 0 ? 0 : int(valid), s, set1(-kInfinity));
+                store(&score[i][page * kPage], s);
+            }
+            top = max(top, s);
+        }
+        const float peak = max_lanes(top);
+        const F16 shift = set1(peak), rescale = exp2(set1(largest[i] - peak));
+        largest[i] = peak;
+        mass[i] = mass[i] * rescale;
+        for (int d = 0; d < dim; d += kLanes) store(&value[i][d], load(&value[i][d]) * rescale);
+        for (int64_t page = 0; page < num_pages; ++page) {
+            const F16 weight = exp2(load(&score[i][page * kPage]) - shift);
+            mass[i] = mass[i] + weight;
+            store(&score[i][page * kPage], weight);
+        }
+    }
+
+    // Values of a split, `valid` positions of it, for `kValueLanes` head elements at a time.
+    template <int lanes> MGK_INLINE void add_values(int64_t first_page, int64_t valid, int part) {
+        constexpr int vectors = lanes / kLanes;
+        F16 sum[queries][vectors];
+        for (int i = 0; i < queries; ++i)
+            for (int c = 0; c < vectors; ++c) sum[i][c] = load(&value[i][part + c * kLanes]);
+        for (int64_t page = 0; page * kPage < valid; ++page) {
+            const T* v = values(first_page + page) + part;
+            const bool more = (page + 2) * kPage < valid;
+            const char* next = reinterpret_cast<const char*>(more ? values(first_page + page + 2) : v - part);
+            const int count = valid - page * kPage < kPage ? int(valid - page * kPage) : kPage;
+            for (int p = 0; p < count; ++p) {
+                if (part == 0) prefetch_bytes(next + p * dim * sizeof(T), dim * sizeof(T));
+                F16 row[vectors];
+                for (int c = 0; c < vectors; ++c) row[c] = load_element<kind>(v + p * dim + c * kLanes);
+                for (int i = 0; i < queries; ++i) {
+                    const F16 weight = set1(score[i][page * kPage + p]);
+                    for (int c = 0; c < vectors; ++c) sum[i][c] = fma(row[c], weight, sum[i][c]);
+                }
+            }
+        }
+        for (int i = 0; i < queries; ++i)
+            for (int c = 0; c < vectors; ++c) store(&value[i][part + c * kLanes], sum[i][c]);
+    }
+
+    // int8 values: weights · scales as 15-bit codes of the split's largest, two positions a lane.
+    void weights_to_codes(int i, int64_t first_page, int64_t first, int64_t num_pages, float& unit,
+                          int32_t (&pairs)[kSplit / 2]) {
+        F16 top = zero();
+        for (int64_t page = 0; page < num_pages; ++page) {
+            const int64_t valid = lens[i] - first - page * kPage;
+            F16 w = load(&score[i][page * kPage]) * load(pages.v_scales + scale_offset(first_page + page));
+            if (valid < kPage) w = first_lanes(valid < 0 ? 0 : int(valid), w, zero());
+            store(&score[i][page * kPage], w);
+            top = max(top, w);
+        }
+        const float peak = max_lanes(top);
+        const F16 inverse = set1(peak > 0.0f ? kQuant / peak : 0.0f);
+        unit = peak / kQuant;
+        alignas(64) int32_t codes[kPage];
+        for (int64_t page = 0; page < num_pages; ++page) {
+            int_store(codes, round_to_int(load(&score[i][page * kPage]) * inverse));
+            for (int j = 0; j < kPage / 2; ++j) pairs[page * kPage / 2 + j] = codes[2 * j] | codes[2 * j + 1] << 16;
+        }
+    }
+
+    void add_int8_values(int64_t first_page, int64_t first, int64_t num_pages) {
+        float unit[queries];
+        alignas(64) int32_t pairs[queries][kSplit / 2];
+        for (int i = 0; i < queries; ++i) weights_to_codes(i, first_page, first, num_pages, unit[i], pairs[i]);
+        constexpr int vectors = (kValueLanes < dim ? kValueLanes : dim) / kLanes;
+        for (int part = 0; part < dim; part += vectors * kLanes) {
+            I16 sum[queries][vectors];
+            for (int i = 0; i < queries; ++i)
+                for (int c = 0; c < vectors; ++c) sum[i][c] = int_zero();
+            for (int64_t page = 0; page < num_pages; ++page) {
+                const int8_t* v = reinterpret_cast<const int8_t*>(values(first_page + page)) + part * 2;
+                const char* next = reinterpret_cast<const char*>(values(first_page + (page + 2 < num_pages ? page + 2 : page)));
+                for (int j = 0; j < kPage / 2; ++j) {
+                    if (part == 0) prefetch_bytes(next + j * dim * 2, dim * 2);
+                    I16 row[vectors];
+                    for (int c = 0; c < vectors; ++c) row[c] = widen_bytes(v + j * dim * 2 + c * 32);
+                    for (int i = 0; i < queries; ++i) {
+                        const I16 weight = int_set1(pairs[i][page * kPage / 2 + j]);
+                        for (int c = 0; c < vectors; ++c) sum[i][c] = dot_pairs(row[c], weight, sum[i][c]);
+                    }
+                }
+            }
+            for (int i = 0; i < queries; ++i)
+                for (int c = 0; c < vectors; ++c) {
+                    float* to = &value[i][part + c * kLanes];
+                    store(to, fma(to_float(sum[i][c]), set1(unit[i]), load(to)));
+                }
+        }
+    }
+
+    void run(const float* q, int64_t q_stride, float scale, float* out, int64_t out_stride) {
+        start(q, q_stride, scale);
+        int64_t longest = 0;
+        for (int i = 0; i < queries; ++i) longest = lens[i] > longest ? lens[i] : longest;
+        for (int64_t first = 0; first < longest; first += kSplit) {
+            const int64_t valid = longest - first < kSplit ? longest - first : kSplit;
+            const int64_t num_pages = (valid + kPage - 1) / kPage, first_page = first / kPage;
+            for (int64_t page = 0; page < num_pages; ++page) {
+                const char* next = page + 2 < num_pages
+                                       ? reinterpret_cast<const char*>(keys(first_page + page + 2))
+                                       : reinterpret_cast<const char*>(values(first_page + page + 2 - num_pages < first_page + num_pages
+                                                                                  ? first_page + page + 2 - num_pages
+                                                                                  : first_page));
+                score_page(first_page + page, page, next);
+            }
+            for (int i = 0; i < queries; ++i) weigh(i, first, num_pages);
+            if constexpr (quantised)
+                add_int8_values(first_page, first, num_pages);
+            else
+                for (int part = 0; part < dim; part += kValueLanes < dim ? kValueLanes : dim)
+                    add_values<(kValueLanes < dim ? kValueLanes : dim)>(first_page, valid, part);
+        }
+        for (int i = 0; i < queries; ++i) {
+            const F16 total = set1(sum_lanes(mass[i]));
+            for (int d = 0; d < dim; d += kLanes)
+                store(out + i * out_stride + d, longest == 0 ? zero() : load(&value[i][d]) / total);
+        }
+    }
+};
+
+template <KVKind kind, int dim>
+void attend_kind(const KVPages& pages, const int32_t* table, int64_t head, int64_t first_len, int64_t count, bool causal,
+                 const float* q, int64_t q_stride, float scale, float* out, int64_t out_stride) {
+    int64_t done = 0;
+    for (; done + kQueries <= count; done += kQueries) {
+        Pass<kind, dim, kQueries> pass(pages, table, head);
+        for (int i = 0; i < kQueries; ++i) pass.lens[i] = causal ? first_len + done + i : first_len;
+        pass.run(q + done * q_stride, q_stride, scale, out + done * out_stride, out_stride);
+    }
+    for (; done < count; ++done) {
+        Pass<kind, dim, 1> pass(pages, table, head);
+        pass.lens[0] = causal ? first_len + done : first_len;
+        pass.run(q + done * q_stride, q_stride, scale, out + done * out_stride, out_stride);
+    }
+}
+
+template <int dim, class... Arguments> void attend_dim(const KVPages& pages, Arguments... arguments) {
+    switch (pages.kind) {
+        case KVKind::fp32: return attend_kind<KVKind::fp32, dim>(pages, arguments...);
+        case KVKind::bf16: return attend_kind<KVKind::bf16, dim>(pages, arguments...);
+        case KVKind::fp16: return attend_kind<KVKind::fp16, dim>(pages, arguments...);
+        case KVKind::int8: return attend_kind<KVKind::int8, dim>(pages, arguments...);
+    }
+}
+
+float quantise_head(const float* x, int dim, int8_t* codes) {
+    float top = 0.0f;
+    for (int d = 0; d < dim; ++d) top = std::fmax(top, std::fabs(x[d]));
+    const float scale = top / 127.0f, divisor = scale == 0.0f ? 1.0f : scale;
+    for (int d = 0; d < dim; ++d) codes[d] = int8_t(std::nearbyintf(x[d] / divisor));
+    return scale;
+}
+
+void append_int8(const KVPages& pages, int64_t page, int64_t slot, int64_t head, const float* k, const float* v) {
+    const int dim = pages.head_dim;
+    int8_t codes[kMaxHeadDim];
+    const int64_t scale = (page * pages.num_heads + head) * kPage + slot;
+    int8_t* key = reinterpret_cast<int8_t*>(pages.k + pages.offset(page, head));
+    pages.k_scales[scale] = quantise_head(k, dim, codes);
+    for (int d = 0; d < dim; ++d) key[(d / 2 * kPage + slot) * 2 + d % 2] = codes[d];
+    int8_t* value = reinterpret_cast<int8_t*>(pages.v + pages.offset(page, head)) + slot / 2 * dim * 2 + slot % 2;
+    pages.v_scales[scale] = quantise_head(v, dim, codes);
+    for (int d = 0; d < dim; ++d) value[d * 2] = codes[d];
+}
+
+template <class T, class Convert>
+void append_float(const KVPages& pages, int64_t page, int64_t slot, int64_t head, const float* k, const float* v,
+                  Convert convert) {
+    const int dim = pages.head_dim;
+    T* key = reinterpret_cast<T*>(pages.k + pages.offset(page, head)) + slot;
+    T* value = reinterpret_cast<T*>(pages.v + pages.offset(page, head)) + slot * dim;
+    for (int d = 0; d < dim; ++d) key[d * kPage] = convert(k[d]);
+    for (int d = 0; d < dim; ++d) value[d] = convert(v[d]);
+}
+
+}  // namespace
+
+void check_rows(const RaggedRows& rows, int64_t num_queries, int64_t num_pages, bool causal) {
+    check_range("query_offsets", 0, rows.query_offsets[0], 0, 1);
+    for (int64_t b = 0; b < rows.num_rows; ++b) {
+        const int64_t begin = rows.query_offsets[b], end = rows.query_offsets[b + 1], length = rows.kv_lens[b];
+        check_range("query_offsets", b + 1, end, begin, num_queries + 1);
+        if (begin == end) continue;
+        check_range("kv_lens", b, length, causal ? end - begin : 0, rows.max_pages * kPage + 1);
+        for (int64_t page = 0; page * kPage < length; ++page)
+            check_range("page_table", b * rows.max_pages + page, rows.table(b)[page], 0, num_pages);
+    }
+    check_range("query_offsets", rows.num_rows, rows.query_offsets[rows.num_rows], num_queries, num_queries + 1);
+}
+
+void append_position(const KVPages& pages, const int32_t* table, int64_t position, int64_t head, const float* k,
+                     const float* v) {
+    const int64_t page = table[position / kPage], slot = position % kPage;
+    switch (pages.kind) {
+        case KVKind::fp32: return append_float<float>(pages, page, slot, head, k, v, [](float x) { return x; });
+        case KVKind::bf16: return append_float<uint16_t>(pages, page, slot, head, k, v, to_bf16);
+        case KVKind::fp16: return append_float<uint16_t>(pages, page, slot, head, k, v, to_fp16);
+        case KVKind::int8: return append_int8(pages, page, slot, head, k, v);
+    }
+}
+
+void attend(const KVPages& pages, const int32_t* table, int64_t head, int64_t first_len, int64_t count, bool causal,
+            const float* q, int64_t q_stride, float scale, float* out, int64_t out_stride) {
+    switch (pages.head_dim) {
+        case 32: return attend_dim<32>(pages, table, head, first_len, count, causal, q, q_stride, scale, out, out_stride);
+        case 64: return attend_dim<64>(pages, table, head, first_len, count, causal, q, q_stride, scale, out, out_stride);
+        default: throw ArgumentError("head_dim", "32 or 64", std::to_string(pages.head_dim));
+    }
+}
+
+void append_paged_kv(const KVPages& pages, const RaggedRows& rows, const float* k, const float* v, int64_t k_stride,
+                     int64_t k_head_stride, int64_t v_stride, int64_t v_head_stride, int num_threads) {
+    const int64_t heads = pages.num_heads;
+    parallel(num_threads, [&](Team& team, int) {
+        team.for_each(rows.num_rows * heads, [&](int64_t item) {
+            const int64_t b = item / heads, head = item % heads, count = rows.num_queries(b);
+            for (int64_t j = 0; j < count; ++j) {
+                const int64_t token = rows.query_offsets[b] + j;
+                append_position(pages, rows.table(b), rows.kv_lens[b] - count + j, head,
+                                k + token * k_stride + head * k_head_stride, v + token * v_stride + head * v_head_stride);
+            }
+        });
+    });
+}
+
+void paged_attention(const KVPages& pages, const RaggedRows& rows, bool causal, const float* q, int64_t q_stride,
+                     int64_t q_head_stride, float scale, float* out, int num_threads) {
+    const int64_t heads = pages.num_heads, dim = pages.head_dim;
+    if (dim != 32 && dim != 64) throw ArgumentError("head_dim", "32 or 64", std::to_string(dim));
+    parallel(num_threads, [&](Team& team, int) {
+        team.for_each(rows.num_rows * heads, [&](int64_t item) {
+            const int64_t b = item / heads, head = item % heads, count = rows.num_queries(b);
+            if (count == 0) return;
+            const int64_t first = rows.query_offsets[b], length = rows.kv_lens[b];
+            attend(pages, rows.table(b), head, causal ? length - count + 1 : length, count, causal,
+                   q + first * q_stride + head * q_head_stride, q_stride, scale, out + (first * heads + head) * dim,
+                   heads * dim);
+        });
+    });
+}
+
+}  // namespace MGK_ISA
+}  // namespace mgk

@@ -1,0 +1,368 @@
+// Packed linears on the CPU.
+//   fp32, bf16: 16 outputs are one vector; each input is broadcast and multiplied into it. A chain of 256 inputs is summed
+//               on its own and then added to the total, which keeps the rounding error of long rows small.
+//   int8, int4: x is rounded to 8 bits in blocks of 32 inputs; a block's products are summed exactly in integers, then
+//               scaled: y += (Σ q_w q_x) · s_x · s_w. Unsigned by signed byte products want unsigned weights: int4 is
+//               stored with an offset of 8, int8 gets one of 128 where VNNI is used; offset · Σ q_x is taken off at once.
+#include "linear.h"
+
+#include <memory>
+#include <vector>
+
+#include "team.h"
+#include "vector_math.h"
+
+namespace mgk {
+namespace MGK_ISA {
+
+namespace {
+
+#if defined(MGK_LEVEL_AVX512)
+constexpr int kFloatTiles = 2, kFloatRows = 8, kIntRows = 8;  // what the registers hold
+#elif defined(MGK_LEVEL_AVX2)
+constexpr int kFloatTiles = 1, kFloatRows = 4, kIntRows = 4;
+#else
+constexpr int kFloatTiles = 1, kFloatRows = 2, kIntRows = 2;
+#endif
+constexpr int kItemTiles = 2;
+constexpr int kChain = 256;
+constexpr int kPrefetchBytes = 2048;
+
+MGK_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T0); }
+
+void finish(const LinearOutput& out, int64_t row, int64_t column, F16 y) {
+    if (out.bias) y = y + load(out.bias + column);
+    if (out.gelu) y = gelu(y);
+    if (out.residual) y = load(out.residual + row * out.residual_stride + column) + y;
+    store(out.y + row * out.y_stride + column, y);
+}
+
+// ---- fp32 and bf16 weights
+
+template <int rows, int tiles>
+void fp32_block(const float* w, int64_t tile_stride, int k, const float* x, int64_t stride, F16 (&total)[rows][tiles]) {
+    for (int m = 0; m < rows; ++m)
+        for (int t = 0; t < tiles; ++t) total[m][t] = zero();
+    for (int start = 0; start < k; start += kChain) {
+        F16 sum[rows][tiles];
+        for (int m = 0; m < rows; ++m)
+            for (int t = 0; t < tiles; ++t) sum[m][t] = zero();
+        const int end = start + kChain < k ? start + kChain : k;
+        for (int i = start; i < end; ++i) {
+            F16 weight[tiles];
+            for (int t = 0; t < tiles; ++t) {
+                weight[t] = load(w + t * tile_stride + int64_t(i) * kTile);
+                prefetch(w + t * tile_stride + int64_t(i) * kTile);
+            }
+            for (int m = 0; m < rows; ++m) {
+                const F16 input = set1(x[m * stride + i]);
+                for (int t = 0; t < tiles; ++t) sum[m][t] = fma(weight[t], input, sum[m][t]);
+            }
+        }
+        for (int m = 0; m < rows; ++m)
+            for (int t = 0; t < tiles; ++t) total[m][t] = total[m][t] + sum[m][t];
+    }
+}
+
+template <int rows, int tiles>
+void bf16_block(const uint16_t* w, int64_t tile_stride, int k, const float* x, int64_t stride, F16 (&total)[rows][tiles]) {
+    const I16 high = int_set1(int32_t(0xffff0000u));
+    for (int m = 0; m < rows; ++m)
+        for (int t = 0; t < tiles; ++t) total[m][t] = zero();
+    for (int start = 0; start < k; start += kChain) {
+        F16 sum[rows][tiles];
+        for (int m = 0; m < rows; ++m)
+            for (int t = 0; t < tiles; ++t) sum[m][t] = zero();
+        const int end = start + kChain < k ? start + kChain : k;
+        for (int i = start; i < end; i += 2) {
+            F16 even[tiles], odd[tiles];
+            for (int t = 0; t < tiles; ++t) {
+                const I16 pair = int_load(w + t * tile_stride + int64_t(i) * kTile);
+                prefetch(w + t * tile_stride + int64_t(i) * kTile);
+                even[t] = as_float(shift_left<16>(pair));
+                odd[t] = as_float(pair & high);
+            }
+            for (int m = 0; m < rows; ++m) {
+                const F16 first = set1(x[m * stride + i]), second = set1(x[m * stride + i + 1]);
+                for (int t = 0; t < tiles; ++t) {
+                    sum[m][t] = fma(even[t], first, sum[m][t]);
+                    sum[m][t] = fma(odd[t], second, sum[m][t]);
+                }
+            }
+        }
+        for (int m = 0; m < rows; ++m)
+            for (int t = 0; t < tiles; ++t) total[m][t] = total[m][t] + sum[m][t];
+    }
+}
+
+template <int rows, int tiles>
+void float_rows(const PackedMatrix& w, const LinearInput& in, const LinearOutput& out, int64_t row, int64_t tile) {
+    const int64_t tile_size = int64_t(w.k) * kTile;
+    const float* x = in.x + row * in.stride;
+    F16 total[rows][tiles];
+    if (w.kind == WeightKind::fp32)
+        fp32_block<rows, tiles>(reinterpret_cast<const float*>(w.codes) + tile * tile_size, tile_size, w.k, x, in.stride, total);
+    else
+        bf16_block<rows, tiles>(reinterpret_cast<const uint16_t*>(w.codes) + tile * tile_size, tile_size, w.k, x, in.stride,
+                                total);
+    for (int m = 0; m < rows; ++m)
+        for (int t = 0; t < tiles; ++t) finish(out, row + m, (tile + t) * kTile, total[m][t]);
+}
+
+template <int tiles>
+void float_item(const PackedMatrix& w, const LinearInput& in, const LinearOutput& out, int64_t rows, int64_t tile) {
+    int64_t row = 0;
+    for (; row + kFloatRows <= rows; row += kFloatRows) float_rows<kFloatRows, tiles>(w, in, out, row, tile);
+    if constexpr (kFloatRows > 4)
+        for (; row + 4 <= rows; row += 4) float_rows<4, tiles>(w, in, out, row, tile);
+    if constexpr (kFloatRows > 2)
+        for (; row + 2 <= rows; row += 2) float_rows<2, tiles>(w, in, out, row, tile);
+    for (; row < rows; ++row) float_rows<1, tiles>(w, in, out, row, tile);
+}
+
+// ---- int8 and int4 weights: the integer sum of one block of 32 inputs, for 16 outputs and `rows` rows of x
+
+#if defined(MGK_LEVEL_AVX512)
+
+constexpr int kInt8Offset = 128;
+
+MGK_INLINE __m512i four_inputs(const int8_t* x) {
+    int32_t bytes;
+    std::memcpy(&bytes, x, 4);
+    return _mm512_set1_epi32(bytes);
+}
+
+template <int rows>
+MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 (&sum)[rows]) {
+    const __m512i flip = _mm512_set1_epi8(char(0x80));
+    for (int q = 0; q < 8; ++q) {
+        const __m512i weight = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * q), flip);
+        prefetch(w + 64 * q);
+        for (int m = 0; m < rows; ++m)
+            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], weight, four_inputs(x + m * stride + 4 * q));
+    }
+}
+
+template <int rows>
+MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 (&sum)[rows]) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    for (int q = 0; q < 4; ++q) {
+        const __m512i bytes = _mm512_loadu_si512(w + 64 * q);
+        prefetch(w + 64 * q);
+        const __m512i low = _mm512_and_si512(bytes, nibble);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+        for (int m = 0; m < rows; ++m) {
+            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], low, four_inputs(x + m * stride + 4 * q));
+            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], high, four_inputs(x + m * stride + 16 + 4 * q));
+        }
+    }
+}
+
+#elif defined(MGK_LEVEL_AVX2)
+
+constexpr int kInt8Offset = 0;
+
+MGK_INLINE __m256i four_inputs(const int8_t* x) {
+    int32_t bytes;
+    std::memcpy(&bytes, x, 4);
+    return _mm256_set1_epi32(bytes);
+}
+
+// |w| by x·sign(w): both within ±127, so a pair of products stays below 2^15.
+template <int rows>
+MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 (&sum)[rows]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int q = 0; q < 8; ++q) {
+        prefetch(w + 64 * q);
+        for (int half = 0; half < 2; ++half) {
+            const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 64 * q + 32 * half));
+            const __m256i size = _mm256_abs_epi8(weight);
+            for (int m = 0; m < rows; ++m) {
+                const __m256i input = _mm256_sign_epi8(four_inputs(x + m * stride + 4 * q), weight);
+                const __m256i pairs = _mm256_maddubs_epi16(size, input);
+                sum[m].part[half] = _mm256_add_epi32(sum[m].part[half], _mm256_madd_epi16(pairs, ones));
+            }
+        }
+    }
+}
+
+// Eight pair products of at most 15·127·2 fit 16 bits (30480), so one widening a block is enough.
+template <int rows>
+MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 (&sum)[rows]) {
+    const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
+    for (int half = 0; half < 2; ++half) {
+        __m256i pairs[rows];
+        for (int m = 0; m < rows; ++m) pairs[m] = _mm256_setzero_si256();
+        for (int q = 0; q < 4; ++q) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 64 * q + 32 * half));
+            prefetch(w + 64 * q + 32 * half);
+            const __m256i low = _mm256_and_si256(bytes, nibble);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+            for (int m = 0; m < rows; ++m) {
+                const __m256i first = _mm256_maddubs_epi16(low, four_inputs(x + m * stride + 4 * q));
+                const __m256i second = _mm256_maddubs_epi16(high, four_inputs(x + m * stride + 16 + 4 * q));
+                pairs[m] = _mm256_add_epi16(pairs[m], _mm256_add_epi16(first, second));
+            }
+        }
+        for (int m = 0; m < rows; ++m)
+            sum[m].part[half] = _mm256_add_epi32(sum[m].part[half], _mm256_madd_epi16(pairs[m], ones));
+    }
+}
+
+#else
+
+constexpr int kInt8Offset = 0;
+
+MGK_INLINE __m128i four_inputs(const int16_t* x) {  // x0 x1 x2 x3 twice
+    const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
+    return _mm_unpacklo_epi64(low, low);
+}
+
+// Per output two partial sums lie side by side; they are added at the end of the block.
+MGK_INLINE __m128i join_pairs(__m128i rows01, __m128i rows23) {
+    const __m128 a = _mm_castsi128_ps(rows01), b = _mm_castsi128_ps(rows23);
+    return _mm_add_epi32(_mm_castps_si128(_mm_shuffle_ps(a, b, 0x88)), _mm_castps_si128(_mm_shuffle_ps(a, b, 0xdd)));
+}
+
+template <int rows>
+MGK_INLINE void int8_dot(const uint8_t* w, const int16_t* x, int64_t stride, I16 (&sum)[rows]) {
+    for (int part = 0; part < 4; ++part) {
+        __m128i low[rows], high[rows];
+        for (int m = 0; m < rows; ++m) low[m] = high[m] = _mm_setzero_si128();
+        for (int q = 0; q < 8; ++q) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 64 * q + 16 * part));
+            const __m128i rows01 = _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+            const __m128i rows23 = _mm_srai_epi16(_mm_unpackhi_epi8(bytes, bytes), 8);
+            for (int m = 0; m < rows; ++m) {
+                const __m128i input = four_inputs(x + m * stride + 4 * q);
+                low[m] = _mm_add_epi32(low[m], _mm_madd_epi16(rows01, input));
+                high[m] = _mm_add_epi32(high[m], _mm_madd_epi16(rows23, input));
+            }
+        }
+        for (int m = 0; m < rows; ++m) sum[m].part[part] = _mm_add_epi32(sum[m].part[part], join_pairs(low[m], high[m]));
+    }
+}
+
+template <int rows>
+MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t stride, I16 (&sum)[rows]) {
+    const __m128i nibble = _mm_set1_epi8(15), none = _mm_setzero_si128();
+    for (int part = 0; part < 4; ++part) {
+        __m128i low[rows], high[rows];
+        for (int m = 0; m < rows; ++m) low[m] = high[m] = none;
+        for (int q = 0; q < 4; ++q) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 64 * q + 16 * part));
+            const __m128i codes[2] = {_mm_and_si128(bytes, nibble), _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble)};
+            for (int half = 0; half < 2; ++half)
+                for (int m = 0; m < rows; ++m) {
+                    const __m128i input = four_inputs(x + m * stride + 16 * half + 4 * q);
+                    low[m] = _mm_add_epi32(low[m], _mm_madd_epi16(_mm_unpacklo_epi8(codes[half], none), input));
+                    high[m] = _mm_add_epi32(high[m], _mm_madd_epi16(_mm_unpackhi_epi8(codes[half], none), input));
+                }
+        }
+        for (int m = 0; m < rows; ++m) sum[m].part[part] = _mm_add_epi32(sum[m].part[part], join_pairs(low[m], high[m]));
+    }
+}
+
+#endif
+
+template <int rows, bool int4>
+void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t row, int64_t tile) {
+    constexpr int offset = int4 ? 8 : kInt8Offset;
+    constexpr int block_bytes = int4 ? kTile * kQuantBlock / 2 : kTile * kQuantBlock;
+    const int64_t num_blocks = w.k / kQuantBlock, num_groups = w.k / w.group, blocks_per_group = w.group / kQuantBlock;
+    const uint8_t* codes = w.codes + tile * num_blocks * block_bytes;
+    const uint16_t* scales = w.scales + tile * num_groups * kTile;
+    const QuantCode* inputs = x.codes + row * x.k;
+    const float* x_scales = x.scales + row * num_blocks;
+    const int32_t* x_sums = x.sums + row * num_blocks;
+    F16 total[rows];
+    for (int m = 0; m < rows; ++m) total[m] = zero();
+    for (int64_t group = 0, block = 0; group < num_groups; ++group) {
+        F16 part[rows];
+        for (int m = 0; m < rows; ++m) part[m] = zero();
+        for (int64_t end = block + blocks_per_group; block < end; ++block) {
+            I16 sum[rows];
+            for (int m = 0; m < rows; ++m)
+                sum[m] = offset ? int_set1(-offset * x_sums[m * num_blocks + block]) : int_zero();
+            if constexpr (int4)
+                int4_dot<rows>(codes, inputs + block * kQuantBlock, x.k, sum);
+            else
+                int8_dot<rows>(codes, inputs + block * kQuantBlock, x.k, sum);
+            codes += block_bytes;
+            for (int m = 0; m < rows; ++m) part[m] = fma(to_float(sum[m]), set1(x_scales[m * num_blocks + block]), part[m]);
+        }
+        const F16 scale = load_bf16(scales + group * kTile);
+        for (int m = 0; m < rows; ++m) total[m] = fma(part[m], scale, total[m]);
+    }
+    for (int m = 0; m < rows; ++m) finish(out, row + m, tile * kTile, total[m]);
+}
+
+template <bool int4>
+void int_item(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t rows, int64_t tile) {
+    int64_t row = 0;
+    for (; row + kIntRows <= rows; row += kIntRows) int_rows<kIntRows, int4>(w, x, out, row, tile);
+    if constexpr (kIntRows > 4)
+        for (; row + 4 <= rows; row += 4) int_rows<4, int4>(w, x, out, row, tile);
+    if constexpr (kIntRows > 2)
+        for (; row + 2 <= rows; row += 2) int_rows<2, int4>(w, x, out, row, tile);
+    for (; row < rows; ++row) int_rows<1, int4>(w, x, out, row, tile);
+}
+
+}  // namespace
+
+int64_t linear_items(const PackedMatrix& w) { return (w.n / kTile + kItemTiles - 1) / kItemTiles; }
+
+void quantise_block(const float* x, const QuantisedRows& out, int64_t row, int64_t block) {
+    const int64_t num_blocks = out.k / kQuantBlock;
+    const F16 a = load(x), b = load(x + kLanes);
+    const float largest = max_lanes(max(abs(a), abs(b)));
+    const F16 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
+    alignas(64) int32_t codes[kQuantBlock];
+    int_store(codes, round_to_int(a * inverse));
+    int_store(codes + kLanes, round_to_int(b * inverse));
+    int32_t sum = 0;
+    QuantCode* to = out.codes + row * out.k + block * kQuantBlock;
+    for (int i = 0; i < kQuantBlock; ++i) {
+        to[i] = QuantCode(codes[i]);
+        sum += codes[i];
+    }
+    out.scales[row * num_blocks + block] = largest / 127.0f;
+    out.sums[row * num_blocks + block] = sum;
+}
+
+void quantise_row(const float* x, const QuantisedRows& out, int64_t row) {
+    for (int64_t block = 0; block < out.k / kQuantBlock; ++block) quantise_block(x + block * kQuantBlock, out, row, block);
+}
+
+void linear_item(const PackedMatrix& w, const LinearInput& in, const LinearOutput& out, int64_t rows, int64_t item) {
+    const int64_t begin = item * kItemTiles, num_tiles = w.n / kTile;
+    const int64_t end = begin + kItemTiles < num_tiles ? begin + kItemTiles : num_tiles;
+    if (!w.quantised() && kFloatTiles == kItemTiles && end - begin == kItemTiles) {
+        float_item<kFloatTiles>(w, in, out, rows, begin);
+    } else {
+        for (int64_t tile = begin; tile < end; ++tile) {
+            if (w.kind == WeightKind::int8) int_item<false>(w, in.quantised, out, rows, tile);
+            else if (w.kind == WeightKind::int4) int_item<true>(w, in.quantised, out, rows, tile);
+            else float_item<1>(w, in, out, rows, tile);
+        }
+    }
+    if (out.quantised == nullptr) return;
+    for (int64_t row = 0; row < rows; ++row)
+        quantise_block(out.y + row * out.y_stride + begin * kTile, *out.quantised, row, item);
+}
+
+void linear(const PackedMatrix& w, const float* x, const LinearOutput& out, int64_t rows, int num_threads) {
+    const size_t blocks = w.quantised() ? size_t(rows) * (w.k / kQuantBlock) : 0;
+    std::unique_ptr<QuantCode[]> codes(new QuantCode[blocks * kQuantBlock]);
+    std::unique_ptr<float[]> scales(new float[blocks]);
+    std::unique_ptr<int32_t[]> sums(new int32_t[blocks]);
+    const LinearInput in{x, w.k, {codes.get(), scales.get(), sums.get(), w.k}};
+    const bool small = int64_t(w.n) * w.k * rows < 65536;
+    parallel(small ? 1 : num_threads, [&](Team& team, int) {
+        if (w.quantised()) team.for_each(rows, [&](int64_t row) { quantise_row(x + row * w.k, in.quantised, row); });
+        team.for_each(linear_items(w), [&](int64_t item) { linear_item(w, in, out, rows, item); });
+    });
+}
+
+}  // namespace MGK_ISA
+}  // namespace mgk

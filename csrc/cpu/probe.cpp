@@ -1,0 +1,94 @@
+// Machine probes. Results are kept alive through a volatile so that nothing is optimised away.
+#include "probe.h"
+
+#include <chrono>
+
+#include "team.h"
+
+namespace mgk {
+namespace MGK_ISA {
+
+namespace {
+
+volatile int32_t sink;
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+template <class Body> double timed(int num_threads, Body body) {
+    const double start = now();
+    parallel(num_threads, [&](Team&, int) { body(); });
+    return now() - start;
+}
+
+}  // namespace
+
+double stream_read_seconds(const char* data, int64_t bytes, int num_threads) {
+    constexpr int64_t piece = 256 * 1024;
+    const double start = now();
+    parallel(num_threads, [&](Team& team, int) {
+        I16 sum[8];
+        for (I16& s : sum) s = int_zero();
+        team.for_each((bytes + piece - 1) / piece, [&](int64_t i) {
+            const int64_t end = (i + 1) * piece < bytes ? (i + 1) * piece : bytes;
+            for (int64_t at = i * piece; at < end; at += 512)
+                for (int k = 0; k < 8; ++k) sum[k] = sum[k] + int_load(data + at + k * 64);
+        });
+        alignas(64) int32_t lanes[kLanes];
+        for (const I16& s : sum) {
+            int_store(lanes, s);
+            sink = sink + lanes[0];
+        }
+    });
+    return now() - start;
+}
+
+double fma_per_second(int num_threads) {
+    constexpr int64_t rounds = 1000000;
+    constexpr int chains = 12 / kParts < 2 ? 2 : 12 / kParts;
+    const double seconds = timed(num_threads, [&] {
+        F16 x[chains];
+        const F16 a = set1(0.999f), b = set1(0.001f);
+        for (F16& v : x) v = b;
+        for (int64_t i = 0; i < rounds; ++i)
+            for (F16& v : x) v = fma(v, a, b);
+        for (F16& v : x) sink = sink + int32_t(sum_lanes(v));
+    });
+    return double(rounds) * chains * kLanes * num_threads / seconds;
+}
+
+double int8_per_second(int num_threads) {
+    constexpr int64_t rounds = 1000000;
+#if defined(MGK_LEVEL_AVX512)
+    constexpr int chains = 12;
+#elif defined(MGK_LEVEL_AVX2)
+    constexpr int chains = 3;
+#else
+    constexpr int chains = 2;
+#endif
+    const double seconds = timed(num_threads, [&] {
+        I16 sum[chains], w = int_set1(0x01020304), x = int_set1(0x01010101);
+        for (I16& s : sum) s = int_zero();
+        for (int64_t i = 0; i < rounds; ++i) {
+            for (I16& s : sum) {
+#if defined(MGK_LEVEL_AVX512)
+                s.part[0] = _mm512_dpbusd_epi32(s.part[0], w.part[0], x.part[0]);
+#elif defined(MGK_LEVEL_AVX2)
+                MGK_EACH s.part[i] = _mm256_add_epi32(
+                    s.part[i], _mm256_madd_epi16(_mm256_maddubs_epi16(w.part[i], x.part[i]), _mm256_set1_epi16(1)));
+#else
+                s = dot_pairs(w, x, dot_pairs(w, x, s));  // two 16-bit steps for the same number of products
+#endif
+            }
+            asm volatile("" ::: "memory");
+        }
+        alignas(64) int32_t lanes[kLanes];
+        for (const I16& s : sum) {
+            int_store(lanes, s);
+            sink = sink + lanes[0];
+        }
+    });
+    return double(rounds) * chains * kLanes * 4 * num_threads / seconds;
+}
+
+}  // namespace MGK_ISA
+}  // namespace mgk
