@@ -1,0 +1,48 @@
+"""The operations as Triton kernels, one module an operation or a close family.
+
+Functions take what the public operations pass on after their checks. They run on NVIDIA GPUs; with
+TRITON_INTERPRET=1 set before Triton is imported they run on CPU tensors in Triton's interpreter, which is
+slow and meant for tests. They launch on PyTorch's current stream, never synchronise, and allocate at most a
+workspace through PyTorch's allocator, so a CUDA graph can capture them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .append import append_paged_kv
+from .attention import cross_attention, paged_attention
+from .linear import linear
+from .norm import embed_codes, layer_norm
+from .runtime import interpreted
+from .sampling import delayed_sample_step
+
+__all__ = [
+    "append_paged_kv",
+    "cross_attention",
+    "delayed_sample_step",
+    "embed_codes",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+    "unavailable",
+]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {
+    "append_paged_kv": (*_FLOATS, torch.int8),
+    "paged_attention": (*_FLOATS, torch.int8),
+    "cross_attention": (*_FLOATS, torch.int8),
+    "delayed_sample_step": (torch.float32,),
+}
+
+
+def unavailable(operation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run the operation on that device and dtype; None when it can."""
+    wanted = "cpu" if interpreted() else "cuda"
+    if device_type != wanted:
+        reason = "in Triton's interpreter" if interpreted() else "outside of Triton's interpreter"
+        return f"{reason} it runs on {wanted} tensors only"
+    if dtype not in _DTYPES.get(operation, _FLOATS):
+        return f"it has no kernel for {dtype}"
+    return None

@@ -1,0 +1,154 @@
+"""The matrix product with packed weights in "rows" order: one program a tile of 16 rows of x and a tile of
+outputs.
+
+A program runs over all of K in ascending blocks whose length depends on K and the group only, and the tile of
+rows is 16 whatever M is, so a row of the result is the same bits in any batch. That is the product that
+deterministic mode uses (kind "bf16" or "fp32") where a vendor library would choose its order by M.
+
+Quantised weights are scaled in float32. Products are in x's dtype where x is 16 bits wide and the weight is
+quantised or of that dtype; every other combination is computed in float32.
+"""
+
+# mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..errors import KernelArgumentError
+from ..packing import PackedLinear
+from .attention import _multiply
+from .runtime import interpreted, launch, narrow, require_no_float64
+
+_TILE_M = 16
+_TILE_N = 16
+_BLOCKS_K = (128, 64, 32)
+_VIEW = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+_TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _scaled(codes, scales, outputs, first, stride, there, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Codes [N, J] that stand for BLOCK_K inputs from `first` on, times their groups' scales."""
+    if GROUP >= BLOCK_K:
+        scale = tl.load(scales + outputs * stride + first // GROUP, mask=there, other=0.0).to(tl.float32)
+        return codes * scale[:, None]
+    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    at = outputs[:, None] * stride + first // GROUP + tl.arange(0, GROUPS)[None, :]
+    scale = tl.load(scales + at, mask=there[:, None], other=0.0).to(tl.float32)
+    grouped = tl.reshape(codes, (codes.shape[0], GROUPS, codes.shape[1] // GROUPS))
+    return tl.reshape(grouped * scale[:, :, None], codes.shape)
+
+
+@triton.jit
+def _linear(
+    x,
+    codes,
+    scales,
+    bias,
+    residual,
+    out,
+    num_rows,
+    out_features,
+    in_features,
+    IS_INT4: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EMULATE: tl.constexpr,
+):
+    rows = (tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)).to(tl.int64)
+    outputs = (tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)).to(tl.int64)
+    rows_inside, outputs_inside = rows < num_rows, outputs < out_features
+    total = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for first in range(0, in_features, BLOCK_K):
+        inputs = first + tl.arange(0, BLOCK_K)
+        x_at = x + rows[:, None] * in_features + inputs[None, :]
+        x_tile = tl.load(x_at, mask=rows_inside[:, None], other=0.0)
+        if IS_INT4:
+            packed = first // 2 + tl.arange(0, BLOCK_K // 2)
+            w_at = codes + outputs[:, None] * (in_features // 2) + packed[None, :]
+            pair = tl.load(w_at, mask=outputs_inside[:, None], other=0).to(tl.int32)
+            stride = in_features // GROUP
+            low = _scaled(
+                ((pair & 15) - 8).to(tl.float32),
+                scales, outputs, first, stride, outputs_inside, GROUP, BLOCK_K,
+            )  # fmt: skip
+            high = _scaled(
+                ((pair >> 4) - 8).to(tl.float32),
+                scales, outputs, first, stride, outputs_inside, GROUP, BLOCK_K,
+            )  # fmt: skip
+            even, odd = tl.split(tl.reshape(x_tile, (TILE_M, BLOCK_K // 2, 2)))
+            total += _multiply(even, tl.trans(narrow(low, DOT_DTYPE, EMULATE)), DOT_DTYPE, EMULATE)
+            total += _multiply(odd, tl.trans(narrow(high, DOT_DTYPE, EMULATE)), DOT_DTYPE, EMULATE)
+        else:
+            w_at = codes + outputs[:, None] * in_features + inputs[None, :]
+            w = tl.load(w_at, mask=outputs_inside[:, None], other=0)
+            if GROUP > 0:
+                stride = in_features // GROUP
+                w = _scaled(w.to(tl.float32), scales, outputs, first, stride, outputs_inside, GROUP, BLOCK_K)
+            total += _multiply(x_tile, tl.trans(w), DOT_DTYPE, EMULATE)
+    if HAS_BIAS:
+        total += tl.load(bias + outputs, mask=outputs_inside, other=0.0)[None, :]
+    if GELU:
+        total = 0.5 * total * (1.0 + tl.erf(total * 0.7071067811865476))
+    inside = rows_inside[:, None] & outputs_inside[None, :]
+    at = rows[:, None] * out_features + outputs[None, :]
+    if HAS_RESIDUAL:
+        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, narrow(total, out.dtype.element_ty, EMULATE), mask=inside)
+
+
+def _block_k(in_features: int, group_len: int) -> int:
+    """The block of K: a function of K and the group alone, so that the order of the sum is too."""
+    for block in _BLOCKS_K:
+        whole_groups = not group_len or group_len % block == 0 or block % group_len == 0
+        if in_features % block == 0 and whole_groups:
+            return block
+    raise KernelArgumentError("weight", "in_features and group_len multiples of 32", f"{in_features}")
+
+
+def linear(
+    x: Tensor, weight: PackedLinear, bias: Tensor | None, gelu: bool, residual: Tensor | None, out: Tensor
+) -> None:
+    """See `musicgen_kernels.linear.linear`."""
+    require_no_float64("x", x)
+    if weight.order != "rows":
+        raise KernelArgumentError("weight.order", "'rows' on GPU backends", repr(weight.order), "pack it so")
+    codes = weight.codes.view(_VIEW[weight.kind])
+    narrow_product = x.dtype != torch.float32 and (weight.group_len > 0 or codes.dtype == x.dtype)
+    launch(
+        _linear,
+        (-(-weight.out_features // _TILE_N), -(-x.shape[0] // _TILE_M)),
+        x,
+        x,
+        codes,
+        weight.scales if weight.group_len else x,
+        x if bias is None else bias,
+        x if residual is None else residual,
+        out,
+        x.shape[0],
+        weight.out_features,
+        weight.in_features,
+        IS_INT4=weight.kind == "int4",
+        GROUP=weight.group_len,
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        HAS_RESIDUAL=residual is not None,
+        DOT_DTYPE=_TRITON_DTYPE[x.dtype] if narrow_product else tl.float32,
+        TILE_M=_TILE_M,
+        TILE_N=_TILE_N,
+        BLOCK_K=_block_k(weight.in_features, weight.group_len),
+        EMULATE=interpreted(),
+        num_warps=4 if narrow_product else 8,  # float32 products hold more in registers
+        num_stages=3,
+        enable_fp_fusion=False,
+    )
