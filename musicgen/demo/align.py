@@ -15,7 +15,7 @@ FRAMES_A_CHROMA_FRAME = 6.4
 
 
 def chroma_targets(num_steps: int, prefix_len: int, chroma_len: int, ahead: float, width: float) -> Tensor:
-    """Attention wanted from code steps to chroma frames: float32 ``[num_steps, prefix_len + num_steps]``, rows of sum 1.
+    """Attention wanted from steps to chroma frames: float32 ``[num_steps, prefix_len + num_steps]``, rows add to 1.
 
     Args:
         num_steps: code steps S after the prefix; step s predicts frame s of the first codebook.
@@ -69,7 +69,7 @@ def fit_head(
         scores = scores.masked_fill(torch.arange(length)[None, :] > at[:, None], -1e9)
         loss = -(targets[chosen] * F.log_softmax(scores, dim=-1)).sum(dim=-1).mean()
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         schedule.step()
     return query.detach(), key.detach(), loss.item()

@@ -57,7 +57,7 @@ def codec_figures(codec: EncodecModel, wav: Tensor) -> dict[str, Any]:
     """What coding and decoding does to recordings, ``[B, samples]`` (whole frames)."""
     codes = encode(codec, wav)
     decoded = decode(codec, codes)
-    used = [codes[:, k].unique().numel() for k in range(codes.shape[1])]
+    used = [torch.unique(codes[:, k]).numel() for k in range(codes.shape[1])]
     shares = [
         torch.bincount(codes[:, k].flatten(), minlength=2).float() / codes[:, k].numel() for k in range(len(used))
     ]
@@ -138,7 +138,7 @@ def load_recording(path: Path, num_samples: int) -> Tensor:
     import torchaudio
 
     audio, rate_hz = sf.read(str(path), dtype="float32", always_2d=True)
-    mono = torchaudio.functional.resample(torch.from_numpy(audio.mean(axis=1)), rate_hz, SAMPLE_RATE_HZ)
+    mono: Tensor = torchaudio.functional.resample(torch.from_numpy(audio.mean(axis=1)), rate_hz, SAMPLE_RATE_HZ)
     repeats = -(-num_samples // len(mono))
     return mono.repeat(repeats)[None, :num_samples]
 

@@ -6,6 +6,7 @@ Face model, so a checkpoint is that model's own; tests hold this pass to transfo
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def initialise(model: MusicgenMelodyForConditionalGeneration, seed: int, num_fit
         print(f"layer {layer} head {head}: cross-entropy {loss:.3f} nats after the fit", flush=True)
 
 
-def _attention(x: Tensor, attention: nn.Module, num_heads: int) -> Tensor:
+def _attention(x: Tensor, attention: Any, num_heads: int) -> Tensor:
     weight = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).to(x.dtype)
     rows, length, dim = x.shape
     qkv = F.linear(x, weight).view(rows, length, 3, num_heads, dim // num_heads).permute(2, 0, 3, 1, 4)
@@ -75,7 +76,8 @@ def hidden_states(
     text = model.text_encoder(input_ids=batch.text_ids).last_hidden_state
     text = model.enc_to_dec_proj(text) * batch.text_mask[:, None, None]
     chroma = model.audio_enc_to_dec_proj.weight.t()[batch.chroma] + model.audio_enc_to_dec_proj.bias
-    codes = sum(F.embedding(batch.inputs[:, k], table.weight) for k, table in enumerate(decoder.embed_tokens))
+    tables = enumerate(decoder.embed_tokens)
+    codes = torch.stack([F.embedding(batch.inputs[:, k], table.weight) for k, table in tables]).sum(dim=0)
     prefix_len, num_steps = chroma.shape[1] + text.shape[1], batch.inputs.shape[-1]
     positions = sinusoidal_positions(prefix_len + batch.offset + num_steps, decoder.config.hidden_size)
     positions = torch.cat([positions[:prefix_len], positions[prefix_len + batch.offset :]])

@@ -197,8 +197,8 @@ def _accompaniment(label: Label, bars: range, tonic: int, progression: tuple[int
             else:
                 for pitch in triad:
                     add(COMP_CHANNEL, pitch, 58, 0, 4)
-        for pitch, velocity, beat in DRUMS[style.drums]:
-            add(DRUM_CHANNEL, pitch, velocity, beat, 0.2)
+        for pitch, velocity, at_beat in DRUMS[style.drums]:
+            add(DRUM_CHANNEL, pitch, velocity, at_beat, 0.2)
     return notes
 
 

@@ -68,6 +68,6 @@ def fit_classifier(
     for _ in range(num_steps):
         loss = F.cross_entropy(standard @ weight + bias, wanted) + penalty * weight.pow(2).sum()
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
     return StyleClassifier(names, mean, deviation, weight.detach(), bias.detach())

@@ -165,7 +165,7 @@ class CodecTrainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 3.0)
         self.optimiser.step()
         self.step += 1

@@ -29,7 +29,7 @@ LOSS_WEIGHTS = (2.0, 1.0, 0.6, 0.4)
 WARM_UP_STEPS = 60
 DECAY_FROM = 0.55
 """Share of the training time after which the learning rate falls linearly, to 2 % of its peak."""
-CONDITIONS = (
+CONDITIONS: tuple[tuple[str, dict[str, str]], ...] = (
     ("right", {}),
     ("wrong_melody", {"melody": "wrong"}),
     ("no_melody", {"melody": "none"}),
@@ -60,7 +60,8 @@ def learning_rate_factor(step: int, progress: float) -> float:
 
 def build_optimisers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the transformer's matrices, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (matrices if ".layers." in name and parameter.dim() == 2 else others).append(parameter)
@@ -116,7 +117,7 @@ class Trainer:
         batch_size, num_steps, offset = choose_crop(self.settings, self.progress, self.rng)
         batch = sample_batch(clips, self.tokenizer, self.rng, batch_size, num_steps, offset)
         losses = codebook_losses(self.model, batch)
-        (losses * torch.tensor(LOSS_WEIGHTS)).mean().backward()
+        torch.autograd.backward((losses * torch.tensor(LOSS_WEIGHTS)).mean())
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1.0)
         factor = learning_rate_factor(self.step, self.progress)
         for optimiser, peak in zip(self.optimisers, (self.settings.muon_rate, self.settings.adam_rate), strict=True):

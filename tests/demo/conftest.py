@@ -29,7 +29,7 @@ def cached(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     chroma = generator.integers(0, 12, (6, 235)).astype(np.int8)
     codes = generator.integers(0, 1024, (6, 4, 1500)).astype(np.int16)
-    codes[:, 0] = 50 * chroma[:, (np.arange(1500) * 10) // 64]
+    codes[:, 0] = 50 * chroma.astype(np.int16)[:, (np.arange(1500) * 10) // 64]
     np.savez(tmp_path / "train_0000.npz", codes=codes, chroma=chroma, chroma_decoded=chroma)
     labels = [asdict(compose(random.Random(seed)).label) for seed in range(6)]
     (tmp_path / "train_0000.json").write_text(json.dumps(labels))

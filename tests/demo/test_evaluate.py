@@ -1,11 +1,14 @@
 """The evaluation's own measures: similarity pairs, collapse, the style classifier."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from musicgen.demo.evaluate import collapse, similarities
+from musicgen.demo.plot import plot
 from musicgen.demo.style import features, fit_classifier
 
 
@@ -40,3 +43,12 @@ def test_classifier_separates_timbres() -> None:
     classifier = fit_classifier(features(wav), styles)
     fresh = ["square", "noisy", "pure"] * 4
     assert classifier.predict(torch.stack([example(style) for style in fresh])) == fresh
+
+
+def test_loss_curves_are_drawn(tmp_path: Path) -> None:
+    names = ("right", "wrong_melody", "no_melody", "wrong_text")
+    records = [{"step": step, "train": [6.0 - step, 6.0, 6.0, 6.0]} for step in (1, 2)]
+    records += [{"step": 2, "held_out": {name: [5.0, 6.0, 6.0, 6.0] for name in names}}]
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    plot(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
