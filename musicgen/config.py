@@ -5,10 +5,11 @@ Knows nothing of files or tensors: `weights.py` fills these in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from musicgen.delay import DelayPattern
+from musicgen.errors import InvalidRequestError
 
 PadMode = Literal["constant", "reflect", "replicate"]
 
@@ -111,3 +112,61 @@ class ModelConfig:
     def num_frames(self, duration_s: float) -> int:
         """Frames of `duration_s` seconds, as audiocraft counts them (rounded down)."""
         return int(duration_s * self.frame_rate_hz)
+
+
+KVDtype = Literal["float32", "bfloat16", "float16", "int8"]
+WeightDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged keys and values."""
+
+    dtype: KVDtype = "float32"
+    memory_bytes: int | None = None
+    """Budget for the pages; None: `memory_share` of what is free."""
+    memory_share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise InvalidRequestError("a number of bytes > 0", repr(self.memory_bytes), param="memory_bytes")
+        if not 0 < self.memory_share <= 1:
+            raise InvalidRequestError("a share in (0, 1]", repr(self.memory_share), param="memory_share")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """How steps are filled."""
+
+    max_requests: int = 32
+    """Requests that hold pages at the same time."""
+    max_rows: int = 64
+    """Rows that hold pages at the same time."""
+    max_step_rows: int = 64
+    """Rows that one step can decode; if fewer than `max_rows`, playback decides who goes first."""
+    prefill_tokens: int = 64
+    """Prefill positions a step beside running decodes, so that nobody's playback stalls."""
+    idle_prefill_tokens: int = 512
+    """The same when nothing decodes."""
+    max_waiting: int = 1024
+    """Requests that may wait; more are refused."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise InvalidRequestError("an integer ≥ 1", repr(getattr(self, name)), param=name)
+        if self.max_step_rows < 3:
+            raise InvalidRequestError(
+                "at least 3, the rows of one request", str(self.max_step_rows), param="max_step_rows"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine can be told, resolved once."""
+
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    weights: WeightDtype = "float32"
+    num_threads: int | None = None
+    """Threads of a step on the CPU; None: one a core."""

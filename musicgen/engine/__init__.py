@@ -1,0 +1,1 @@
+"""Continuous batching over paged keys and values: requests in, codes out, one synchronous core."""

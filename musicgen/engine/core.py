@@ -1,0 +1,307 @@
+"""The engine: requests in, events out. A step is schedule → run → postprocess, and nothing else.
+
+Synchronous and used by one thread at a time; `async_engine` is where threads and asyncio meet. Knows nothing of
+text, audio or transport.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from musicgen.config import EngineConfig
+from musicgen.engine.kv_cache import PageAllocator
+from musicgen.engine.runner import ModelRunner
+from musicgen.engine.scheduler import ScheduledBatch, Scheduler
+from musicgen.engine.sequence import Phase, Sequence
+from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from musicgen.models.language_model import LanguageModel
+from musicgen.types import CodeChunk, CodesRequest, EndOfRequest, EngineEvent, EngineRequest, FinishReason
+
+STEP_TIME_MEMORY = 0.9
+"""How much of the running mean of step times each new step keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A look at the engine; the ledger holds whenever no call is under way:
+    admitted = running + finished + cancelled + failed, of those that began."""
+
+    num_waiting: int
+    num_running: int
+    num_accepted: int
+    num_finished: int
+    num_cancelled: int
+    num_failed: int
+    pages_held: int
+    pages_total: int
+    waiting_frames: float
+    """Frames still to be decoded for waiting requests, guidance rows counted apart."""
+    step_s: float
+    """Running mean of the time of a step."""
+
+
+class EngineCore:
+    """Continuous batching of requests to one language model.
+
+    Args:
+        lm: the model.
+        clock: seconds, for queue times, leases and playback.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        config: EngineConfig | None = None,
+        *,
+        runner: ModelRunner | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.model_config = lm.config
+        self._lm, self._clock = lm, clock
+        self.runner = runner or ModelRunner(lm, self.config)
+        self.allocator = PageAllocator(self.runner.num_pages)
+        self.scheduler = Scheduler(self.config.scheduler, self.allocator, lm.config.frame_rate_hz)
+        self._sequences: dict[str, Sequence] = {}
+        self._ended: dict[FinishReason, int] = dict.fromkeys(FinishReason, 0)
+        self._num_accepted = 0
+        self._step_s = 0.0
+        self._events: list[EngineEvent] = []
+        self._fatal: str | None = None
+
+    # --- requests ---
+
+    def add(self, request: EngineRequest) -> float:
+        """Accept a request; returns the quoted seconds until it starts.
+
+        Raises:
+            InvalidRequestError: it can never run here; nothing is admitted.
+            OverloadedError: too many wait, or its deadline cannot be met; nothing is admitted.
+            EngineDeadError: the engine has failed.
+        """
+        self._check_alive()
+        if request.request_id in self._sequences:
+            raise InvalidRequestError("a request id that is not in use", request.request_id, param="request_id")
+        _check_codes(request.codes, self._lm)
+        if len(self.scheduler.waiting) >= self.config.scheduler.max_waiting:
+            raise OverloadedError(
+                f"expected fewer than {self.config.scheduler.max_waiting} waiting requests; retry later"
+            )
+        sequence = self._new_sequence(request)
+        if not self.scheduler.fits_alone(sequence):
+            raise InvalidRequestError(
+                f"a request that fits {self.allocator.num_pages} pages and {self.config.scheduler.max_rows} rows",
+                f"{sequence.demand().most_pages} pages and {sequence.num_rows} rows",
+                "shorten it, or give the engine more memory",
+                param="duration",
+            )
+        quoted_steps = self.scheduler.steps_to_start(sequence)
+        total_s = (quoted_steps + sequence.num_steps_left) * self._step_s
+        if request.deadline_s is not None and total_s > request.deadline_s:
+            raise OverloadedError(
+                f"expected to finish within {request.deadline_s:.1f} s, would take about {total_s:.1f} s; retry later"
+            )
+        self._sequences[request.request_id] = sequence
+        self._num_accepted += 1
+        self.scheduler.add(sequence)
+        return quoted_steps * self._step_s
+
+    def abort(self, request_id: str) -> bool:
+        """Cancel a request; its pages are free at once. False if it has ended, or never was."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._end(sequence, FinishReason.CANCELLED)
+        return True
+
+    def renew(self, request_id: str) -> None:
+        """Extend the lease of a request by its length."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.request.lease_s is not None:
+            sequence.lease_until = self._clock() + sequence.request.lease_s
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+        return bool(self._sequences or self._events)
+
+    def stats(self) -> EngineStats:
+        waiting = self.scheduler.waiting.all()
+        return EngineStats(
+            num_waiting=len(waiting),
+            num_running=len(self.scheduler.running),
+            num_accepted=self._num_accepted,
+            num_finished=self._ended[FinishReason.FINISHED],
+            num_cancelled=self._ended[FinishReason.CANCELLED],
+            num_failed=self._ended[FinishReason.FAILED],
+            pages_held=self.allocator.num_held,
+            pages_total=self.allocator.num_pages,
+            waiting_frames=sum(s.cost for s in waiting),
+            step_s=self._step_s,
+        )
+
+    # --- a step ---
+
+    def step(self) -> list[EngineEvent]:
+        """Advance everyone by one step; returns what there is to tell since the last call.
+
+        Raises:
+            EngineDeadError: the step itself failed. Every request has failed then (`take_events` tells), and every
+                later call raises.
+        """
+        self._check_alive()
+        began = self._clock()
+        self._expire(began)
+        try:
+            batch = self.scheduler.schedule(began)
+            self._open_admitted(batch)
+            if batch.chunks:
+                codes = self.runner.run(batch)
+                self.scheduler.copied(batch)
+                self._postprocess(batch, codes)
+                self._measure(self._clock() - began)
+        except Exception as error:
+            self._die(error)
+            raise EngineDeadError(f"the engine failed: {self._fatal}") from error
+        return self.take_events()
+
+    def take_events(self) -> list[EngineEvent]:
+        """What there is to tell since the last call, without a step."""
+        events, self._events = self._events, []
+        return events
+
+    def _postprocess(self, batch: ScheduledBatch, codes: np.ndarray) -> None:
+        for chunk in batch.chunks:
+            chunk.row.num_computed += chunk.num_new
+            self.scheduler.publish(chunk.sequence, chunk.row)
+        for sequence, decided in zip(batch.deciding, codes, strict=True):
+            self._advance(sequence, decided)
+
+    def _advance(self, sequence: Sequence, decided: np.ndarray) -> None:
+        """A sequence has decided the codes of one step."""
+        if sequence.phase is Phase.PREFILL:
+            self.scheduler.began_decoding(sequence)
+            if sequence.times.decoding is None:
+                sequence.times.decoding = self._clock()
+        sequence.next_codes = decided
+        pattern = self.model_config.delay_pattern
+        num_steps = sequence.next_step  # decided steps, step 0 included
+        sequence.num_frames = max(sequence.num_frames, min(pattern.num_complete_frames(num_steps), sequence.window.end))
+        is_last = num_steps == pattern.num_steps(sequence.window.end)
+        has_more = is_last and sequence.window_index + 1 < len(sequence.windows)
+        self._send(sequence, everything=is_last and not has_more)
+        if has_more:
+            known = self.runner.frames(sequence.slot, 0, sequence.num_frames)
+            self.scheduler.release_rows(sequence)
+            sequence.next_window(known)
+            self.scheduler.open_window(sequence)
+            self.runner.open(sequence)
+        elif is_last:
+            self._end(sequence, FinishReason.FINISHED)
+
+    def _send(self, sequence: Sequence, *, everything: bool) -> None:
+        """Hand out the frames that are due to the listener."""
+        num_new = sequence.num_frames - sequence.num_sent_frames
+        policy = sequence.request.chunks
+        due = policy is not None and num_new >= policy.next_frames(sequence.last_chunk_frames)
+        if num_new == 0 or not (due or everything):
+            return
+        codes = self.runner.frames(sequence.slot, sequence.num_sent_frames, sequence.num_frames)
+        self._events.append(CodeChunk(sequence.request.request_id, codes, sequence.num_sent_frames))
+        sequence.num_sent_frames = sequence.num_frames
+        sequence.last_chunk_frames = num_new
+        if sequence.times.first_chunk is None:
+            sequence.times.first_chunk = self._clock()
+
+    def _open_admitted(self, batch: ScheduledBatch) -> None:
+        for sequence in {id(chunk.sequence): chunk.sequence for chunk in batch.chunks}.values():
+            if not sequence.is_open:
+                self.runner.open(sequence)
+                sequence.is_open = True
+
+    def _measure(self, step_s: float) -> None:
+        memory = STEP_TIME_MEMORY if self._step_s else 0.0
+        self._step_s = memory * self._step_s + (1 - memory) * step_s
+
+    # --- ends ---
+
+    def _expire(self, now: float) -> None:
+        for sequence in list(self._sequences.values()):
+            if sequence.lease_until is not None and now > sequence.lease_until:
+                self._end(sequence, FinishReason.CANCELLED, "its lease ran out: nobody renewed it")
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """The one place where a request ends."""
+        del self._sequences[sequence.request.request_id]
+        if sequence.is_open:
+            self.runner.close(sequence.slot)
+        self.scheduler.remove(sequence)
+        self._ended[reason] += 1
+        usage = sequence.usage(self._clock())
+        self._events.append(EndOfRequest(sequence.request.request_id, reason, usage, error))
+
+    def _die(self, error: Exception) -> None:
+        self._fatal = f"{type(error).__name__}: {error}"
+        for sequence in list(self._sequences.values()):
+            self._end(sequence, FinishReason.FAILED, "the engine failed")
+
+    def _check_alive(self) -> None:
+        if self._fatal is not None:
+            raise EngineDeadError(f"the engine has failed: {self._fatal}; replace this replica")
+
+    def check(self) -> None:
+        """Assert that pages, ledger and page tables agree. For tests and idle moments."""
+        running = self.scheduler.running
+        self.allocator.check(row.pages for sequence in running for row in sequence.rows)
+        stats = self.stats()
+        assert stats.num_accepted == len(self._sequences) + sum(self._ended.values())
+        assert stats.num_waiting + stats.num_running == len(self._sequences)
+
+    def _new_sequence(self, request: EngineRequest) -> Sequence:
+        """The sequence with the decoder inputs of every window that is still to be made."""
+        codes = request.codes
+        windows = [
+            (window, self._lm.guidance_rows(conditioning, codes.sampling))
+            for window, conditioning in codes.windows
+            if window.end > codes.num_known_frames
+        ]
+        return Sequence(request, self.model_config, windows, self._clock())
+
+
+def _check_codes(codes: CodesRequest, lm: LanguageModel) -> None:
+    """Refuse what cannot be generated.
+
+    Raises:
+        InvalidRequestError: no window, known codes of a wrong shape, range or length, or a window that is too long.
+    """
+    config = lm.config
+    if not codes.windows:
+        raise InvalidRequestError("at least one window", "none", param="windows")
+    max_frames = config.num_frames(config.max_duration_s)
+    for window, _ in codes.windows:
+        if not 0 < window.end - window.start <= max_frames:
+            got = f"frames {window.start} to {window.end}"
+            raise InvalidRequestError(f"windows of 1 to {max_frames} frames", got, param="windows")
+    known = codes.known_codes
+    if known is None:
+        return
+    num_codebooks, size = config.decoder.num_codebooks, config.decoder.codebook_size
+    if known.dim() != 2 or known.shape[0] != num_codebooks or known.is_floating_point():
+        expected = f"integers [{num_codebooks}, frames]"
+        raise InvalidRequestError(expected, f"{known.dtype} {list(known.shape)}", param="known_codes")
+    if known.shape[1] >= codes.num_frames:
+        raise InvalidRequestError(
+            f"fewer known frames than the {codes.num_frames} of the piece", f"{known.shape[1]}", param="known_codes"
+        )
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < size:
+        got = f"codes from {int(known.min())} to {int(known.max())}"
+        raise InvalidRequestError(f"codes in [0, {size})", got, param="known_codes")
+    following = next(window for window, _ in codes.windows if window.end > known.shape[1])
+    if following.start > known.shape[1]:
+        raise InvalidRequestError(
+            f"known codes up to frame {following.start} at least", f"{known.shape[1]} frames", param="known_codes"
+        )

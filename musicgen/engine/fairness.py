@@ -1,0 +1,33 @@
+"""Whose turn it is: weighted fair shares between tenants, counted in decode frames.
+
+Every tenant has a virtual counter of the frames it was served, guidance rows counted apart and divided by its
+weight. The tenant with the smallest counter goes next. A tenant that comes back after a pause starts at the smallest
+counter of those that wait, so that a pause earns no credit.
+
+Source: Sheng et al. 2024, "Fairness in Serving Large Language Models" (virtual token counter). Here a request is
+charged when it is admitted, because its length is known; what it was not served is given back when it is cancelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class VirtualCounters:
+    """The counters of all tenants."""
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}
+
+    def __getitem__(self, tenant: str) -> float:
+        return self._served.get(tenant, 0.0)
+
+    def lift(self, tenant: str, waiting: Collection[str]) -> None:
+        """A tenant without waiting requests brings one: raise its counter to the least of those that wait."""
+        floor = min((self[other] for other in waiting if other != tenant), default=None)
+        if floor is not None:
+            self._served[tenant] = max(self[tenant], floor)
+
+    def charge(self, tenant: str, num_frames: float, weight: float) -> None:
+        """Count frames as served; negative to give them back."""
+        self._served[tenant] = self[tenant] + num_frames / weight

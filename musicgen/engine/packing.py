@@ -1,0 +1,83 @@
+"""From a loaded decoder to the packed weights that the kernels' step runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from musicgen.config import DecoderConfig, WeightDtype
+from musicgen.errors import InvalidRequestError
+from musicgen.models.transformer import Attention, Decoder, DecoderLayer
+from musicgen_kernels import PackedLinear, pack_linear, sinusoid_table
+from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm
+
+OnLayer = Callable[[int, int], None]
+"""Called with the number of layers that are packed, and of all."""
+
+KINDS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
+
+
+def pack_decoder(
+    decoder: Decoder, weights: WeightDtype, max_positions: int, on_layer: OnLayer | None = None
+) -> DecoderWeights:
+    """Quantise and arrange the matrices of `decoder`; embeddings, norms and biases keep fp32.
+
+    Args:
+        max_positions: the longest row, prefix included.
+    Raises:
+        InvalidRequestError: a kind of weights that has no kernel.
+    """
+    if weights not in KINDS:
+        raise InvalidRequestError(f"weights in {', '.join(KINDS)}", weights, param="weights")
+    config: DecoderConfig = decoder.config
+
+    def pack(linear: nn.Linear) -> PackedLinear:
+        return pack_linear(linear.weight.detach(), KINDS[weights])  # type: ignore[arg-type]
+
+    blocks = []
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        blocks.append(_block(layer, pack))
+        if on_layer is not None:
+            on_layer(len(blocks), config.num_layers)
+    embeddings = decoder.embed.weight.detach().view(config.num_codebooks, config.codebook_size + 1, config.dim)
+    return DecoderWeights(
+        embeddings=embeddings.contiguous(),
+        sinusoids=sinusoid_table(max_positions, config.dim, device=embeddings.device),
+        blocks=tuple(blocks),
+        final_norm=_norm(decoder.out_norm),
+        heads=pack(decoder.heads),
+        num_heads=config.num_heads,
+    )
+
+
+def _block(layer: DecoderLayer, pack: Callable[[nn.Linear], PackedLinear]) -> BlockWeights:
+    cross = None
+    if layer.cross_attn is not None:
+        attention: Attention = layer.cross_attn
+        assert layer.norm_cross is not None
+        cross = CrossWeights(
+            norm=_norm(layer.norm_cross),
+            q=pack(attention.q),
+            kv=pack(attention.kv),
+            out=pack(attention.out),
+        )
+    return BlockWeights(
+        self_norm=_norm(layer.norm1),
+        qkv=pack(layer.self_attn.qkv),
+        out=pack(layer.self_attn.out),
+        cross=cross,
+        ffn_norm=_norm(layer.norm2),
+        fc1=pack(layer.fc1),
+        fc2=pack(layer.fc2),
+    )
+
+
+def _norm(norm: nn.LayerNorm) -> Norm:
+    return Norm(_fp32(norm.weight), _fp32(norm.bias))
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32).contiguous()

@@ -1,0 +1,323 @@
+"""Runs one scheduled step on tensors: assemble the batch, one call of the kernels' step, one of the sampler.
+
+Owns the pages' memory, the texts' pages and the buffer of codes. Decides nothing: what is computed comes from the
+scheduler, what follows from it is the core's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from musicgen.config import EngineConfig, ModelConfig
+from musicgen.delay import UNKNOWN_CODE
+from musicgen.engine.kv_cache import PageAllocator, num_pages_for
+from musicgen.engine.packing import OnLayer, pack_decoder
+from musicgen.engine.scheduler import RowChunk, ScheduledBatch
+from musicgen.engine.sequence import Sequence
+from musicgen.errors import InvalidRequestError
+from musicgen.models.language_model import LanguageModel
+from musicgen.models.t5 import MAX_TEXT_TOKENS
+from musicgen_kernels import PAGE_LEN, KVStore, SampleBatch, delayed_sample_step, new_kv_store, page_bytes
+from musicgen_kernels.cpu_step import CpuStep
+from musicgen_kernels.errors import BackendUnavailableError
+from musicgen_kernels.step import DecoderWeights, StepBatch, step_by_operations, write_cross_by_operations
+
+MAX_GUIDANCE_ROWS = 3
+FIRST_TEXT_PAGES = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layout:
+    """The parts of a step's tensors that stay as long as the same rows compute the same numbers of positions."""
+
+    key: tuple[tuple[int, int], ...]
+    row_ids: Tensor
+    """`[B]` rows of the page tables."""
+    query_offsets: Tensor
+    logit_tokens: Tensor
+    cross_lens: Tensor | None
+    sampling: SampleBatch | None
+
+
+class ModelRunner:
+    """One model's decoder with its pages.
+
+    Args:
+        lm: the language model; its matrices are packed, so it may be dropped afterwards.
+        on_layer: progress of the packing.
+    Raises:
+        InvalidRequestError: a memory budget without room for a page, or weights without a kernel.
+    """
+
+    def __init__(self, lm: LanguageModel, config: EngineConfig, on_layer: OnLayer | None = None) -> None:
+        self.config, self.model_config, self.device = config, lm.config, lm.device
+        self.max_row_len = _max_row_len(lm.config)
+        self.weights: DecoderWeights = pack_decoder(lm.decoder, config.weights, self.max_row_len, on_layer)
+        self._native = self._native_step()
+        self.pages = self._new_pages(config)
+        self.num_pages = self.pages.k.shape[1]
+        self.text_pages = _TextPages(self.weights, self.pages.k.dtype) if self.weights.has_cross else None
+        num_slots = config.scheduler.max_requests
+        self._codes = torch.empty(num_slots, lm.config.decoder.num_codebooks, 0, dtype=torch.int32, device=self.device)
+        tables = (num_slots * MAX_GUIDANCE_ROWS, num_pages_for(self.max_row_len))
+        self._page_tables = torch.zeros(tables, dtype=torch.int32)
+        self._num_tabled = np.zeros(tables[0], dtype=np.int64)
+        self._delays = torch.tensor(lm.config.delay_pattern.delays, dtype=torch.int32, device=self.device)
+        self._layout: _Layout | None = None
+
+    # --- sequences ---
+
+    def open(self, sequence: Sequence) -> None:
+        """Prepare an admitted sequence, or its next window: its buffer of codes, its texts."""
+        delayed = sequence.delayed_codes()
+        if delayed.shape[-1] > self._codes.shape[-1]:
+            grown = self._codes.new_full((*self._codes.shape[:2], delayed.shape[-1]), UNKNOWN_CODE)
+            grown[..., : self._codes.shape[-1]] = self._codes
+            self._codes = grown
+        self._codes[sequence.slot, :, : delayed.shape[-1]] = delayed.to(self.device)
+        first = sequence.slot * MAX_GUIDANCE_ROWS
+        self._num_tabled[first : first + MAX_GUIDANCE_ROWS] = 0
+        if self.text_pages is not None:
+            assert sequence.inputs.text is not None
+            self.text_pages.open(sequence.slot, sequence.inputs.text, self._native)
+        self._layout = None
+
+    def close(self, slot: int) -> None:
+        """The sequence of `slot` has ended."""
+        if self.text_pages is not None:
+            self.text_pages.close(slot)
+        self._layout = None
+
+    def frames(self, slot: int, start: int, end: int) -> Tensor:
+        """Codes `[K, end - start]` (int32, on the host, a copy) of complete frames."""
+        pattern = self.model_config.delay_pattern
+        return pattern.undo(self._codes[slot, :, start : pattern.num_steps(end)]).cpu()
+
+    # --- one step ---
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> np.ndarray:
+        """Compute a step; returns the codes `[D, K]` (int32) that the deciding sequences have decided."""
+        for source, target in batch.copies:
+            self._copy_page(source, target)
+        for chunk in batch.chunks:
+            self._update_table(chunk)
+        layout = self._layout_of(batch)
+        step = self._step_batch(batch, layout)
+        cross_pages = None if self.text_pages is None else self.text_pages.store
+        if self._native is not None:
+            logits = self._native.run(step, self.pages, cross_pages, num_threads=self.config.num_threads)
+        else:
+            logits = step_by_operations(self.weights, step, self.pages, cross_pages)
+        if layout.sampling is None:
+            return np.empty((0, self.model_config.decoder.num_codebooks), dtype=np.int32)
+        sampling = replace(layout.sampling, steps=self._ints(_decided_steps(batch)))
+        codes = delayed_sample_step(logits, sampling, self._delays, self._codes)
+        return codes.cpu().numpy()
+
+    def _layout_of(self, batch: ScheduledBatch) -> _Layout:
+        key = tuple((id(chunk.row), chunk.num_new) for chunk in batch.chunks)
+        if self._layout is None or self._layout.key != key:
+            self._layout = self._new_layout(key, batch)
+        return self._layout
+
+    def _new_layout(self, key: tuple[tuple[int, int], ...], batch: ScheduledBatch) -> _Layout:
+        ends = np.cumsum([chunk.num_new for chunk in batch.chunks], dtype=np.int32)
+        deciding = set(map(id, batch.deciding))
+        is_last = [id(chunk.sequence) in deciding for chunk in batch.chunks]
+        slots = torch.tensor([_row_id(chunk) for chunk in batch.chunks])
+        cross_lens = None
+        if self.text_pages is not None:
+            cross_lens = self._ints([self.text_pages.lens[_row_id(chunk)] for chunk in batch.chunks])
+        return _Layout(
+            key=key,
+            row_ids=slots,
+            query_offsets=self._ints([0, *ends]),
+            logit_tokens=self._ints([end - 1 for end, last in zip(ends, is_last, strict=True) if last]),
+            cross_lens=cross_lens,
+            sampling=self._sample_batch(batch.deciding) if batch.deciding else None,
+        )
+
+    def _step_batch(self, batch: ScheduledBatch, layout: _Layout) -> StepBatch:
+        codes = np.zeros((batch.num_tokens, self.model_config.decoder.num_codebooks), dtype=np.int32)
+        prefix_index: np.ndarray | None = None
+        prefixes: list[Tensor] = []
+        num_prefix = token = 0
+        for chunk in batch.chunks:
+            sequence, end = chunk.sequence, chunk.start + chunk.num_new
+            prefix_len = sequence.inputs.prefix_len
+            if chunk.start >= sequence.prefill_len:
+                if sequence.next_codes is None:
+                    codes[token] = sequence.prefill_codes()[:, -1].numpy()
+                else:
+                    codes[token] = sequence.next_codes
+            else:
+                if chunk.start < prefix_len:
+                    assert sequence.inputs.prefix is not None
+                    stop = min(end, prefix_len)
+                    if prefix_index is None:
+                        prefix_index = np.full(batch.num_tokens, -1, dtype=np.int32)
+                    prefix_index[token : token + stop - chunk.start] = np.arange(
+                        num_prefix, num_prefix + stop - chunk.start
+                    )
+                    num_prefix += stop - chunk.start
+                    prefixes.append(sequence.inputs.prefix[chunk.row.index, chunk.start : stop])
+                if end > prefix_len:
+                    first = max(chunk.start, prefix_len)
+                    known = sequence.prefill_codes()[:, first - prefix_len : end - prefix_len]
+                    codes[token + first - chunk.start : token + chunk.num_new] = known.numpy().T
+            token += chunk.num_new
+        table = self._page_tables[layout.row_ids]
+        return StepBatch(
+            codes=torch.from_numpy(codes).to(self.device),
+            query_offsets=layout.query_offsets,
+            kv_lens=self._ints([chunk.start + chunk.num_new for chunk in batch.chunks]),
+            page_table=table.to(self.device),
+            logit_tokens=layout.logit_tokens,
+            prefix=torch.cat(prefixes).float().contiguous() if prefixes else None,
+            prefix_index=None if prefix_index is None else torch.from_numpy(prefix_index).to(self.device),
+            cross_page_table=None if self.text_pages is None else self.text_pages.table[layout.row_ids],
+            cross_lens=layout.cross_lens,
+        )
+
+    def _sample_batch(self, sequences: list[Sequence]) -> SampleBatch:
+        """The parameters of the deciding sequences; `steps` is filled in at each step."""
+        params = [sequence.request.codes.sampling for sequence in sequences]
+
+        def floats(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+        row_offsets = np.cumsum([0, *(sequence.num_rows for sequence in sequences)])
+        return SampleBatch(
+            row_offsets=self._ints(row_offsets),
+            slots=self._ints([sequence.slot for sequence in sequences]),
+            steps=self._ints([0] * len(sequences)),
+            num_frames=self._ints([sequence.window.end for sequence in sequences]),
+            seeds=torch.tensor([p.seed for p in params], dtype=torch.int64, device=self.device),
+            guidance=floats([p.guidance_scale for p in params]),
+            guidance_beta=floats([1.0 if p.melody_guidance is None else p.melody_guidance for p in params]),
+            temperature=floats([0.0 if p.greedy else p.temperature for p in params]),
+            top_k=self._ints([p.top_k for p in params]),
+            top_p=floats([p.top_p for p in params]),
+        )
+
+    def _ints(self, values: object) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int32), device=self.device)
+
+    # --- memory ---
+
+    def _update_table(self, chunk: RowChunk) -> None:
+        row_id, pages = _row_id(chunk), chunk.row.pages
+        done = self._num_tabled[row_id]
+        if done != len(pages):
+            self._page_tables[row_id, done : len(pages)] = torch.tensor(pages[done:], dtype=torch.int32)
+            self._num_tabled[row_id] = len(pages)
+
+    def _copy_page(self, source: int, target: int) -> None:
+        for tensor in (self.pages.k, self.pages.v, self.pages.k_scales, self.pages.v_scales):
+            if tensor is not None:
+                tensor[:, target] = tensor[:, source]
+
+    def _native_step(self) -> CpuStep | None:
+        """The one-call step, where there is one: on the CPU, with the compiled kernels, for their head dims."""
+        if self.device.type != "cpu":
+            return None
+        try:
+            return CpuStep(self.weights)
+        except BackendUnavailableError:
+            return None
+
+    def _new_pages(self, config: EngineConfig) -> KVStore:
+        decoder, dtype = self.model_config.decoder, getattr(torch, config.cache.dtype)
+        size = page_bytes(decoder.num_layers, decoder.num_heads, decoder.head_dim, dtype)
+        budget = config.cache.memory_bytes
+        if budget is None:
+            free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+            budget = int(free * config.cache.memory_share)
+            most = config.scheduler.max_rows * num_pages_for(self.max_row_len)
+            budget = min(budget, most * size)
+        if budget < size:
+            raise InvalidRequestError(f"at least {size} bytes, one page", str(budget), param="memory_bytes")
+        return new_kv_store(
+            decoder.num_layers, budget // size, decoder.num_heads, decoder.head_dim, dtype, device=self.device
+        )
+
+
+class _TextPages:
+    """Keys and values of the texts of models with cross-attention: written once, read at every step."""
+
+    def __init__(self, weights: DecoderWeights, dtype: torch.dtype) -> None:
+        self._weights = weights
+        heads, head_dim = weights.num_heads, weights.dim // weights.num_heads
+        device = weights.embeddings.device
+        self.store = new_kv_store(len(weights.blocks), FIRST_TEXT_PAGES, heads, head_dim, dtype, device=device)
+        self._allocator = PageAllocator(FIRST_TEXT_PAGES)
+        self._pages: dict[int, list[int]] = {}
+        self.lens: dict[int, int] = {}
+        """By row id; 0 for rows without text, whose cross-attention is zero."""
+        self.table = torch.zeros(0, num_pages_for(MAX_TEXT_TOKENS), dtype=torch.int32, device=device)
+
+    def open(self, slot: int, text: Tensor, native: CpuStep | None) -> None:
+        """Write the texts `[R, L, dim]` of a sequence's rows."""
+        self.close(slot)
+        first = slot * MAX_GUIDANCE_ROWS
+        if self.table.shape[0] < first + MAX_GUIDANCE_ROWS:
+            grown = self.table.new_zeros(first + MAX_GUIDANCE_ROWS, self.table.shape[1])
+            grown[: self.table.shape[0]] = self.table
+            self.table = grown
+        self._pages[slot] = []
+        for row, states in enumerate(text):
+            length = states.shape[0] if bool(states.any()) else 0
+            self.lens[first + row] = length
+            if length:
+                self._write(slot, first + row, states, native)
+
+    def close(self, slot: int) -> None:
+        self._allocator.release(self._pages.pop(slot, []))
+
+    def _write(self, slot: int, row_id: int, states: Tensor, native: CpuStep | None) -> None:
+        num_pages = num_pages_for(states.shape[0])
+        if self._allocator.num_available < num_pages:
+            self._grow()
+        pages = self._allocator.allocate(num_pages)
+        self._pages[slot] += pages
+        device = self.table.device
+        self.table[row_id, :num_pages] = torch.tensor(pages, dtype=torch.int32, device=device)
+        offsets = torch.tensor([0, states.shape[0]], dtype=torch.int32, device=device)
+        states, table = states.float().contiguous(), self.table[row_id : row_id + 1]
+        if native is not None:
+            native.write_cross(states, table, offsets, offsets[1:], self.store)
+        else:
+            write_cross_by_operations(self._weights, states, table, offsets, offsets[1:], self.store)
+
+    def _grow(self) -> None:
+        """Twice the pages; page numbers stay."""
+        old, num_old = self.store, self._allocator.num_pages
+        layers, _, heads, _, head_dim = old.k.shape
+        self.store = new_kv_store(layers, 2 * num_old, heads, head_dim, old.k.dtype, device=old.k.device)
+        for name in ("k", "v", "k_scales", "v_scales"):
+            source = getattr(old, name)
+            if source is not None:
+                getattr(self.store, name)[:, :num_old] = source
+        self._allocator.grow(2 * num_old)
+
+
+def _row_id(chunk: RowChunk) -> int:
+    return chunk.sequence.slot * MAX_GUIDANCE_ROWS + chunk.row.index
+
+
+def _decided_steps(batch: ScheduledBatch) -> list[int]:
+    """The delayed step, counted from the beginning of the piece, that each deciding sequence decides."""
+    last_position = {id(chunk.sequence): chunk.start + chunk.num_new - 1 for chunk in batch.chunks}
+    return [s.window.start + last_position[id(s)] - s.inputs.prefix_len + 1 for s in batch.deciding]
+
+
+def _max_row_len(config: ModelConfig) -> int:
+    prefix_len = 0 if config.chroma is None else config.chroma.num_frames + MAX_TEXT_TOKENS
+    num_positions = prefix_len + config.delay_pattern.num_steps(config.num_frames(config.max_duration_s))
+    return num_pages_for(num_positions) * PAGE_LEN

@@ -1,0 +1,206 @@
+"""One request inside the engine: its rows, how far each is computed, and its times. Decides nothing."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from musicgen.config import ModelConfig
+from musicgen.delay import UNKNOWN_CODE
+from musicgen.engine.forecast import Demand
+from musicgen.engine.kv_cache import PageKey, num_pages_for, page_keys
+from musicgen.models.language_model import GuidanceRows
+from musicgen.types import EngineRequest, Usage, Window
+from musicgen_kernels import PAGE_LEN
+
+
+class Phase(enum.Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    ENDED = "ended"
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One guidance row of the current window. Positions: the prefix, then one for each step that is fed."""
+
+    index: int
+    """Among the rows of its request: conditional first, null last."""
+    keys: list[PageKey]
+    """Of the full pages of its prefill, then of the part page if there is one."""
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_published: int = 0
+
+
+@dataclass(slots=True)
+class Times:
+    """When things happened, in seconds of the engine's clock."""
+
+    arrived: float
+    admitted: float | None = None
+    decoding: float | None = None
+    first_chunk: float | None = None
+
+
+class Sequence:
+    """A request's state. Set by the engine core and the scheduler; read by the runner.
+
+    Args:
+        windows: the decoder inputs of each window that is still to be made.
+        slot: of the runner's buffer of codes, while admitted.
+    """
+
+    def __init__(
+        self, request: EngineRequest, config: ModelConfig, windows: list[tuple[Window, GuidanceRows]], now: float
+    ) -> None:
+        self.request = request
+        self.config = config
+        self.windows = windows
+        self.phase = Phase.WAITING
+        self.times = Times(now)
+        self.lease_until = None if request.lease_s is None else now + request.lease_s
+        self.slot = -1
+        self.is_open = False
+        """Whether the runner has been told of it."""
+        self.rows: list[Row] = []
+        self.num_frames = self.num_sent_frames = request.codes.num_known_frames
+        """Complete frames, and those that were handed out."""
+        self.last_chunk_frames = 0
+        self.next_codes: np.ndarray | None = None
+        """`[K]` codes of the step that is fed next; None before the first step of a window is decided."""
+        self.window_index = 0
+        self.known = self._known_codes()
+        self._open_window()
+
+    # --- the current window ---
+
+    @property
+    def window(self) -> Window:
+        return self.windows[self.window_index][0]
+
+    @property
+    def inputs(self) -> GuidanceRows:
+        return self.windows[self.window_index][1]
+
+    @property
+    def num_rows(self) -> int:
+        return self.inputs.num_rows
+
+    @property
+    def prefill_len(self) -> int:
+        """Positions a row that are known beforehand, but for the last: that one is the first decode step."""
+        return self.inputs.prefix_len + self.num_known - self.window.start
+
+    @property
+    def num_known(self) -> int:
+        """Frames that were known when the window was opened."""
+        return self.known.shape[-1]
+
+    @property
+    def row_len(self) -> int:
+        """Positions a row when the window is complete. The last step is decided, not fed."""
+        num_steps = self.config.delay_pattern.num_steps(self.window.end - self.window.start)
+        return self.inputs.prefix_len + num_steps - 1
+
+    @property
+    def num_computed(self) -> int:
+        """Positions that every row has computed."""
+        return min(row.num_computed for row in self.rows)
+
+    @property
+    def next_step(self) -> int:
+        """The delayed step that is decided next, counted from the beginning of the piece."""
+        return self.window.start + self.num_computed - self.inputs.prefix_len + 1
+
+    def demand(self, num_private: int = 0) -> Demand:
+        """What its pages come to, from now to its end.
+
+        A piece of several windows is taken to need its widest window all the time.
+        """
+        num_held = sum(len(row.pages) for row in self.rows)
+        if len(self.windows) > 1:
+            widest = max(self._row_len(i) for i in range(self.window_index, len(self.windows)))
+            return Demand(self.num_rows, widest, self.num_steps_left, 0, num_held, num_private)
+        length = max(self.prefill_len, self.num_computed)
+        return Demand(self.num_rows, length, self.row_len - length, 1, num_held, num_private)
+
+    @property
+    def num_steps_left(self) -> int:
+        """Decode steps to the end of the piece."""
+        max_delay = self.config.delay_pattern.max_delay
+        done = max(self.num_computed - self.prefill_len, 0)
+        left = self.row_len - self.prefill_len - done
+        ends = [window.end for window, _ in self.windows[self.window_index :]]
+        return left + sum(end - previous + max_delay for previous, end in zip(ends, ends[1:], strict=False))
+
+    @property
+    def cost(self) -> float:
+        """Frames to make, guidance rows counted apart."""
+        return float((self.request.codes.num_frames - self.num_frames) * self.num_rows)
+
+    def usage(self, now: float) -> Usage:
+        times = self.times
+        admitted = now if times.admitted is None else times.admitted
+        decoding = now if times.decoding is None else times.decoding
+        return Usage(
+            num_frames=self.num_frames - self.request.codes.num_known_frames,
+            queue_s=admitted - times.arrived,
+            prefill_s=decoding - admitted,
+            decode_s=now - decoding,
+        )
+
+    # --- changes ---
+
+    def next_window(self, known: Tensor) -> None:
+        """Go on to the next window; `known` are the `[K, T]` codes of the piece so far."""
+        self.window_index += 1
+        self.known = known
+        self._open_window()
+
+    def prefill_codes(self) -> Tensor:
+        """`[K, S]` delayed codes of the window's known steps; the last one is fed by the first decode step."""
+        pattern, special = self.config.delay_pattern, self.config.decoder.special_token
+        delayed = pattern.apply(self.known[:, self.window.start :], special)
+        return delayed[:, : pattern.first_step_after(self.num_known - self.window.start)]
+
+    def delayed_codes(self) -> Tensor:
+        """`[K, S]` the delayed sequence of the piece up to the window's end, unknown places marked."""
+        pattern, special = self.config.delay_pattern, self.config.decoder.special_token
+        unknown = self.known.new_full((pattern.num_codebooks, self.window.end - self.num_known), UNKNOWN_CODE)
+        return pattern.apply(torch.cat([self.known, unknown], -1), special)
+
+    def _open_window(self) -> None:
+        self.next_codes = None
+        codes = self.prefill_codes()[:, :-1].contiguous()
+        self.rows = [Row(i, self._keys(i, codes)) for i in range(self.num_rows)]
+
+    def _keys(self, row: int, codes: Tensor) -> list[PageKey]:
+        """Keys of the pages of the prefill: the prefix's embeddings and the codes, and what they attend to."""
+        prefix, text = self.inputs.prefix, self.inputs.text
+        attended = b"" if text is None else text[row].cpu().numpy().tobytes()
+        prefix_len = self.inputs.prefix_len
+        contents = []
+        for page in range(num_pages_for(self.prefill_len)):
+            first, last = page * PAGE_LEN, min((page + 1) * PAGE_LEN, self.prefill_len)
+            content = attended if page == 0 else b""
+            if prefix is not None and first < prefix_len:
+                content += prefix[row, first : min(last, prefix_len)].cpu().numpy().tobytes()
+            content += codes[:, max(first - prefix_len, 0) : max(last - prefix_len, 0)].numpy().tobytes()
+            contents.append(content)
+        return page_keys(contents)
+
+    def _row_len(self, index: int) -> int:
+        window, inputs = self.windows[index]
+        return inputs.prefix_len + self.config.delay_pattern.num_steps(window.end - window.start) - 1
+
+    def _known_codes(self) -> Tensor:
+        known = self.request.codes.known_codes
+        if known is None:
+            return torch.empty(self.config.decoder.num_codebooks, 0, dtype=torch.int32)
+        return known.to("cpu", torch.int32)
