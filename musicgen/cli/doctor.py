@@ -37,7 +37,7 @@ def examine() -> dict[str, Any]:
     return {
         "musicgen": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "devices": _devices(),
         "cpu": _cpu(),
         "backends": {device: _backends(device, dtype) for device, dtype in _targets()},

@@ -1,0 +1,501 @@
+"""The command line: what is written and said, exit codes, one-line errors before any work, no torch for the help."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import tune
+
+import musicgen
+from musicgen import MusicGen, audio_write
+from musicgen.cli import main
+from musicgen.cli.plan import slug
+from musicgen.cli.timing import Stopwatch
+from musicgen.errors import WeightsError
+from musicgen.model import Model
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in an empty folder: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MUSICGEN_DEBUG", raising=False)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Path:
+    """One second of a tune at another rate than the model's, as mp3."""
+    path = tmp_path / "My tune.mp3"
+    soundfile.write(path, tune(1.0, 44100)[0].numpy(), 44100)
+    return path
+
+
+def _last_json(out: str) -> dict[str, Any]:
+    summary = json.loads(out.splitlines()[-1])
+    assert isinstance(summary, dict)
+    return summary
+
+
+# --- help, versions
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["models", "--help"], ["doctor", "--help"], ["--version"]]
+)
+def test_help_imports_no_library(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom musicgen.cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit as exit: assert exit.code == 0\n"
+        "print([m for m in ('torch', 'numpy', 'transformers', 'tqdm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "musicgen" in done.stdout
+
+
+def test_python_m_runs_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "musicgen", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"musicgen {musicgen.__version__}\n"
+
+
+def test_no_command_shows_the_help(run: Run) -> None:
+    code, out, _ = run()
+    assert code == 0
+    assert 'musicgen generate "happy rock"' in out
+
+
+# --- generate
+
+
+def test_two_prompts_two_files(run: Run, folders: dict[str, Path], models: dict[str, Model], tmp_path: Path) -> None:
+    code, out, err = run(
+        *("generate", "Happy rock", "sad/jazz!", "--duration", 0.5, "--seed", 7, "--model", folders["text"]),
+        *("--strategy", "peak", "--json"),
+    )
+    assert (code, err) == (0, "")
+    names = ["happy-rock_seed7.wav", "sad-jazz_seed8.wav"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    summary = _last_json(out)
+    assert [Path(file["path"]).name for file in summary["files"]] == names
+    assert [(file["seed"], file["prompt"]) for file in summary["files"]] == [(7, "Happy rock"), (8, "sad/jazz!")]
+    assert all(file["duration_s"] == 0.5 and file["sample_rate"] == 32000 for file in summary["files"])
+    assert sum(spent for part, spent in summary["parts_s"].items() if part != "load") == pytest.approx(
+        summary["work_s"], abs=0.01
+    )
+    assert summary["real_time_factor"] == pytest.approx(1.0 / summary["work_s"], rel=0.05)
+    assert min(summary["parts_s"].values()) > 0
+    for name in names:
+        assert f"out/{name}" in out
+
+    model = MusicGen(models["text"])
+    model.set_generation_params(duration=0.5)
+    wav = model.generate(["Happy rock", "sad/jazz!"], seed=7)
+    assert isinstance(wav, torch.Tensor)
+    for name, samples in zip(names, wav, strict=True):
+        expected = audio_write(tmp_path / "expected" / name, samples, 32000, strategy="peak", add_suffix=False)
+        written, alone = (soundfile.read(path)[0] for path in (tmp_path / "out" / name, expected))
+        np.testing.assert_allclose(written, alone, rtol=0, atol=2 / 32768)  # the codes are equal: a rounding of 16 bits
+
+
+def test_a_file_says_what_it_is(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    run("generate", "happy rock", "--duration", 0.5, "--seed", 3, "--model", folders["text"], "--format", "flac")
+    with soundfile.SoundFile(tmp_path / "out" / "happy-rock_seed3.flac") as file:
+        assert file.title == "happy rock"
+        for words in ("Machine-made", f"model: {folders['text'].name}", "seed: 3", "licence", "happy rock"):
+            assert words in file.comment
+
+
+@pytest.mark.parametrize("format", ["mp3", "ogg", "opus"])
+def test_formats_and_level(run: Run, folders: dict[str, Path], format: str) -> None:
+    code, out, _ = run(
+        *("generate", "rock", "--duration", 1, "--seed", 1, "--model", folders["text"], "--format", format),
+        *("--loudness", "-20", "--json"),
+    )
+    assert code == 0
+    (file,) = _last_json(out)["files"]
+    assert file["path"] == f"out/rock_seed1.{format}"
+    assert file["loudness_lufs"] == pytest.approx(-20.0, abs=0.5)
+
+
+def test_nothing_is_overwritten_unless_asked(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    command = ["generate", "rock", "--duration", 0.1, "--seed", 1, "--model", folders["text"], "--plot"]
+    for _ in range(2):
+        assert run(*command)[0] == 0
+    names = ["rock_seed1-2.png", "rock_seed1-2.wav", "rock_seed1.png", "rock_seed1.wav"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    first, second = ((tmp_path / "out" / name).read_bytes() for name in ("rock_seed1.wav", "rock_seed1-2.wav"))
+    assert first == second
+    assert (tmp_path / "out" / "rock_seed1.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "out" / "rock_seed1.wav").write_bytes(b"old")
+    assert run(*command, "--overwrite")[0] == 0
+    assert (tmp_path / "out" / "rock_seed1.wav").read_bytes() == first
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_a_seed_is_drawn_and_told(run: Run, folders: dict[str, Path]) -> None:
+    command = ["generate", "rock", "--duration", 0.1, "--model", folders["text"], "--json"]
+    seeds = []
+    for _ in range(2):
+        _, out, _ = run(*command)
+        (file,) = _last_json(out)["files"]
+        assert f"seed {file['seed']} (drawn" in out
+        seeds.append(file["seed"])
+    assert seeds[0] != seeds[1]
+    _, out, _ = run(*command, "--seed", 0)
+    assert _last_json(out)["files"][0]["seed"] == 0
+    assert "drawn" not in out
+
+
+def test_melody_once_for_all_or_one_each(run: Run, folders: dict[str, Path], recording: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.wav"
+    soundfile.write(other, tune(1.0, first_note=5)[0].numpy(), 32000)
+    command = ["generate", "rock", "jazz", "--duration", 0.4, "--seed", 1, "--model", folders["melody"], "--greedy"]
+    code, out, _ = run(*command, "--melody", recording, "--json")
+    assert code == 0
+    one = _last_json(out)["files"]
+    assert [file["path"] for file in one] == ["out/rock_my-tune_seed1.wav", "out/jazz_my-tune_seed2.wav"]
+    _, out, _ = run(*command, "--melody", recording, "--melody", other, "--json")
+    each = _last_json(out)["files"]
+    assert [Path(file["melody"]).name for file in each] == ["My tune.mp3", "other.wav"]
+
+    def samples(file: dict[str, Any]) -> np.ndarray:
+        return np.asarray(soundfile.read(file["path"])[0])
+
+    np.testing.assert_array_equal(samples(one[0]), samples(each[0]))
+    assert not np.array_equal(samples(one[1]), samples(each[1]))
+
+
+def test_melody_without_words_and_samples(run: Run, folders: dict[str, Path], recording: Path) -> None:
+    code, out, _ = run(
+        *("generate", "--melody", recording, "--duration", 0.2, "--seed", 5, "--num-samples", 2),
+        *("--model", folders["melody"], "--json"),
+    )
+    assert code == 0
+    files = _last_json(out)["files"]
+    assert [file["path"] for file in files] == ["out/my-tune_seed5.wav", "out/my-tune_seed6.wav"]
+    assert [file["prompt"] for file in files] == [None, None]
+
+
+def test_unconditional_stereo(run: Run, folders: dict[str, Path]) -> None:
+    code, out, _ = run(
+        "generate", "--unconditional", 2, "--duration", 0.2, "--seed", 5, "--model", folders["text-stereo"], "--json"
+    )
+    assert code == 0
+    files = _last_json(out)["files"]
+    assert [(file["path"], file["channels"]) for file in files] == [
+        ("out/unconditional_seed5.wav", 2),
+        ("out/unconditional_seed6.wav", 2),
+    ]
+
+
+@pytest.mark.parametrize("with_melody", [False, True])
+def test_continuation(run: Run, folders: dict[str, Path], recording: Path, with_melody: bool) -> None:
+    code, out, _ = run(
+        *("generate", "rock", "--prompt-audio", recording, "--duration", 1.5, "--seed", 1, "--json"),
+        *("--model", folders["melody"], *(["--melody", recording] if with_melody else [])),
+    )
+    assert code == 0
+    (file,) = _last_json(out)["files"]
+    assert file["duration_s"] == 1.5
+    assert file["prompt_audio"] == str(recording)
+    assert (file["melody"] is not None) == with_melody
+
+
+def test_the_bar(run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, out, err = run("generate", "rock", "jazz", "--duration", 0.4, "--seed", 1, "--model", folders["text"])
+    assert code == 0
+    assert "2/2 jazz" in err
+    assert "100 %" in err
+    assert "0.8/0.8 s of music" in err
+    assert "0.8/0.8" not in out
+
+
+def test_the_demo_model_says_what_it_is(run: Run) -> None:
+    threads = torch.get_num_threads()
+    code, out, err = run("generate", "happy rock", "--duration", 0.2, "--seed", 1, "--strategy", "peak")
+    assert (code, err) == (0, "")
+    first = out.splitlines()[0]
+    assert "not Meta's weights" in first
+    assert "MIT" in first
+    assert torch.get_num_threads() == threads
+
+
+def test_settings_of_libraries_are_put_back(run: Run, folders: dict[str, Path]) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    before = [transformers_logging.is_progress_bar_enabled(), logging.getLogger("transformers").level]
+    handlers = list(logging.getLogger("musicgen").handlers)
+    assert run("generate", "rock", "--duration", 0.1, "--model", folders["text"])[0] == 0
+    assert [transformers_logging.is_progress_bar_enabled(), logging.getLogger("transformers").level] == before
+    assert logging.getLogger("musicgen").handlers == handlers
+
+
+# --- errors
+
+
+def _bad_files(folder: Path) -> None:
+    soundfile.write(folder / "good.wav", tune(1.0)[0].numpy(), 32000)
+    soundfile.write(folder / "empty.wav", np.zeros(0, np.float32), 32000)
+    soundfile.write(folder / "nan.wav", np.full(32000, np.nan, np.float32), 32000, subtype="FLOAT")
+    (folder / "text.mp3").write_text("no audio")
+    (folder / "file").touch()
+
+
+BAD_INPUT = {
+    "nothing to make": ([], "expected a prompt"),
+    "empty prompt": (["rock", " "], "expected prompts with words"),
+    "no such model": (["rock", "--model", "no-such-model"], "no-such-model"),
+    "no such file": (["rock", "--melody", "absent.wav"], "absent.wav"),
+    "unreadable audio": (["rock", "--melody", "text.mp3"], "text.mp3"),
+    "zero-length audio": (["rock", "--melody", "empty.wav"], "empty.wav"),
+    "NaN audio": (["rock", "--melody", "nan.wav"], "nan.wav"),
+    "NaN prompt audio": (["rock", "--prompt-audio", "nan.wav"], "nan.wav"),
+    "melody, model without": (["rock", "--melody", "good.wav", "--model", "small"], "no melody for model 'small'"),
+    "double guidance, model without": (["rock", "--melody-guidance", "2", "--model", "small"], "no melody"),
+    "double guidance, no melody": (["rock", "--melody-guidance", "2"], "melody-guidance"),
+    "counts": (["a", "b", "c", "--melody", "good.wav", "--melody", "good.wav"], "one a prompt (3), got 2 files"),
+    "prompt counts": (["a", "--prompt-audio", "good.wav", "--prompt-audio", "good.wav"], "prompt-audio"),
+    "duration 0": (["rock", "--duration", "0"], "duration"),
+    "duration < 0": (["rock", "--duration", "-3"], "duration"),
+    "duration nan": (["rock", "--duration", "nan"], "duration"),
+    "duration absurd": (["rock", "--duration", "1e9"], "duration"),
+    "duration no number": (["rock", "--duration", "long"], "duration"),
+    "prompt too long": (["rock", "--prompt-audio", "good.wav", "--duration", "1"], "shorter than the duration"),
+    "top_k < 0": (["rock", "--top-k", "-1"], "top_k"),
+    "top_p > 1": (["rock", "--top-p", "1.1"], "top_p"),
+    "top_p < 0": (["rock", "--top-p", "-0.1"], "top_p"),
+    "temperature": (["rock", "--temperature", "-1"], "temperature"),
+    "guidance": (["rock", "--guidance", "inf"], "guidance"),
+    "no samples": (["rock", "--num-samples", "0"], "num-samples"),
+    "too many": (["rock", "--num-samples", "1001"], "at most 1000"),
+    "seed": (["rock", "--seed", "-1"], "seed"),
+    "unconditional 0": (["--unconditional", "0"], "unconditional"),
+    "unconditional and prompt": (["rock", "--unconditional", "1"], "unconditional"),
+    "loudness out of range": (["rock", "--loudness", "3"], "loudness"),
+    "loudness without effect": (["rock", "--loudness", "-14", "--strategy", "peak"], "loudness"),
+    "stems without melody": (["rock", "--stems"], "stems"),
+    "threads": (["rock", "--threads", "0"], "threads"),
+    "out is a file": (["rock", "-o", "file"], "out: expected a folder"),
+    "device": (["rock", "--device", "abacus"], "abacus"),
+    "format": (["rock", "--format", "midi"], "midi"),
+    "unknown option": (["rock", "--tempo", "3"], "--tempo"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_before_any_work(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("musicgen.weights.load._load", fail)
+    _bad_files(tmp_path)
+    arguments, words = BAD_INPUT[name]
+    code, out, err = run("generate", *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("musicgen: error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        ("text", ["rock", "--melody", "good.wav"], "no melody for model"),
+        ("text", ["rock", "fifty " * 600], "at most 512 tokens"),
+        ("text", ["rock", "--extend-stride", "31"], "extend_stride"),
+        ("text", ["rock", "--duration", "0.01"], "at least one frame"),
+        ("melody", ["rock", "--prompt-audio", "good.wav", "--duration", "1.01"], "shorter than the duration"),
+    ],
+)
+def test_bad_input_that_only_the_model_knows(
+    kind: str,
+    arguments: list[str],
+    words: str,
+    run: Run,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("musicgen.api.generate_codes", fail)
+    _bad_files(tmp_path)
+    code, out, err = run("generate", *arguments, "--model", folders[kind])
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_unusable_weights_exit_with_1(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    code, out, err = run("generate", "rock", "--model", "./model")
+    assert (code, out) == (1, "")
+    assert err.startswith("musicgen: error: model: expected config.json")
+    assert err.count("\n") == 1
+
+
+def test_stems_without_demucs(run: Run, recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run("generate", "rock", "--melody", recording, "--stems")
+    assert code == 1
+    assert "pip install 'musicgen-serve[stems]'" in err
+
+
+def test_stems_are_what_the_model_hears(
+    run: Run, folders: dict[str, Path], recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = []
+
+    class Stems:
+        sample_rate = 32000
+
+        def __init__(self, sample_rate: int, device: torch.device) -> None:
+            assert sample_rate == 32000
+
+        def __call__(self, wav: torch.Tensor, sample_rate: int) -> torch.Tensor:
+            assert sample_rate == 44100
+            return tune(1.0, first_note=3)
+
+    generate = MusicGen.generate_continuation
+
+    def spy(self: MusicGen, prompt: Any, *arguments: Any, **keywords: Any) -> Any:
+        heard.append((prompt[0].shape[-1], keywords["melody_wavs"][0], keywords["melody_sample_rate"]))
+        return generate(self, prompt, *arguments, **keywords)
+
+    monkeypatch.setattr("musicgen.stems.MelodyStems", Stems)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(MusicGen, "generate_continuation", spy)
+    code, _, _ = run(
+        *("generate", "rock", "--melody", recording, "--prompt-audio", recording, "--stems", "--duration", 1.2),
+        *("--model", folders["melody"]),
+    )
+    assert code == 0
+    ((prompt_samples, melody, rate),) = heard
+    assert rate == 32000
+    torch.testing.assert_close(melody, tune(1.0, first_note=3))
+    assert prompt_samples >= 44100  # the beginning keeps its drums
+
+
+def test_interrupted(run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MusicGen, "generate", interrupt)
+    code, _, err = run("generate", "rock", "--model", folders["text"])
+    assert code == 130
+    assert err.strip().startswith("musicgen: interrupted")
+
+
+def test_debug_lets_errors_through(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("MUSICGEN_DEBUG", "1")
+    with pytest.raises(WeightsError):
+        run("generate", "rock", "--model", "./model")
+
+
+# --- models, doctor
+
+
+def test_models(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("musicgen.cli.models.is_cached", lambda repo_id: repo_id == "facebook/musicgen-stereo-small")
+    code, out, _ = run("models")
+    assert code == 0
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "in the package" in rows["demo"]
+    assert all(word in rows["stereo-small"] for word in ("0.42 B", "stereo", "CC-BY-NC-4.0", "cached"))
+    assert "cached" not in rows["small"]
+    _, out, _ = run("models", "--json")
+    cards = {card["name"]: card for card in json.loads(out)}
+    assert len(cards) == 11
+    assert [name for name, card in cards.items() if card["is_local"]] == ["demo", "stereo-small"]
+    assert cards["melody"]["melody"] is True
+
+
+def test_doctor(run: Run) -> None:
+    from musicgen_kernels.backend import OPERATIONS
+
+    code, out, _ = run("doctor")
+    assert code == 0
+    for words in (torch.__version__, "kernel backends on cpu", "offline mode", "demucs", *OPERATIONS):
+        assert words in out
+    _, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert [choice["operation"] for choice in found["backends"]["cpu"]] == list(OPERATIONS)
+    assert found["hugging_face"]["offline"] is True  # as conftest sets it
+
+
+def test_doctor_says_why_there_are_no_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from musicgen_kernels import isa
+    from musicgen_kernels.errors import BackendUnavailableError
+
+    def unavailable(*_: object) -> None:
+        raise BackendUnavailableError("cpu", "no compiler was found")
+
+    monkeypatch.setattr(isa, "supported_levels", unavailable)
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "no compiler was found" in out
+
+
+# --- parts
+
+
+def test_an_inner_part_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    watch = Stopwatch()
+
+    def decode(seconds: float) -> str:
+        nonlocal now
+        now += seconds
+        return "done"
+
+    decoder = watch.watch("decode", decode)
+    with watch.measure("codes"):
+        now += 1
+        assert decoder(4.0) == "done"
+        now += 2
+    assert watch.seconds["codes"] == 3
+    assert watch.seconds["decode"] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("Happy Rock!", "happy-rock"), ("../../etc/passwd", "etc-passwd"), ("été 80's", "été-80-s"), ("…", "piece")],
+)
+def test_slug(text: str, expected: str) -> None:
+    assert slug(text) == expected
+
+
+def test_slug_is_short() -> None:
+    assert len(slug("word " * 100)) <= 48
