@@ -43,6 +43,9 @@ lint: $(INSTALLED) ## ruff, mypy (strict) and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: $(INSTALLED) ## time the embedded model on this machine: 3 x 30 s from text; the last line is JSON
+	$(BIN)/musicgen generate "happy rock" --num-samples 3 --duration 30 --seed 7 --overwrite -o build/bench --json
+
 clean: ## remove what was built here (not .venv, and not the music in out/)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -f kernels/musicgen_kernels/*.so $(VENV)/.project-installed
