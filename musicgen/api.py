@@ -295,7 +295,7 @@ class MusicGen:
         self._check_melodies_fit([item.melody for item in items])
         seeds = resolve_seeds(seed, len(items) * num_samples)
         num_frames = self.model.config.num_frames(self.duration)
-        codes = []
+        codes: list[Tensor] = []
         with Progress(len(seeds), num_frames, progress, self._progress_callback) as report:
             for item in items:
                 request = self._request(item, num_frames)

@@ -51,9 +51,7 @@ def checked_melodies(wavs: Waveforms, sample_rate: int | None, num_items: int) -
             "use None for a piece without a melody",
             param="melody_wavs",
         )
-    return [
-        None if wav is None else Melody(validate_waveform(wav, "melody_wavs"), sample_rate) for wav in listed
-    ]
+    return [None if wav is None else Melody(validate_waveform(wav, "melody_wavs"), sample_rate) for wav in listed]
 
 
 def resolve_seeds(seed: int | Sequence[int] | None, num_pieces: int) -> list[int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from musicgen_kernels import PackedLinear, pack_linear, sinusoid_table
+from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm
 from torch import Tensor, nn
 
 from musicgen.config import DecoderConfig, WeightDtype
 from musicgen.errors import InvalidRequestError
 from musicgen.models.transformer import Attention, Decoder, DecoderLayer
-from musicgen_kernels import PackedLinear, pack_linear, sinusoid_table
-from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm
 
 OnLayer = Callable[[int, int], None]
 """Called with the number of layers that are packed, and of all."""

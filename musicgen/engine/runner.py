@@ -11,6 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import psutil
 import torch
+from musicgen_kernels import PAGE_LEN, KVStore, SampleBatch, delayed_sample_step, new_kv_store, page_bytes
+from musicgen_kernels.cpu_step import CpuStep
+from musicgen_kernels.errors import BackendUnavailableError
+from musicgen_kernels.step import DecoderWeights, StepBatch, step_by_operations, write_cross_by_operations
 from torch import Tensor
 
 from musicgen.config import EngineConfig, ModelConfig
@@ -22,10 +26,6 @@ from musicgen.engine.sequence import Sequence
 from musicgen.errors import InvalidRequestError
 from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import MAX_TEXT_TOKENS
-from musicgen_kernels import PAGE_LEN, KVStore, SampleBatch, delayed_sample_step, new_kv_store, page_bytes
-from musicgen_kernels.cpu_step import CpuStep
-from musicgen_kernels.errors import BackendUnavailableError
-from musicgen_kernels.step import DecoderWeights, StepBatch, step_by_operations, write_cross_by_operations
 
 MAX_GUIDANCE_ROWS = 3
 FIRST_TEXT_PAGES = 64

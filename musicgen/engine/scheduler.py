@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from musicgen_kernels import PAGE_LEN
+
 from musicgen.config import SchedulerConfig
 from musicgen.engine.fairness import VirtualCounters
 from musicgen.engine.forecast import Capacity, Demand, Forecast
 from musicgen.engine.kv_cache import PageAllocator, PageKey, num_pages_for
 from musicgen.engine.queue import WaitingQueue
 from musicgen.engine.sequence import Phase, Row, Sequence
-from musicgen_kernels import PAGE_LEN
 
 MAX_BACKFILL = 8
 """Requests behind one that does not fit yet that are tried at a time."""

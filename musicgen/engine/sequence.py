@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from musicgen_kernels import PAGE_LEN
 from torch import Tensor
 
 from musicgen.config import ModelConfig
@@ -15,7 +17,6 @@ from musicgen.engine.forecast import Demand
 from musicgen.engine.kv_cache import PageKey, num_pages_for, page_keys
 from musicgen.models.language_model import GuidanceRows
 from musicgen.types import EngineRequest, Usage, Window
-from musicgen_kernels import PAGE_LEN
 
 
 class Phase(enum.Enum):
@@ -137,7 +138,7 @@ class Sequence:
         done = max(self.num_computed - self.prefill_len, 0)
         left = self.row_len - self.prefill_len - done
         ends = [window.end for window, _ in self.windows[self.window_index :]]
-        return left + sum(end - previous + max_delay for previous, end in zip(ends, ends[1:], strict=False))
+        return left + sum(end - previous + max_delay for previous, end in itertools.pairwise(ends))
 
     @property
     def cost(self) -> float:

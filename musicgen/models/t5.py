@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from musicgen.errors import InvalidRequestError, WeightsError
@@ -32,7 +32,7 @@ class TextEncoder:
         tokenizer: its tokenizer, which ends every prompt in `</s>`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: T5EncoderModel, tokenizer: Tokenizer) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
 
@@ -51,8 +51,7 @@ class TextEncoder:
     @property
     def dim(self) -> int:
         """Width of the states."""
-        dim: int = self.model.config.d_model
-        return dim
+        return int(self.model.config.d_model)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)

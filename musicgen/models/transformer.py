@@ -64,7 +64,8 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor, parts: int) -> Tensor:
         """`[B, S, parts·H·D]` → `[parts, B, H, S, D]`."""
-        return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        rows, num_new, width = x.shape
+        return x.view(rows, num_new, parts, self.num_heads, width // parts // self.num_heads).permute(2, 0, 3, 1, 4)
 
     def merge(self, x: Tensor) -> Tensor:
         """`[B, H, S, D]` → output projection `[B, S, dim]`."""
@@ -116,8 +117,8 @@ class DecoderLayer(nn.Module):
             assert self.norm_cross is not None
             assert cache.cross_kv is not None
             x = x + self.cross_attn.cross_attend(self.norm_cross(x).to(self.compute_dtype), cache.cross_kv)
-        hidden = F.gelu(self.fc1(self.norm2(x).to(self.compute_dtype)))
-        return x + self.fc2(hidden)
+        hidden: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x).to(self.compute_dtype))))
+        return x + hidden
 
 
 class Decoder(nn.Module):
@@ -183,4 +184,4 @@ class Decoder(nn.Module):
         state.length += x.shape[1]
         x = self.out_norm(x[:, -codes.shape[-1] :])
         logits: Tensor = self.heads(x)
-        return logits.unflatten(-1, (num_codebooks, codebook_size))
+        return logits.view(*logits.shape[:2], num_codebooks, codebook_size)

@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class TensorSource(Mapping[str, Tensor]):
 
 
 def from_dict(tensors: Mapping[str, Tensor], origin: str) -> TensorSource:
-    return TensorSource({name: (lambda t=tensor: t) for name, tensor in tensors.items()}, origin)
+    return TensorSource({name: partial(tensors.__getitem__, name) for name in tensors}, origin)
 
 
 def from_safetensors(folder: Path) -> TensorSource:
@@ -83,11 +84,11 @@ def from_safetensors(folder: Path) -> TensorSource:
         if not path.is_file():
             raise WeightsError(f"{folder}: expected {name}, got no such file; download the checkpoint again")
         try:
-            handle = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+            handle: Any = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise WeightsError(f"{path}: expected a safetensors file, got a damaged one ({error})") from error
         for key in handle.keys():  # noqa: SIM118 - not a dict
-            readers[key] = lambda h=handle, k=key: h.get_tensor(k)
+            readers[key] = partial(handle.get_tensor, key)
     return TensorSource(readers, str(folder))
 
 
