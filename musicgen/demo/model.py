@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     EncodecModel,
     GenerationConfig,
     MusicgenMelodyConfig,
@@ -63,6 +64,14 @@ def model_config(codec: EncodecModel, vocabulary_size: int) -> MusicgenMelodyCon
         num_chroma=12,
         chroma_length=CHROMA_LEN,
     )
+
+
+def load_codec(folder: Path) -> EncodecModel:
+    """The codec of a folder that holds an ``EncodecModel`` or a whole checkpoint, in float32 and eval mode."""
+    if AutoConfig.from_pretrained(folder).model_type == "musicgen_melody":
+        whole = MusicgenMelodyForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        return whole.audio_encoder.eval()
+    return EncodecModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def build_model(codec: EncodecModel, seed: int) -> MusicgenMelodyForConditionalGeneration:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EncodecModel
 
+from musicgen.demo.model import load_codec
 from musicgen.metrics import chromagram
 
 HOP_LEN = 640
@@ -92,12 +93,12 @@ def tokenise_shard(codec: EncodecModel, path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--codec", type=Path, required=True, help="folder of an EncodecModel")
+    parser.add_argument("--codec", type=Path, required=True, help="folder of an EncodecModel or a checkpoint")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="this process's index, number of processes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    codec = EncodecModel.from_pretrained(arguments.codec).eval()
+    codec = load_codec(arguments.codec)
     index, count = arguments.part
     for path in sorted(arguments.data.glob("*.npy"))[index::count]:
         start_s = time.monotonic()

@@ -21,7 +21,7 @@ from transformers import EncodecModel, MusicgenMelodyForConditionalGeneration
 
 from musicgen.demo.dataset import Clips, held_out_batch, load_clips, sample_batch
 from musicgen.demo.forward import MAX_STEPS, codebook_losses, initialise
-from musicgen.demo.model import build_model, save_checkpoint
+from musicgen.demo.model import build_model, load_codec, save_checkpoint
 from musicgen.demo.text import build_tokenizer
 
 LOSS_WEIGHTS = (2.0, 1.0, 0.6, 0.4)
@@ -186,11 +186,11 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and held/, tokenised")
-    parser.add_argument("--codec", type=Path, required=True, help="folder of an EncodecModel")
+    parser.add_argument("--codec", type=Path, required=True, help="folder of an EncodecModel or a checkpoint")
     parser.add_argument("--run", type=Path, required=True, help="state, log and checkpoint go here")
     parser.add_argument("--minutes", type=float, default=90.0, help="training time in all, over restarts")
-    parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=400, help="length of a crop")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=500, help="length of a crop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export-only", action="store_true", help="write the checkpoint of the saved state and stop")
@@ -206,7 +206,7 @@ def main() -> None:
         muon_rate=3e-3,
         adam_rate=2e-3,
     )
-    trainer = Trainer(settings, EncodecModel.from_pretrained(arguments.codec), arguments.run)
+    trainer = Trainer(settings, load_codec(arguments.codec), arguments.run)
     if not arguments.export_only:
         train(trainer, arguments.data / "train", load_clips(arguments.data / "held"))
     save_checkpoint(trainer.model, arguments.run / "checkpoint")
