@@ -101,8 +101,9 @@ def _read_recordings(options: GenerateOptions) -> Recordings:
     )
 
 
-def _check_prompt_audio(path: Path, recording: Recording, duration_s: float) -> None:
-    if recording.duration_s >= duration_s:
+def _check_prompt_audio(path: Path, recording: Recording, duration_s: float, shortest_rest_s: float = 0.0) -> None:
+    """Something new of `shortest_rest_s`, and more than nothing, must be left to make."""
+    if recording.duration_s >= duration_s - shortest_rest_s:
         raise InvalidRequestError(
             f"a recording shorter than the duration ({duration_s:g} s)",
             f"{path} of {recording.duration_s:.2f} s",
@@ -127,7 +128,7 @@ def check_with_model(options: GenerateOptions, recordings: Recordings, model: Mu
         raise InvalidRequestError(
             f"no melody for model {model.name!r}", "one", "choose a melody model: see `musicgen models`", param="melody"
         )
-    for path, prompt in recordings.prompts.items():  # one frame of the result must be new
-        _check_prompt_audio(path, prompt, options.duration - 1 / model.frame_rate)
+    for path, prompt in recordings.prompts.items():
+        _check_prompt_audio(path, prompt, options.duration, shortest_rest_s=1 / model.frame_rate)
     for text in options.prompts:
         model.model.text_encoder.encode(text)  # refuses a text that is too long
