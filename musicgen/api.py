@@ -5,26 +5,29 @@ Owns the order of a call: check everything, condition, generate codes, decode. K
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from musicgen.codec_stream import decode_audio
+from musicgen.codec_stream import StreamingCodec, decode_audio
 from musicgen.conditioning import Melody, condition
+from musicgen.config import EngineConfig, WeightDtype
 from musicgen.errors import InvalidRequestError
-from musicgen.generation import generate_codes, plan_windows
+from musicgen.generation import plan_windows
 from musicgen.inputs import (
     Waveforms,
     as_list,
     checked_descriptions,
     checked_melodies,
+    checked_weights,
     resolve_seeds,
 )
+from musicgen.local_engine import LocalEngine
 from musicgen.model import Model
 from musicgen.progress import Progress, ProgressCallback
-from musicgen.types import CodesRequest, SamplingParams
+from musicgen.types import AudioChunk, ChunkPolicy, CodesRequest, SamplingParams
 from musicgen.waveform import check_sample_rate, convert_audio, validate_waveform
 from musicgen.weights import load_model
 
@@ -58,14 +61,17 @@ class _Item:
 
 
 class MusicGen:
-    """Text and melody to music.
+    """Text and melody to music. May be used from several threads.
 
     Args:
         model: a loaded model; `get_pretrained` loads one.
+        engine: how it is run: kind of weights, memory, batch sizes.
+        release_weights: free the model's own layers once the engine has packed them.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, engine: EngineConfig | None = None, *, release_weights: bool = False) -> None:
         self.model = model
+        self._engine = LocalEngine(model.lm, engine or EngineConfig(), release=release_weights)
         self._params = GenerationParams()
         self._progress_callback: ProgressCallback | None = None
 
@@ -73,10 +79,30 @@ class MusicGen:
     def get_pretrained(
         name: str = "facebook/musicgen-melody",
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        weights: WeightDtype | None = None,
+        *,
+        engine: EngineConfig | None = None,
     ) -> MusicGen:
-        """Load a model by short name, Hugging Face repository id or local folder; see `weights.load_model`."""
-        return MusicGen(load_model(name, device, dtype))
+        """Load a model.
+
+        Args:
+            name: short name, Hugging Face repository id or local folder; see `weights.load_model`.
+            device: default: the GPU if there is one, else the CPU.
+            weights: float32 (default on the CPU), bfloat16 (default on a GPU), int8 or int4.
+            engine: everything else about how it is run; `weights` goes before what it says.
+        Raises:
+            InvalidRequestError, WeightsError: as `load_model`.
+        """
+        wanted = None if weights is None else checked_weights(weights)
+        model = load_model(name, device)
+        config = engine or EngineConfig(weights="float32" if model.lm.device.type == "cpu" else "bfloat16")
+        if wanted is not None:
+            config = replace(config, weights=wanted)
+        return MusicGen(model, config, release_weights=True)
+
+    def close(self) -> None:
+        """Free the engine; calls that are under way are cancelled."""
+        self._engine.close()
 
     @property
     def name(self) -> str:
@@ -248,7 +274,7 @@ class MusicGen:
             melody_wavs: a melody to follow as well, as in `generate_with_chroma`.
             melody_sample_rate: of the melodies, in Hz.
         """
-        wavs = [validate_waveform(wav, "prompt") for wav in as_list(prompt, "prompt")]
+        wavs = as_list(prompt, "prompt")
         texts = [None] * len(wavs) if descriptions is None else checked_descriptions(descriptions)
         if len(texts) != len(wavs):
             raise InvalidRequestError(
@@ -258,13 +284,64 @@ class MusicGen:
         if melody_wavs is not None:
             melodies = checked_melodies(melody_wavs, melody_sample_rate, len(wavs))
         self._check_melodies_fit(melodies)
-        check_sample_rate(prompt_sample_rate, "prompt_sample_rate")
-        for wav in wavs:
-            self._check_prompt_length(wav.shape[-1] / prompt_sample_rate)
-        converted = [convert_audio(w, prompt_sample_rate, self.sample_rate, self.audio_channels) for w in wavs]
-        codes = [self.model.codec_encoder.encode(wav) for wav in converted]
+        checked = [self._checked_prompt(wav, prompt_sample_rate) for wav in wavs]
+        codes = [self.model.codec_encoder.encode(wav) for wav in checked]
         items = [_Item(*item) for item in zip(texts, melodies, codes, strict=True)]
         return self._generate(items, progress, return_tokens, seed, num_samples)
+
+    def stream(
+        self,
+        description: str | None = None,
+        *,
+        melody_wav: Tensor | None = None,
+        melody_sample_rate: int | None = None,
+        prompt: Tensor | None = None,
+        prompt_sample_rate: int | None = None,
+        seed: int | None = None,
+        chunks: ChunkPolicy | None = None,
+    ) -> Iterator[AudioChunk]:
+        """Generate one piece and give out its audio as it is made: a small first chunk, then larger ones.
+
+        Together the chunks are what `generate`, `generate_with_chroma` or `generate_continuation` would return for
+        the same arguments. Leaving the loop early cancels the rest.
+
+        Args:
+            melody_wav, prompt: `[C, N]`.
+            chunks: how large the chunks are.
+        Raises:
+            InvalidRequestError: from the call itself, before any work is done.
+        """
+        (text,) = checked_descriptions([description])
+        melody = None
+        if melody_wav is not None:
+            (melody,) = checked_melodies([melody_wav], melody_sample_rate, 1)
+        self._check_melodies_fit([melody])
+        (value,) = resolve_seeds(seed, 1)
+        codes = None
+        if prompt is not None:
+            codes = self.model.codec_encoder.encode(self._checked_prompt(prompt, prompt_sample_rate))
+        num_frames = self.model.config.num_frames(self.duration)
+        request = self._request(_Item(text, melody, codes), num_frames).with_seed(value)
+        return self._stream(request, chunks or ChunkPolicy())
+
+    def _stream(self, request: CodesRequest, chunks: ChunkPolicy) -> Iterator[AudioChunk]:
+        codec = StreamingCodec(self.model.codec, self.audio_channels)
+        state = codec.initial_state()
+        for codes in self._engine.stream(request, chunks):
+            offset = state.num_samples
+            last = state.num_frames + codes.shape[-1] == request.num_frames
+            samples, state = codec.decode(codes, state, last=last)
+            if samples.shape[-1]:
+                yield AudioChunk(samples.cpu(), offset, self.sample_rate)
+
+    def _checked_prompt(self, wav: Tensor | None, sample_rate: int | None) -> Tensor:
+        """A prompt at the codec's rate and channels, shorter than the piece."""
+        samples = validate_waveform(wav, "prompt")
+        if sample_rate is None:
+            raise InvalidRequestError("the prompt's rate in Hz", "none", param="prompt_sample_rate")
+        check_sample_rate(sample_rate, "prompt_sample_rate")
+        self._check_prompt_length(samples.shape[-1] / sample_rate)
+        return convert_audio(samples, sample_rate, self.sample_rate, self.audio_channels)
 
     def _check_prompt_length(self, prompt_s: float) -> None:
         if prompt_s >= self.duration - 1 / self.frame_rate:
@@ -289,19 +366,18 @@ class MusicGen:
         seed: int | Sequence[int] | None,
         num_samples: int,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Make every piece, one after another, then decode them together."""
+        """Make all pieces as one batch of requests, then decode them together."""
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise InvalidRequestError("an integer ≥ 1", repr(num_samples), param="num_samples")
         self._check_melodies_fit([item.melody for item in items])
         seeds = resolve_seeds(seed, len(items) * num_samples)
         num_frames = self.model.config.num_frames(self.duration)
-        codes: list[Tensor] = []
-        with Progress(len(seeds), num_frames, progress, self._progress_callback) as report:
-            for item in items:
-                request = self._request(item, num_frames)
-                for _ in range(num_samples):
-                    codes.append(generate_codes(self.model.lm, request.with_seed(seeds[len(codes)]), report.frames))
-                    report.next_piece()
+        prepared = [self._request(item, num_frames) for item in items]
+        repeated = [request for request in prepared for _ in range(num_samples)]
+        requests = [request.with_seed(value) for request, value in zip(repeated, seeds, strict=True)]
+        num_new = sum(request.num_frames - request.num_known_frames for request in requests)
+        with Progress(num_new, progress, self._progress_callback) as report:
+            codes = self._engine.generate(requests, report.advance if report.is_shown else None)
         tokens = torch.stack(codes)
         wav = decode_audio(self.model.codec, tokens, self.audio_channels)
         return (wav, tokens.long()) if return_tokens else wav

@@ -115,7 +115,7 @@ class ModelConfig:
 
 
 KVDtype = Literal["float32", "bfloat16", "float16", "int8"]
-WeightDtype = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from musicgen.conditioning import Melody
+from musicgen.config import WeightDtype
 from musicgen.errors import InvalidRequestError
 from musicgen.types import MAX_SEED, SamplingParams
 from musicgen.waveform import check_sample_rate, validate_waveform
@@ -52,6 +54,15 @@ def checked_melodies(wavs: Waveforms, sample_rate: int | None, num_items: int) -
             param="melody_wavs",
         )
     return [None if wav is None else Melody(validate_waveform(wav, "melody_wavs"), sample_rate) for wav in listed]
+
+
+def checked_weights(weights: object) -> WeightDtype:
+    """A kind of weights; torch's dtypes are understood too."""
+    name = str(weights).removeprefix("torch.")
+    kinds = get_args(WeightDtype)
+    if name not in kinds:
+        raise InvalidRequestError(f"one of {', '.join(kinds)}", repr(weights), param="weights")
+    return cast(WeightDtype, name)
 
 
 def resolve_seeds(seed: int | Sequence[int] | None, num_pieces: int) -> list[int]:

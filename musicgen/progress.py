@@ -11,12 +11,12 @@ ProgressCallback = Callable[[int, int], None]
 
 
 class Progress:
-    """Frames over all pieces of a call, shown as a bar or told to a callback."""
+    """Frames over all pieces of a call, shown as a bar or told to a callback; nothing if neither is wanted."""
 
-    def __init__(self, num_pieces: int, num_frames: int, show: bool, callback: ProgressCallback | None) -> None:
-        self._num_frames, self._total, self._callback = num_frames, num_pieces * num_frames, callback
-        self._done_before = self._last = 0
-        self._bar = tqdm(total=self._total, unit="frame", disable=not show or callback is not None)
+    def __init__(self, num_frames: int, show: bool, callback: ProgressCallback | None) -> None:
+        self._total, self._callback, self._done = num_frames, callback, 0
+        self.is_shown = show or callback is not None
+        self._bar = tqdm(total=num_frames, unit="frame", disable=not show or callback is not None)
 
     def __enter__(self) -> Progress:
         return self
@@ -24,15 +24,9 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def frames(self, num_frames: int) -> None:
-        """`num_frames` frames of the current piece are known."""
-        done = self._done_before + num_frames
-        if done == self._last:
-            return
-        self._bar.update(done - self._last)
-        self._last = done
+    def advance(self, num_frames: int) -> None:
+        """`num_frames` more frames are made."""
+        self._done += num_frames
+        self._bar.update(num_frames)
         if self._callback is not None:
-            self._callback(done, self._total)
-
-    def next_piece(self) -> None:
-        self._done_before += self._num_frames
+            self._callback(self._done, self._total)

@@ -165,6 +165,17 @@ class CodeChunk:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class AudioChunk:
+    """Samples of one piece, in order and without gaps. Set by the codec."""
+
+    samples: Tensor
+    """`[C, N]` float32 on the host."""
+    sample_offset: int
+    """Sample of the piece at which the chunk begins."""
+    sample_rate: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EndOfRequest:
     """The one terminal event of a request."""
 

@@ -12,8 +12,10 @@ import torch
 from conftest import tune
 
 from musicgen import MusicGen
-from musicgen.errors import InvalidRequestError
+from musicgen.config import WeightDtype
+from musicgen.errors import EngineDeadError, InvalidRequestError
 from musicgen.model import Model
+from musicgen.types import ChunkPolicy
 
 
 @pytest.fixture
@@ -142,9 +144,7 @@ def test_continuation_with_a_melody(melody: MusicGen) -> None:
     melody.set_generation_params(duration=0.6, use_sampling=False)
     prompts = [tune(0.2), tune(0.3, 16000)]
     plain = _wav(melody.generate_continuation(prompts, 32000))
-    both = _wav(
-        melody.generate_continuation(prompts, 32000, melody_wavs=[tune(2.0), None], melody_sample_rate=32000)
-    )
+    both = _wav(melody.generate_continuation(prompts, 32000, melody_wavs=[tune(2.0), None], melody_sample_rate=32000))
     assert not torch.equal(plain[0], both[0])
     assert torch.equal(plain[1], both[1])
 
@@ -205,7 +205,7 @@ BAD_PARAMS = {
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD_PARAMS.items() for v in values])
 def test_bad_params_are_refused_and_change_nothing(text: MusicGen, name: str, value: float) -> None:
-    with pytest.raises(InvalidRequestError, match="expected .*, got "):
+    with pytest.raises(InvalidRequestError, match=r"expected .*, got "):
         text.set_generation_params(**{name: value})  # type: ignore[arg-type]
     assert text.duration == 0.4
 
@@ -240,8 +240,8 @@ def test_bad_calls_are_refused_before_any_work(melody: MusicGen, case: str, monk
     def no_work(*_: object, **__: object) -> None:
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("musicgen.api.generate_codes", no_work)
-    with pytest.raises(InvalidRequestError, match="expected .*, got "):
+    monkeypatch.setattr("musicgen.local_engine.LocalEngine.generate", no_work)
+    with pytest.raises(InvalidRequestError, match=r"expected .*, got "):
         BAD_CALLS[case](melody)
 
 
@@ -253,3 +253,55 @@ def test_text_models_take_no_melody(text: MusicGen) -> None:
     with pytest.raises(InvalidRequestError, match="double guidance"):
         text.set_generation_params(cfg_coef_beta=3.0)
     assert _wav(text.generate_with_chroma(["rock"], [None], 32000)).shape[-1] == 12800
+
+
+@pytest.mark.parametrize("chunks", [None, ChunkPolicy(1, 1), ChunkPolicy(3, 7)])
+def test_stream_is_the_whole_piece(melody: MusicGen, chunks: ChunkPolicy | None) -> None:
+    melody.set_generation_params(duration=0.6)
+    whole = _wav(melody.generate_with_chroma(["rock"], [tune(1.0)], 32000, seed=4))[0]
+    pieces = list(melody.stream("rock", melody_wav=tune(1.0), melody_sample_rate=32000, seed=4, chunks=chunks))
+    assert len(pieces) > 1
+    offset = 0
+    for piece in pieces:
+        assert piece.sample_offset == offset
+        offset += piece.samples.shape[-1]
+    torch.testing.assert_close(torch.cat([p.samples for p in pieces], -1), whole, atol=1e-5, rtol=0)
+
+
+def test_stream_of_a_continuation_starts_with_the_prompt(models: dict[str, Model]) -> None:
+    model = MusicGen(models["text-stereo"])
+    model.set_generation_params(duration=0.6)
+    whole = _wav(model.generate_continuation(tune(0.3), 32000, ["rock"], seed=2))[0]
+    pieces = model.stream("rock", prompt=tune(0.3), prompt_sample_rate=32000, seed=2)
+    torch.testing.assert_close(torch.cat([p.samples for p in pieces], -1), whole, atol=1e-5, rtol=0)
+
+
+def test_leaving_a_stream_cancels_it(melody: MusicGen) -> None:
+    melody.set_generation_params(duration=25.0)
+    stream = melody.stream("rock", seed=0)
+    next(stream)
+    stream.close()
+    melody.set_generation_params(duration=0.4)
+    assert _wav(melody.generate(["rock"])).shape[-1] == 12800
+
+
+def test_a_closed_model_refuses(models: dict[str, Model]) -> None:
+    model = _short(MusicGen(models["text"]))
+    model.generate(["rock"])
+    model.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        model.generate(["rock"])
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4", torch.bfloat16])
+def test_kinds_of_weights(folders: dict[str, Path], weights: WeightDtype) -> None:
+    exact = _short(MusicGen.get_pretrained(str(folders["text"])))
+    model = _short(MusicGen.get_pretrained(str(folders["text"]), weights=weights))
+    wav, tokens = _both(model.generate(["rock"], return_tokens=True, seed=0))
+    assert wav.isfinite().all()
+    assert (tokens == _both(exact.generate(["rock"], return_tokens=True, seed=0))[1]).float().mean() > 0.02
+
+
+def test_unknown_weights(folders: dict[str, Path]) -> None:
+    with pytest.raises(InvalidRequestError, match="int4"):
+        MusicGen.get_pretrained(str(folders["text"]), weights="int3")  # type: ignore[arg-type]

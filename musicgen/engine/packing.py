@@ -20,12 +20,18 @@ KINDS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 
 
 def pack_decoder(
-    decoder: Decoder, weights: WeightDtype, max_positions: int, on_layer: OnLayer | None = None
+    decoder: Decoder,
+    weights: WeightDtype,
+    max_positions: int,
+    *,
+    release: bool = False,
+    on_layer: OnLayer | None = None,
 ) -> DecoderWeights:
     """Quantise and arrange the matrices of `decoder`; embeddings, norms and biases keep fp32.
 
     Args:
         max_positions: the longest row, prefix included.
+        release: free each layer of `decoder` (mutated) once it is packed; it can only be packed from then on, not run.
     Raises:
         InvalidRequestError: a kind of weights that has no kernel.
     """
@@ -40,6 +46,8 @@ def pack_decoder(
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
         blocks.append(_block(layer, pack))
+        if release:
+            layer.to("meta")
         if on_layer is not None:
             on_layer(len(blocks), config.num_layers)
     embeddings = decoder.embed.weight.detach().view(config.num_codebooks, config.codebook_size + 1, config.dim)

@@ -48,16 +48,21 @@ class ModelRunner:
     """One model's decoder with its pages.
 
     Args:
-        lm: the language model; its matrices are packed, so it may be dropped afterwards.
+        lm: the language model; its matrices are packed.
+        release: free the model's own layers meanwhile, for models that fit in memory only once.
         on_layer: progress of the packing.
     Raises:
         InvalidRequestError: a memory budget without room for a page, or weights without a kernel.
     """
 
-    def __init__(self, lm: LanguageModel, config: EngineConfig, on_layer: OnLayer | None = None) -> None:
+    def __init__(
+        self, lm: LanguageModel, config: EngineConfig, *, release: bool = False, on_layer: OnLayer | None = None
+    ) -> None:
         self.config, self.model_config, self.device = config, lm.config, lm.device
         self.max_row_len = _max_row_len(lm.config)
-        self.weights: DecoderWeights = pack_decoder(lm.decoder, config.weights, self.max_row_len, on_layer)
+        self.weights: DecoderWeights = pack_decoder(
+            lm.decoder, config.weights, self.max_row_len, release=release, on_layer=on_layer
+        )
         self._native = self._native_step()
         self.pages = self._new_pages(config)
         self.num_pages = self.pages.k.shape[1]

@@ -1,0 +1,131 @@
+"""The engine for asyncio: the only place where its thread meets an event loop.
+
+One hop a step and request from the engine's thread to the loop; one queue a request; a stream that is left early
+cancels its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from musicgen.engine.core import EngineCore, EngineStats
+from musicgen.engine.thread import Done, EngineThread
+from musicgen.errors import EngineDeadError
+from musicgen.types import EndOfRequest, EngineEvent, EngineRequest
+
+
+class AsyncEngine:
+    """An engine on its own thread, used from one event loop.
+
+    Args:
+        core: used by this engine alone from now on.
+    """
+
+    def __init__(self, core: EngineCore) -> None:
+        self._thread = EngineThread(core)
+
+    async def submit(self, request: EngineRequest) -> AsyncStream:
+        """Add a request; its stream must be used in an `async with`, which cancels what is not finished.
+
+        Raises:
+            InvalidRequestError, OverloadedError, EngineDeadError: as `EngineCore.add`.
+        """
+        loop = asyncio.get_running_loop()
+        stream = AsyncStream(self._thread, request.request_id)
+        accepted: asyncio.Future[object] = loop.create_future()
+
+        def listen(events: list[EngineEvent]) -> None:
+            _call_soon(loop, stream.put, events)
+
+        self._thread.submit(request, listen, _resolver(loop, accepted))
+        try:
+            quoted_s = await accepted
+        except asyncio.CancelledError:
+            self._thread.abort(request.request_id)
+            raise
+        assert isinstance(quoted_s, float)
+        stream.quoted_start_s = quoted_s
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Cancel a request by its id; nothing happens if it has ended."""
+        self._thread.abort(request_id)
+
+    def renew(self, request_id: str) -> None:
+        """Renew the lease of a request."""
+        self._thread.renew(request_id)
+
+    async def stats(self) -> EngineStats:
+        """The engine's figures."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[object] = loop.create_future()
+        self._thread.stats(_resolver(loop, answer))
+        stats = await answer
+        assert isinstance(stats, EngineStats)
+        return stats
+
+    def check_health(self) -> None:
+        """Raises: EngineDeadError: the engine's thread has failed."""
+        if self._thread.failure is not None:
+            raise EngineDeadError(self._thread.failure)
+
+    async def close(self) -> None:
+        """Cancel everything and end the thread."""
+        await asyncio.to_thread(self._thread.close)
+
+
+class AsyncStream:
+    """The events of one request, in order, the terminal one last."""
+
+    def __init__(self, thread: EngineThread, request_id: str) -> None:
+        self.request_id = request_id
+        self.quoted_start_s = 0.0
+        self._thread = thread
+        self._events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+        self._ended = False
+
+    def put(self, events: list[EngineEvent]) -> None:
+        """Called on the loop's thread."""
+        for event in events:
+            self._events.put_nowait(event)
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self._ended:
+            self._thread.abort(self.request_id)
+
+    def __aiter__(self) -> AsyncIterator[EngineEvent]:
+        return self._iterate()
+
+    async def _iterate(self) -> AsyncIterator[EngineEvent]:
+        while not self._ended:
+            event = await self._events.get()
+            self._ended = isinstance(event, EndOfRequest)
+            yield event
+
+
+def _resolver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[object]) -> Done:
+    """A function for the engine's thread that resolves a future of the loop."""
+
+    def resolve(result: object, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+    def done(result: object, error: BaseException | None) -> None:
+        _call_soon(loop, resolve, result, error)
+
+    return done
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+    """Call on the loop's thread. A loop that has closed has nobody left to tell."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)

@@ -1,0 +1,112 @@
+"""An engine inside the caller's process: started when first used, shared by all threads of the caller.
+
+What the API needs of it: a batch of requests to codes with progress, or one request to frames as they are made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from musicgen.config import EngineConfig
+from musicgen.engine.core import EngineCore
+from musicgen.engine.runner import ModelRunner
+from musicgen.engine.thread import EngineStream, EngineThread
+from musicgen.errors import EngineDeadError, RequestCancelledError
+from musicgen.models.language_model import LanguageModel
+from musicgen.types import ChunkPolicy, CodeChunk, CodesRequest, EndOfRequest, EngineEvent, EngineRequest, FinishReason
+
+EVERY_FRAME = ChunkPolicy(first_frames=1, max_frames=1)
+
+OnFrame = Callable[[int], None]
+"""Called with the number of frames made since the last call, over all pieces."""
+
+
+class LocalEngine:
+    """Runs requests of one language model.
+
+    Args:
+        release: the model's own layers are freed when the engine starts; for those who need them no more.
+    """
+
+    def __init__(self, lm: LanguageModel, config: EngineConfig, *, release: bool = False) -> None:
+        self._lm, self._config, self._release = lm, config, release
+        self._lock = threading.Lock()
+        self._thread: EngineThread | None = None
+        self._ids = itertools.count()
+
+    def generate(self, requests: Sequence[CodesRequest], on_frame: OnFrame | None = None) -> list[Tensor]:
+        """The codes `[K, T]` of each request, known ones included.
+
+        Raises:
+            InvalidRequestError, OverloadedError, EngineDeadError: as `EngineCore.add`; the whole batch is cancelled.
+        """
+        events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
+        chunks = EVERY_FRAME if on_frame else None
+        with ExitStack() as stack:
+            streams = [stack.enter_context(self._submit(request, chunks, events)) for request in requests]
+            made: dict[str, list[Tensor]] = {
+                stream.request_id: _known(request) for stream, request in zip(streams, requests, strict=True)
+            }
+            num_running = len(streams)
+            while num_running:
+                event = events.get()
+                if isinstance(event, EndOfRequest):
+                    _check_end(event)
+                    num_running -= 1
+                    continue
+                made[event.request_id].append(event.codes)
+                if on_frame is not None:
+                    on_frame(event.codes.shape[-1])
+        return [torch.cat(pieces, dim=-1) for pieces in made.values()]
+
+    def stream(self, request: CodesRequest, chunks: ChunkPolicy) -> Iterator[Tensor]:
+        """The codes `[K, n]` of one request as they are made, known ones first."""
+        yield from _known(request)
+        with self._submit(request, chunks) as stream:
+            for event in stream:
+                if isinstance(event, CodeChunk):
+                    yield event.codes
+                else:
+                    _check_end(event)
+
+    def close(self) -> None:
+        """Stop; what is under way is cancelled."""
+        with self._lock:
+            if self._thread is not None:
+                self._thread.close()
+
+    def _submit(
+        self,
+        request: CodesRequest,
+        chunks: ChunkPolicy | None,
+        sink: queue.SimpleQueue[EngineEvent] | None = None,
+    ) -> EngineStream:
+        request_id = f"local-{next(self._ids)}"
+        return EngineStream(self._started(), EngineRequest(request_id, request, chunks=chunks), sink)
+
+    def _started(self) -> EngineThread:
+        with self._lock:
+            if self._thread is None:
+                runner = ModelRunner(self._lm, self._config, release=self._release)
+                self._thread = EngineThread(EngineCore(self._lm, self._config, runner=runner))
+                weakref.finalize(self, self._thread.close, timeout_s=0.0)
+            return self._thread
+
+
+def _known(request: CodesRequest) -> list[Tensor]:
+    return [] if request.known_codes is None else [request.known_codes.to("cpu", torch.int32)]
+
+
+def _check_end(end: EndOfRequest) -> None:
+    if end.reason is FinishReason.FAILED:
+        raise EngineDeadError(f"request {end.request_id}: {end.error}")
+    if end.reason is FinishReason.CANCELLED:
+        raise RequestCancelledError(f"request {end.request_id} was cancelled: {end.error or 'the engine was closed'}")
