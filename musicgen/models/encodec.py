@@ -17,10 +17,14 @@ from torch.nn import functional as F
 
 from musicgen.config import CodecConfig
 from musicgen.errors import InvalidRequestError
-from musicgen.models.seanet import Piece, StreamConv, StreamResidual, StreamUpsample
+from musicgen.models.seanet import Piece, StreamConv, StreamResidual, StreamUpsample, elu
 
-_WHOLE_PIECE_FRAMES = 50
-"""Frames a whole decode handles at a time: 1 s of MusicGen, whose widest activation (8 MB) stays in the cache."""
+_WHOLE_PIECE_FRAMES = 250
+"""Frames a whole decode handles at a time, to bound its memory."""
+_UPSAMPLED_FRAMES = 25
+"""Of these, frames that are upsampled at a time: the widest activation (4 MB for MusicGen) stays in the cache."""
+_FUSED_LSTM_FRAMES = 5
+"""From here on torch's LSTM over a sequence is faster than its cell, since each call rearranges all weights first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -149,26 +153,47 @@ class EncodecDecoder(nn.Module):
 
     def _synthesise(self, x: Tensor, tails: list[Tensor], piece: Piece) -> tuple[Tensor, list[Tensor]]:
         """`[n, B, codebook_dim]` latents → `[B, N]` samples and the next tails."""
+        x, conv_tail = self.conv_in(x, tails[0][: self.conv_in.tail_len], piece)
+        x, hidden, cell = self._recur(x, tails[1], tails[2])
+        rest, out = tails[3:], []
+        size = max(_UPSAMPLED_FRAMES, self.min_first_frames)
+        for start in range(0, x.shape[0], size):
+            part = Piece(piece.first and start == 0, piece.last and start + size >= x.shape[0])
+            samples, rest = self._upsample(x[start : start + size], rest, part)
+            out.append(samples)
+        return torch.cat(out, dim=1), [conv_tail, hidden, cell, *rest]
+
+    def _recur(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The LSTM with its skip: `[n, B, D]` and two `[layers, B, D]` → the same."""
+        if x.shape[0] >= _FUSED_LSTM_FRAMES:
+            y, (hidden, cell) = self.lstm(x, (hidden.contiguous(), cell.contiguous()))
+            return x + y, hidden, cell
+        states = list(zip(hidden, cell, strict=True))
+        out = []
+        for frame in x:
+            y = frame
+            for layer, weights in enumerate(self.lstm.all_weights):
+                states[layer] = torch.lstm_cell(y, states[layer], *weights)
+                y = states[layer][0]
+            out.append(frame + y)
+        return torch.stack(out), torch.stack([h for h, _ in states]), torch.stack([c for _, c in states])
+
+    def _upsample(self, x: Tensor, tails: list[Tensor], piece: Piece) -> tuple[Tensor, list[Tensor]]:
+        """`[n, B, D]` → `[B, N]` samples and the next tails of the layers after the LSTM."""
         after: list[Tensor] = []
         pending = iter(tails)
 
         def run(layer: StreamConv | StreamUpsample | StreamResidual, x: Tensor) -> Tensor:
-            result: tuple[Tensor, Tensor] = layer(x, next(pending)[: layer.tail_shape[0]], piece)
+            result: tuple[Tensor, Tensor] = layer(x, next(pending), piece)
             after.append(result[1])
             return result[0]
 
-        x = run(self.conv_in, x)
-        hidden, cell = next(pending), next(pending)
-        y, (hidden, cell) = self.lstm(x, (hidden.contiguous(), cell.contiguous()))
-        x = x + y
-        after += [hidden, cell]
         for upsample, residuals in self.stages:
-            x = run(upsample, F.elu(x, inplace=True))
+            x = run(upsample, elu(x))
             for residual in residuals:
                 x = run(residual, x)
-        x = run(self.conv_out, F.elu(x, inplace=True))
-        samples: Tensor = x.squeeze(-1).t().contiguous()
-        return samples, after
+        x = run(self.conv_out, elu(x))
+        return x.squeeze(-1).t(), after
 
     def _unpack(self, values: Tensor) -> list[Tensor]:
         """`[B, state_size]` → the tails, each `[len, B, C]`, views."""

@@ -57,6 +57,15 @@ def extend(x: Tensor, tail: Tensor, piece: Piece, left: int, right: int, mode: P
     return joined, joined[max(0, joined.shape[0] - (left + right)) :]
 
 
+def elu(x: Tensor) -> Tensor:
+    """max(x, exp(min(x, 0)) − 1), which is the ELU because exp(x) ≥ 1 + x.
+
+    Several times faster on a CPU than torch's, whose expm1 is slow, and off by less than 1e-7.
+    """
+    negative = x.clamp(max=0).exp_().sub_(1)
+    return torch.maximum(x, negative, out=negative)
+
+
 class StreamConv(nn.Module):
     """A convolution of stride 1 that keeps the length of its signal."""
 
@@ -147,8 +156,8 @@ class StreamResidual(nn.Module):
         """`[n, B, dim]` → `[n, B, dim]`, less or more at the signal's ends. The tail is of the input before the ELU,
         so that it serves both branches (padding commutes with the ELU, whose value at 0 is 0)."""
         extended, tail = self.conv.extend(x, tail, piece)
-        hidden = self.conv.convolve(F.elu(extended))
-        out = self.project.convolve(F.elu(hidden, inplace=True))
+        hidden = self.conv.convolve(elu(extended))
+        out = self.project.convolve(elu(hidden))
         skip = extended[self.conv.pad_left : extended.shape[0] - self.conv.pad_right]
         out += skip if self.shortcut is None else self.shortcut.convolve(skip)
         return out, tail
