@@ -35,6 +35,7 @@ def _layer_norm(
         tl.store(residual + row * dim + columns, h, mask=inside)
     mean = tl.sum(h, axis=0) / dim
     centred = tl.where(inside, h - mean, 0.0)
+    centred -= tl.where(inside, tl.sum(centred, axis=0) / dim, 0.0)  # what rounding left in the mean
     variance = tl.sum(centred * centred, axis=0) / dim
     y = centred * tl.rsqrt(variance + eps)
     y = y * tl.load(weight + columns, mask=inside, other=0.0) + tl.load(bias + columns, mask=inside, other=0.0)
