@@ -224,19 +224,33 @@ def test_continuation(run: Run, folders: dict[str, Path], recording: Path, with_
     assert (file["melody"] is not None) == with_melody
 
 
+def test_batches_change_nothing(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    command = ["generate", "rock", "jazz", "folk", "--duration", 0.4, "--seed", 1, "--model", folders["text"]]
+    assert run(*command, "-o", "together")[0] == 0
+    assert run(*command, "-o", "apart", "--batch", 2)[0] == 0
+    for together in sorted((tmp_path / "together").iterdir()):
+        apart = tmp_path / "apart" / together.name
+        written, alone = (soundfile.read(path)[0] for path in (together, apart))
+        np.testing.assert_allclose(written, alone, rtol=0, atol=2 / 32768)
+
+
 def test_the_bar(run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    code, out, err = run("generate", "rock", "jazz", "--duration", 0.4, "--seed", 1, "--model", folders["text"])
+    code, out, err = run(
+        "generate", "rock", "jazz", "folk", "--duration", 0.4, "--batch", 2, "--model", folders["text"]
+    )
     assert code == 0
-    assert "2/2 jazz" in err
+    assert "rock and 1 more" in err
+    assert "folk 100 %" in err
     assert "100 %" in err
-    assert "0.8/0.8 s of music" in err
-    assert "0.8/0.8" not in out
+    assert "1.2/1.2 s of music" in err
+    assert "1.2/1.2" not in out
 
 
 def test_the_demo_model_says_what_it_is(run: Run) -> None:
     threads = torch.get_num_threads()
-    code, out, err = run("generate", "happy rock", "--duration", 0.2, "--seed", 1, "--strategy", "peak")
+    command = ["generate", "happy rock", "--duration", 0.2, "--seed", 1, "--strategy", "peak"]
+    code, out, err = run(*command, "--threads", threads + 1)
     assert (code, err) == (0, "")
     first = out.splitlines()[0]
     assert "not Meta's weights" in first
@@ -292,6 +306,7 @@ BAD_INPUT = {
     "guidance": (["rock", "--guidance", "inf"], "guidance"),
     "no samples": (["rock", "--num-samples", "0"], "num-samples"),
     "too many": (["rock", "--num-samples", "1001"], "at most 1000"),
+    "batch": (["rock", "--batch", "0"], "batch"),
     "seed": (["rock", "--seed", "-1"], "seed"),
     "unconditional 0": (["--unconditional", "0"], "unconditional"),
     "unconditional and prompt": (["rock", "--unconditional", "1"], "unconditional"),
@@ -347,7 +362,7 @@ def test_bad_input_that_only_the_model_knows(
     def fail(*_: object) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("musicgen.api.generate_codes", fail)
+    monkeypatch.setattr("musicgen.local_engine.LocalEngine.generate", fail)
     _bad_files(tmp_path)
     code, out, err = run("generate", *arguments, "--model", folders[kind])
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -6,7 +6,6 @@ Owns the order of the work. Knows no sampling, no codec and no file format: thos
 from __future__ import annotations
 
 import dataclasses
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +54,12 @@ def _load(options: GenerateOptions) -> MusicGen:
     import torch
 
     from musicgen.api import MusicGen
+    from musicgen.config import EngineConfig
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    return MusicGen.get_pretrained(options.model, options.device, dtype)
+    engine = None
+    if options.device == "cpu" or (options.device is None and not torch.cuda.is_available()):
+        engine = EngineConfig(num_threads=torch.get_num_threads())
+    return MusicGen.get_pretrained(options.model, options.device, options.dtype, engine=engine)
 
 
 def _separated(recordings: Recordings, model: MusicGen) -> Recordings:
@@ -80,21 +82,22 @@ def _make(
     watch: Stopwatch,
     loudness_lufs: float,
 ) -> int:
-    """Make, write and report the pieces one after another, so that an interruption loses one at most."""
+    """Make, write and report the pieces batch by batch, so that an interruption loses one batch at most."""
     _watch_parts(model, watch)
     report = Report(options, model, len(pieces))
     report.start(pieces[0].seed)
     with Bar(len(pieces), options.duration) as bar:
         model.set_custom_progress_callback(bar.frames)
-        for piece in pieces:
-            bar.begin(piece.title)
-            start = time.perf_counter()
+        for start in range(0, len(pieces), options.batch):
+            batch = pieces[start : start + options.batch]
+            bar.begin([piece.title for piece in batch])
             with watch.measure("codes"):
-                wav = _generate(model, piece, recordings)
-            with watch.measure("write"):
-                path = _write(options, piece, wav, model, loudness_lufs)
-                written = _read_back(path, piece, time.perf_counter() - start, plot=options.plot)
-            bar.say(report.line(written))
+                wavs = _generate(model, batch, recordings)
+            for piece, wav in zip(batch, wavs, strict=True):
+                with watch.measure("write"):
+                    path = _write(options, piece, wav, model, loudness_lufs)
+                    written = _read_back(path, piece, plot=options.plot)
+                bar.say(report.line(written))
     report.finish(watch.seconds)
     return 0
 
@@ -115,27 +118,40 @@ def _watch_parts(model: MusicGen, watch: Stopwatch) -> None:
     )
 
 
-def _generate(model: MusicGen, piece: Piece, recordings: Recordings) -> Tensor:
-    """The samples `[C, N]` of one piece."""
-    melody = None if piece.melody is None else recordings.melodies[piece.melody]
-    texts = [piece.text]
-    if piece.prompt_audio is not None:
-        beginning = recordings.prompts[piece.prompt_audio]
-        wav = model.generate_continuation(
-            [beginning.wav],
-            beginning.sample_rate,
+def _generate(model: MusicGen, pieces: list[Piece], recordings: Recordings) -> Tensor:
+    """The samples `[B, C, N]` of pieces that are all made from the same kinds of things."""
+    texts = [piece.text for piece in pieces]
+    seeds = [piece.seed for piece in pieces]
+    melodies = [recordings.melodies[piece.melody] for piece in pieces if piece.melody is not None]
+    prompts = [recordings.prompts[piece.prompt_audio] for piece in pieces if piece.prompt_audio is not None]
+    melody_wavs, melody_rate = _at_one_rate(melodies, model.sample_rate)
+    if prompts:
+        prompt_wavs, prompt_rate = _at_one_rate(prompts, model.sample_rate)
+        wavs = model.generate_continuation(
+            prompt_wavs,
+            prompt_rate,
             texts,
             progress=True,
-            melody_wavs=None if melody is None else [melody.wav],
-            melody_sample_rate=None if melody is None else melody.sample_rate,
-            seed=piece.seed,
+            melody_wavs=melody_wavs or None,
+            melody_sample_rate=melody_rate,
+            seed=seeds,
         )
-    elif melody is not None:
-        wav = model.generate_with_chroma(texts, [melody.wav], melody.sample_rate, progress=True, seed=piece.seed)
+    elif melodies:
+        wavs = model.generate_with_chroma(texts, melody_wavs, melody_rate, progress=True, seed=seeds)
     else:
-        wav = model.generate(texts, progress=True, seed=piece.seed)
-    assert not isinstance(wav, tuple)  # no tokens were asked for
-    return wav[0]
+        wavs = model.generate(texts, progress=True, seed=seeds)
+    assert not isinstance(wavs, tuple)  # no tokens were asked for
+    return wavs
+
+
+def _at_one_rate(recordings: list[Recording], model_rate: int) -> tuple[list[Tensor], int]:
+    """The recordings as they are if their rates are equal, else at the model's."""
+    from musicgen.waveform import resample
+
+    rates = {recording.sample_rate for recording in recordings}
+    if len(rates) == 1:
+        return [recording.wav for recording in recordings], rates.pop()
+    return [resample(recording.wav, recording.sample_rate, model_rate) for recording in recordings], model_rate
 
 
 def _write(options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen, loudness_lufs: float) -> Path:
@@ -156,7 +172,7 @@ def _write(options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen,
     )
 
 
-def _read_back(path: Path, piece: Piece, made_in_s: float, *, plot: bool) -> Written:
+def _read_back(path: Path, piece: Piece, *, plot: bool) -> Written:
     """What the file holds, measured and drawn from the file itself: a lossy format moves the peak."""
     from musicgen.api import MAX_DURATION_S
     from musicgen.audio import load_audio
@@ -172,6 +188,5 @@ def _read_back(path: Path, piece: Piece, made_in_s: float, *, plot: bool) -> Wri
         channels=wav.shape[0],
         peak=float(wav.abs().max()),
         loudness_lufs=measure_loudness(wav, sample_rate),
-        made_in_s=made_in_s,
         picture=plot_audio(wav, sample_rate, path.with_suffix(".png"), title=piece.title) if plot else None,
     )

@@ -12,7 +12,8 @@ from musicgen import __version__
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus")
 STRATEGIES = ("loudness", "peak", "rms", "clip")
 Strategy = Literal["loudness", "peak", "rms", "clip"]
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]
+DTYPES = ("float32", "bfloat16", "int8", "int4")
 DEFAULT_LOUDNESS_LUFS = -14.0
 
 ABOUT = """\
@@ -71,8 +72,9 @@ class GenerateOptions:
     melody_guidance: float | None
     extend_stride: float
     device: str | None
-    dtype: str | None
+    dtype: Dtype | None
     threads: int | None
+    batch: int
     out: Path
     format: str
     strategy: Strategy
@@ -196,13 +198,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "comes with the package)",
     )
     add("--device", metavar="NAME", help="such as cpu or cuda (default: the GPU if there is one)")
-    add("--dtype", choices=DTYPES, help="of the decoder's matrices (default: float16 on a GPU, float32 on the CPU)")
+    add("--dtype", choices=DTYPES, help="of the decoder's weights (default: bfloat16 on a GPU, float32 on the CPU)")
     add(
         "--threads",
         type=int,
         metavar="N",
-        help="processor threads (default: 1 for the demo model, too small to share out; else torch's choice)",
+        help="processor threads (default: one a core)",
     )
+
+    add("--batch", type=int, default=8, metavar="N", help="pieces made at the same time (default: %(default)s)")
 
 
 def _add_outputs(parser: argparse.ArgumentParser) -> None:

@@ -51,8 +51,9 @@ def plan_pieces(options: GenerateOptions) -> list[Piece]:
     texts = _texts(options)
     melodies = _one_each(options.melody, len(texts), "melody")
     beginnings = _one_each(options.prompt_audio, len(texts), "prompt-audio")
-    if options.num_samples < 1:
-        raise InvalidRequestError("an integer ≥ 1", str(options.num_samples), param="num-samples")
+    for name, value in (("num-samples", options.num_samples), ("batch", options.batch)):
+        if value < 1:
+            raise InvalidRequestError("an integer ≥ 1", str(value), param=name)
     num_pieces = len(texts) * options.num_samples
     if num_pieces > MAX_PIECES:
         raise InvalidRequestError(f"at most {MAX_PIECES} pieces at a time", f"{num_pieces}", "run several commands")

@@ -61,13 +61,10 @@ def torch_threads(options: GenerateOptions) -> Iterator[None]:
     """
     import torch
 
-    from musicgen.weights.registry import DEMO_MODEL
-
     if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
         raise InvalidRequestError(f"an integer in [1, {MAX_THREADS}]", str(options.threads), param="threads")
     before = torch.get_num_threads()
-    wanted = options.threads or (1 if options.model == DEMO_MODEL else before)
-    torch.set_num_threads(wanted)
+    torch.set_num_threads(options.threads or before)
     try:
         yield
     finally:

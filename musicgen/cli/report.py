@@ -36,7 +36,6 @@ class Written:
     """Largest absolute sample; 1 is full scale."""
     loudness_lufs: float | None
     """None for audio too short or too quiet to have one."""
-    made_in_s: float
     picture: Path | None
 
 
@@ -45,7 +44,7 @@ class Bar:
 
     def __init__(self, num_pieces: int, duration_s: float) -> None:
         self._num_pieces, self._duration_s = num_pieces, duration_s
-        self._index = 0
+        self._num_before = self._num_in_batch = 0
         self._bar = tqdm(
             total=round(num_pieces * duration_s, 2),
             disable=None,
@@ -58,15 +57,17 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def begin(self, title: str) -> None:
-        """The next piece begins."""
-        self._index += 1
-        short = title if len(title) <= MAX_TITLE_LEN else f"{title[: MAX_TITLE_LEN - 1]}…"
-        self._bar.set_description_str(f"{self._index}/{self._num_pieces} {short}")
+    def begin(self, titles: list[str]) -> None:
+        """The next batch begins."""
+        self._num_before += self._num_in_batch
+        self._num_in_batch = len(titles)
+        more = f" and {len(titles) - 1} more" if len(titles) > 1 else ""
+        title = titles[0] if len(titles[0]) <= MAX_TITLE_LEN else f"{titles[0][: MAX_TITLE_LEN - 1]}…"
+        self._bar.set_description_str(f"{title}{more}")
 
     def frames(self, generated: int, total: int) -> None:
-        """`generated` of `total` frames of this piece are known."""
-        done_s = (self._index - 1 + generated / total) * self._duration_s
+        """`generated` of `total` frames of this batch are made."""
+        done_s = (self._num_before + self._num_in_batch * generated / total) * self._duration_s
         self._bar.update(done_s - self._bar.n)
 
     def say(self, line: str) -> None:
@@ -102,7 +103,6 @@ class Report:
             "too short or quiet for a loudness"
             if written.loudness_lufs is None
             else f"{written.loudness_lufs:.1f} LUFS",
-            f"made in {written.made_in_s:.1f} s",
         ]
         picture = f"\n{written.picture}" if written.picture else ""
         return "  ".join(parts) + picture
@@ -154,7 +154,6 @@ def _as_dict(written: Written) -> dict[str, Any]:
         "channels": written.channels,
         "peak": round(written.peak, 4),
         "loudness_lufs": None if written.loudness_lufs is None else round(written.loudness_lufs, 2),
-        "made_in_s": round(written.made_in_s, 3),
     }
 
 
