@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from torch import Tensor
 from musicgen.codec_stream import StreamingCodec, decode_audio
 from musicgen.conditioning import Melody, condition
 from musicgen.config import EngineConfig, WeightDtype
-from musicgen.errors import InvalidRequestError
+from musicgen.engine.packing import KINDS, pack_decoder
+from musicgen.engine.runner import max_row_len
+from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.generation import plan_windows
 from musicgen.inputs import (
     Waveforms,
@@ -29,7 +32,7 @@ from musicgen.model import Model
 from musicgen.progress import Progress, ProgressCallback
 from musicgen.types import AudioChunk, ChunkPolicy, CodesRequest, SamplingParams
 from musicgen.waveform import check_sample_rate, convert_audio, validate_waveform
-from musicgen.weights import load_model
+from musicgen.weights import load_model, packed
 
 MAX_DURATION_S = 3600.0
 DEFAULT_DURATION_S = 15.0
@@ -71,7 +74,7 @@ class MusicGen:
 
     def __init__(self, model: Model, engine: EngineConfig | None = None, *, release_weights: bool = False) -> None:
         self.model = model
-        self._engine = LocalEngine(model.lm, engine or EngineConfig(), release=release_weights)
+        self._engine = LocalEngine(model, engine or EngineConfig(), release=release_weights)
         self._params = GenerationParams()
         self._progress_callback: ProgressCallback | None = None
 
@@ -95,10 +98,34 @@ class MusicGen:
         """
         wanted = None if weights is None else checked_weights(weights)
         model = load_model(name, device)
+        if model.packed is not None and wanted is not None and KINDS[wanted] != model.packed.heads.kind:
+            raise InvalidRequestError(
+                f"{model.packed.heads.kind} weights, which {name!r} holds", wanted, "load the original", param="weights"
+            )
         config = engine or EngineConfig(weights="float32" if model.lm.device.type == "cpu" else "bfloat16")
         if wanted is not None:
             config = replace(config, weights=wanted)
         return MusicGen(model, config, release_weights=True)
+
+    def save_packed(self, folder: str | Path, weights: WeightDtype, progress: bool = False) -> Path:
+        """Write the model with its matrices as `weights`; loaded by the folder's name, it needs no more than that.
+
+        Raises:
+            InvalidRequestError: no such kind of weights.
+            WeightsError: this model was loaded packed, or its layers are freed.
+        """
+        lm, target = self.model.lm, Path(folder)
+        if any(parameter.is_meta for parameter in lm.decoder.parameters()):
+            raise WeightsError(f"{self.name}: expected the original weights, got packed ones; load the original again")
+        with Progress(lm.config.decoder.num_layers, progress, None, unit="layer") as report:
+            packed_weights = pack_decoder(
+                lm.decoder,
+                checked_weights(weights),
+                max_row_len(lm.config),
+                on_layer=lambda _done, _total: report.advance(1),
+            )
+        packed.save(self.model, packed_weights, target)
+        return target
 
     def close(self) -> None:
         """Free the engine; calls that are under way are cancelled."""

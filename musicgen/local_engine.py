@@ -20,7 +20,7 @@ from musicgen.engine.core import EngineCore
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.thread import EngineStream, EngineThread
 from musicgen.errors import EngineDeadError, RequestCancelledError
-from musicgen.models.language_model import LanguageModel
+from musicgen.model import Model
 from musicgen.types import ChunkPolicy, CodeChunk, CodesRequest, EndOfRequest, EngineEvent, EngineRequest, FinishReason
 
 EVERY_FRAME = ChunkPolicy(first_frames=1, max_frames=1)
@@ -30,14 +30,14 @@ OnFrame = Callable[[int], None]
 
 
 class LocalEngine:
-    """Runs requests of one language model.
+    """Runs requests of one model.
 
     Args:
         release: the model's own layers are freed when the engine starts; for those who need them no more.
     """
 
-    def __init__(self, lm: LanguageModel, config: EngineConfig, *, release: bool = False) -> None:
-        self._lm, self._config, self._release = lm, config, release
+    def __init__(self, model: Model, config: EngineConfig, *, release: bool = False) -> None:
+        self._model, self._config, self._release = model, config, release
         self._lock = threading.Lock()
         self._thread: EngineThread | None = None
         self._ids = itertools.count()
@@ -95,8 +95,9 @@ class LocalEngine:
     def _started(self) -> EngineThread:
         with self._lock:
             if self._thread is None:
-                runner = ModelRunner(self._lm, self._config, release=self._release)
-                self._thread = EngineThread(EngineCore(self._lm, self._config, runner=runner))
+                lm, packed = self._model.lm, self._model.packed
+                runner = ModelRunner(lm, self._config, weights=packed, release=self._release)
+                self._thread = EngineThread(EngineCore(lm, self._config, runner=runner))
                 weakref.finalize(self, self._thread.close, timeout_s=0.0)
             return self._thread
 

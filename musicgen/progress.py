@@ -11,12 +11,12 @@ ProgressCallback = Callable[[int, int], None]
 
 
 class Progress:
-    """Frames over all pieces of a call, shown as a bar or told to a callback; nothing if neither is wanted."""
+    """Units done of a call, shown as a bar or told to a callback; nothing if neither is wanted."""
 
-    def __init__(self, num_frames: int, show: bool, callback: ProgressCallback | None) -> None:
-        self._total, self._callback, self._done = num_frames, callback, 0
+    def __init__(self, total: int, show: bool, callback: ProgressCallback | None, *, unit: str = "frame") -> None:
+        self._total, self._callback, self._done = total, callback, 0
         self.is_shown = show or callback is not None
-        self._bar = tqdm(total=num_frames, unit="frame", disable=not show or callback is not None)
+        self._bar = tqdm(total=total, unit=unit, disable=not show or callback is not None)
 
     def __enter__(self) -> Progress:
         return self
@@ -24,9 +24,9 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def advance(self, num_frames: int) -> None:
-        """`num_frames` more frames are made."""
-        self._done += num_frames
-        self._bar.update(num_frames)
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+        self._done += count
+        self._bar.update(count)
         if self._callback is not None:
             self._callback(self._done, self._total)

@@ -10,10 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tiny  # noqa: E402
+import tiny
 
-from musicgen.model import Model  # noqa: E402
-from musicgen.weights import load_model  # noqa: E402
+from musicgen.model import Model
+from musicgen.weights import load_model
 
 KINDS = {
     "text": {"melody": False, "stereo": False},

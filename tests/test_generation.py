@@ -37,7 +37,9 @@ def request(
     return CodesRequest(condition(model, prompt, recording, windows), sampling, prompt_codes)
 
 
-def _peer_codes(peer: tiny.PreTrainedModel, monkeypatch: pytest.MonkeyPatch, num_frames: int, **inputs: object) -> torch.Tensor:
+def _peer_codes(
+    peer: tiny.PreTrainedModel, monkeypatch: pytest.MonkeyPatch, num_frames: int, **inputs: object
+) -> torch.Tensor:
     """What transformers generates greedily with guidance 3: `[K, T]`, from what it passes to its codec."""
     decoded = []
     decode = peer.audio_encoder.decode
@@ -206,9 +208,7 @@ def test_long_form_equals_windows_by_hand(models: dict[str, Model]) -> None:
 def test_windows_repeat_no_draw(models: dict[str, Model]) -> None:
     """With a prompt that the model cannot see, equal windows would give equal codes if draws were reused."""
     model = models["text"]
-    long = generate_codes(
-        model.lm, request(model, "rock", 60, SamplingParams(seed=1), max_frames=30, stride=29)
-    )
+    long = generate_codes(model.lm, request(model, "rock", 60, SamplingParams(seed=1), max_frames=30, stride=29))
     assert not torch.equal(long[:, 1:30], long[:, 30:59])
 
 

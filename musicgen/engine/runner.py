@@ -49,6 +49,7 @@ class ModelRunner:
 
     Args:
         lm: the language model; its matrices are packed.
+        weights: packed already.
         release: free the model's own layers meanwhile, for models that fit in memory only once.
         on_layer: progress of the packing.
     Raises:
@@ -56,11 +57,17 @@ class ModelRunner:
     """
 
     def __init__(
-        self, lm: LanguageModel, config: EngineConfig, *, release: bool = False, on_layer: OnLayer | None = None
+        self,
+        lm: LanguageModel,
+        config: EngineConfig,
+        *,
+        weights: DecoderWeights | None = None,
+        release: bool = False,
+        on_layer: OnLayer | None = None,
     ) -> None:
         self.config, self.model_config, self.device = config, lm.config, lm.device
-        self.max_row_len = _max_row_len(lm.config)
-        self.weights: DecoderWeights = pack_decoder(
+        self.max_row_len = max_row_len(lm.config)
+        self.weights = weights or pack_decoder(
             lm.decoder, config.weights, self.max_row_len, release=release, on_layer=on_layer
         )
         self._native = self._native_step()
@@ -322,7 +329,8 @@ def _decided_steps(batch: ScheduledBatch) -> list[int]:
     return [s.window.start + last_position[id(s)] - s.inputs.prefix_len + 1 for s in batch.deciding]
 
 
-def _max_row_len(config: ModelConfig) -> int:
+def max_row_len(config: ModelConfig) -> int:
+    """Positions of the longest row: the longest prefix and one window, in whole pages."""
     prefix_len = 0 if config.chroma is None else config.chroma.num_frames + MAX_TEXT_TOKENS
     num_positions = prefix_len + config.delay_pattern.num_steps(config.num_frames(config.max_duration_s))
     return num_pages_for(num_positions) * PAGE_LEN

@@ -33,6 +33,11 @@ class EncodecEncoder:
         self._model: Any = None
         self._device = torch.device("cpu")
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What it is made of, in transformers' names."""
+        return self._tensors
+
     def to(self, device: torch.device | str) -> EncodecEncoder:
         """Move to `device` (mutates this object)."""
         self._device = torch.device(device)

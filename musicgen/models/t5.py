@@ -23,6 +23,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def save_pretrained(self, save_directory: Path) -> object: ...
+
 
 class TextEncoder:
     """T5 with its tokenizer.
@@ -52,6 +54,10 @@ class TextEncoder:
     def dim(self) -> int:
         """Width of the states."""
         return int(self.model.config.d_model)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files to `folder`."""
+        self.tokenizer.save_pretrained(folder)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)

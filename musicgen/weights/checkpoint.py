@@ -68,14 +68,14 @@ def from_dict(tensors: Mapping[str, Tensor], origin: str) -> TensorSource:
     return TensorSource({name: partial(tensors.__getitem__, name) for name in tensors}, origin)
 
 
-def from_safetensors(folder: Path) -> TensorSource:
-    """The tensors of `model.safetensors`, or of the shards that its index names.
+def from_safetensors(folder: Path, file: str = "model.safetensors") -> TensorSource:
+    """The tensors of one file, or of the shards that its index names.
 
     Raises:
         WeightsError: no such file, a missing shard, or a damaged file.
     """
-    index = folder / "model.safetensors.index.json"
-    names: Iterable[str] = ["model.safetensors"]
+    index = folder / f"{file}.index.json"
+    names: Iterable[str] = [file]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     readers: dict[str, Callable[[], Tensor]] = {}

@@ -19,8 +19,8 @@ from musicgen.models.chroma import ChromaExtractor
 from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import TextEncoder, load_tokenizer
 from musicgen.weights import codec
-from musicgen.weights.codec_config import codec_config_from_hf
 from musicgen.weights.checkpoint import NameMap, Part, TensorSource, assemble, from_safetensors, read_json
+from musicgen.weights.codec_config import codec_config_from_hf
 
 MODEL_TYPES = ("musicgen", "musicgen_melody")
 POSITION_TABLE = "decoder.model.decoder.embed_positions.weights"

@@ -8,7 +8,7 @@ import torch
 
 from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.model import Model
-from musicgen.weights import audiocraft, hub, huggingface, registry
+from musicgen.weights import audiocraft, hub, huggingface, packed, registry
 
 UNKNOWN_LICENSE = "unknown; see the model's own card"
 
@@ -36,6 +36,8 @@ def load_model(name: str, device: str | torch.device | None = None, dtype: torch
 
 
 def _load(folder: Path, name: str, license: str) -> Model:
+    if (folder / packed.CONFIG_FILE).is_file():
+        return packed.load(folder)
     if (folder / audiocraft.LM_FILE).is_file() and not (folder / "model.safetensors").is_file():
         return audiocraft.load(folder, name, license)
     if (folder / "config.json").is_file():
@@ -53,5 +55,6 @@ def _device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InvalidRequestError("a device of this machine, such as cpu", f"{device!r} ({reason})", param="device") from error
+        got = f"{device!r} ({reason})"
+        raise InvalidRequestError("a device of this machine, such as cpu", got, param="device") from error
     return target

@@ -79,7 +79,10 @@ def _audiocraft_twin(folder: Path, source: Path, *, melody: bool, stereo: bool) 
     text_folder.mkdir()
     (text_folder / "config.json").write_text(json.dumps(config["text_encoder"]))
     prefix = "text_encoder."
-    save_file({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, text_folder / "model.safetensors")
+    save_file(
+        {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
+        text_folder / "model.safetensors",
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, text_folder / name)
 
@@ -119,7 +122,11 @@ def test_audiocraft_twin_is_the_same_model(
     assert twin.config.codec == model.config.codec
     assert twin.config.chroma == model.config.chroma
     assert twin.config.audio_channels == model.config.audio_channels
-    for ours, theirs in ((model.lm, twin.lm), (model.codec, twin.codec), (model.text_encoder.model, twin.text_encoder.model)):
+    for ours, theirs in (
+        (model.lm, twin.lm),
+        (model.codec, twin.codec),
+        (model.text_encoder.model, twin.text_encoder.model),
+    ):
         expected, got = ours.state_dict(), theirs.state_dict()
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected)

@@ -1,0 +1,183 @@
+"""Checkpoints of our own: everything a model needs, the decoder's matrices quantised and arranged for the kernels.
+
+A folder with `musicgen.json` (the configuration), `packed.safetensors` and the tokenizer. It loads without the
+original checkpoint, in the memory that it runs in. Matrices packed for the CPU's kernels run on CPUs only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from musicgen_kernels import KernelArgumentError, PackedLinear, sinusoid_table, unpack_header
+from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from musicgen.config import ChromaConfig, CodecConfig, DecoderConfig, ModelConfig
+from musicgen.errors import WeightsError
+from musicgen.model import Model
+from musicgen.models.chroma import ChromaExtractor
+from musicgen.models.encodec import EncodecDecoder
+from musicgen.models.encodec_encoder import EncodecEncoder
+from musicgen.models.language_model import LanguageModel
+from musicgen.models.t5 import TextEncoder, load_tokenizer
+from musicgen.weights.checkpoint import TensorSource, from_safetensors, read_json
+
+CONFIG_FILE, TENSOR_FILE = "musicgen.json", "packed.safetensors"
+VERSION = 1
+LM, TEXT, CODEC, CODEC_ENCODER, DECODER = "lm.", "text_encoder.", "codec.", "codec_encoder.", "decoder."
+
+
+def save(model: Model, weights: DecoderWeights, folder: Path) -> None:
+    """Write `model` with its packed decoder `weights` to `folder` (made if need be; files are replaced)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    projections = {n: t for n, t in model.lm.state_dict().items() if not n.startswith("decoder.")}
+    text = {n: t for n, t in model.text_encoder.model.state_dict().items() if n != "encoder.embed_tokens.weight"}
+    parts: dict[str, Mapping[str, Tensor]] = {
+        LM: projections,
+        TEXT: text,
+        CODEC: model.codec.state_dict(),
+        CODEC_ENCODER: model.codec_encoder.tensors,
+        DECODER: dict(_named_tensors(weights)),
+    }
+    tensors = {
+        prefix + name: tensor.detach().cpu().contiguous()
+        for prefix, part in parts.items()
+        for name, tensor in part.items()
+    }
+    save_file(tensors, folder / TENSOR_FILE)
+    content = {
+        "version": VERSION,
+        "model": asdict(model.config),
+        "text_encoder": model.text_encoder.model.config.to_dict(),
+        "num_positions": weights.sinusoids.shape[0],
+        "project_text": isinstance(model.lm.text_proj, nn.Linear),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    model.text_encoder.save_tokenizer(folder)
+
+
+def load(folder: Path) -> Model:
+    """Load what `save` wrote; the decoder is in `Model.packed`, the language model's own layers stay empty.
+
+    Raises:
+        WeightsError: another version, or missing or damaged tensors.
+    """
+    content = read_json(folder / CONFIG_FILE)
+    if content.get("version") != VERSION:
+        raise WeightsError(
+            f"{folder}: expected packed weights of version {VERSION}, got {content.get('version')}; pack them again"
+        )
+    try:
+        config = _model_config(content["model"])
+        source = from_safetensors(folder, TENSOR_FILE)
+        return Model(
+            config=config,
+            lm=_language_model(config, source.under(LM), content["project_text"]),
+            text_encoder=_text_encoder(content["text_encoder"], source.under(TEXT), folder),
+            chroma=None if config.chroma is None else ChromaExtractor(config.chroma),
+            codec=_codec(config.codec, source.under(CODEC)),
+            codec_encoder=EncodecEncoder(config.codec, dict(source.under(CODEC_ENCODER))),
+            packed=_decoder_weights(config.decoder, source.under(DECODER), content["num_positions"]),
+        )
+    except (KeyError, TypeError, RuntimeError, KernelArgumentError) as error:
+        raise WeightsError(f"{folder}: expected what `musicgen pack` writes, got {error}; pack it again") from error
+
+
+def _model_config(raw: dict[str, Any]) -> ModelConfig:
+    codec, chroma = dict(raw["codec"]), raw["chroma"]
+    codec["upsampling_ratios"] = tuple(codec["upsampling_ratios"])
+    nested = {
+        "decoder": DecoderConfig(**raw["decoder"]),
+        "codec": CodecConfig(**codec),
+        "chroma": None if chroma is None else ChromaConfig(**chroma),
+    }
+    return ModelConfig(**(raw | nested))
+
+
+def _language_model(config: ModelConfig, source: TensorSource, project_text: bool) -> LanguageModel:
+    with torch.device("meta"):
+        model = LanguageModel(config, project_text=project_text)
+    for name in ("text_proj", "chroma_proj"):
+        part = source.under(f"{name}.")
+        if part:
+            getattr(model, name).load_state_dict(dict(part), assign=True)
+    model.decoder.out_norm.to_empty(device="cpu")  # tells where the model is
+    return model.eval().requires_grad_(False)
+
+
+def _text_encoder(raw: dict[str, Any], source: TensorSource, folder: Path) -> TextEncoder:
+    with torch.device("meta"):
+        model = T5EncoderModel(T5Config(**raw))
+    shared = source["shared.weight"]
+    model.load_state_dict(dict(source) | {"shared.weight": shared, "encoder.embed_tokens.weight": shared}, assign=True)
+    return TextEncoder(model.requires_grad_(False), load_tokenizer(folder))
+
+
+def _codec(config: CodecConfig, source: TensorSource) -> EncodecDecoder:
+    decoder = EncodecDecoder(config)
+    decoder.load_state_dict(dict(source))
+    return decoder.eval()
+
+
+# --- the decoder's tensors, by name ---
+
+
+def _named_tensors(weights: DecoderWeights) -> Iterator[tuple[str, Tensor]]:
+    yield "embeddings", weights.embeddings
+    yield "heads", weights.heads.data
+    yield from _named_norm("final_norm", weights.final_norm)
+    for i, block in enumerate(weights.blocks):
+        matrices = {"qkv": block.qkv, "out": block.out, "fc1": block.fc1, "fc2": block.fc2}
+        norms = {"self_norm": block.self_norm, "ffn_norm": block.ffn_norm}
+        if block.cross is not None:
+            matrices |= {"cross_q": block.cross.q, "cross_kv": block.cross.kv, "cross_out": block.cross.out}
+            norms["cross_norm"] = block.cross.norm
+        for name, matrix in matrices.items():
+            yield f"blocks.{i}.{name}", matrix.data
+        for name, norm in norms.items():
+            yield from _named_norm(f"blocks.{i}.{name}", norm)
+
+
+def _named_norm(name: str, norm: Norm) -> Iterator[tuple[str, Tensor]]:
+    yield f"{name}.weight", norm.weight
+    yield f"{name}.bias", norm.bias
+
+
+def _decoder_weights(config: DecoderConfig, source: TensorSource, num_positions: int) -> DecoderWeights:
+    def matrix(name: str) -> PackedLinear:
+        return unpack_header(source[name].clone())  # aligned, unlike a view of the file
+
+    def norm(name: str) -> Norm:
+        return Norm(source[f"{name}.weight"].clone(), source[f"{name}.bias"].clone())
+
+    def block(i: int) -> BlockWeights:
+        here = f"blocks.{i}"
+        cross = None
+        if config.cross_attention:
+            q, kv, out = (matrix(f"{here}.cross_{part}") for part in ("q", "kv", "out"))
+            cross = CrossWeights(norm(f"{here}.cross_norm"), q, kv, out)
+        return BlockWeights(
+            self_norm=norm(f"{here}.self_norm"),
+            qkv=matrix(f"{here}.qkv"),
+            out=matrix(f"{here}.out"),
+            cross=cross,
+            ffn_norm=norm(f"{here}.ffn_norm"),
+            fc1=matrix(f"{here}.fc1"),
+            fc2=matrix(f"{here}.fc2"),
+        )
+
+    return DecoderWeights(
+        embeddings=source["embeddings"].clone(),
+        sinusoids=sinusoid_table(num_positions, config.dim),
+        blocks=tuple(block(i) for i in range(config.num_layers)),
+        final_norm=norm("final_norm"),
+        heads=matrix("heads"),
+        num_heads=config.num_heads,
+    )
