@@ -1,14 +1,25 @@
 // The thread pool behind team.h.
 #include "team.h"
 
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#include <climits>
 
 namespace mgk {
 namespace MGK_ISA {
 
 namespace {
-constexpr int kIdleSpins = 20000;  // about 0.2 ms: the time between two steps of a busy engine
+constexpr int kIdleSpins = 5000;  // some 50 to 200 microseconds: about the time between two steps of a busy engine
 }
+
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
+    static_assert(sizeof(word) == sizeof(uint32_t));
+    syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+
+void wake_all(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0); }
 
 void ThreadPool::start(int num_threads) {
     while (int(threads_.size()) < num_threads - 1) {
@@ -22,19 +33,17 @@ void ThreadPool::run(int num_threads, Function function, void* context) {
     start(num_threads);
     Team team(num_threads);
     call_ = {function, context, &team};
-    running_.store(int(threads_.size()), std::memory_order_relaxed);
+    running_.store(uint32_t(threads_.size()), std::memory_order_relaxed);
     {
         std::lock_guard<std::mutex> lock(mutex_);
         generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     function(context, team, 0);
-    for (int spin = 0; running_.load(std::memory_order_acquire) != 0; ++spin) {
-        if (spin < 4096)
-            _mm_pause();
-        else
-            std::this_thread::yield();
-    }
+    // Workers still running hold references to `team` and to the caller's frame.
+    for (int spin = 0; spin < kSpins && running_.load(std::memory_order_acquire) != 0; ++spin) _mm_pause();
+    for (uint32_t left = running_.load(std::memory_order_acquire); left != 0; left = running_.load(std::memory_order_acquire))
+        sleep_while(running_, left);
 }
 
 void ThreadPool::work(int member, uint64_t seen) {
@@ -47,7 +56,7 @@ void ThreadPool::work(int member, uint64_t seen) {
         }
         seen = generation_.load(std::memory_order_acquire);
         if (member < call_.team->num_threads()) call_.function(call_.context, *call_.team, member);
-        running_.fetch_sub(1, std::memory_order_acq_rel);
+        if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) wake_all(running_);
     }
 }
 

@@ -17,14 +17,19 @@
 namespace mgk {
 namespace MGK_ISA {
 
-constexpr int kMaxThreads = 256;
+constexpr int kSpins = 1000;  // some 10 to 40 microseconds, as long as `pause` takes
+
+// Futex: sleep while the word still holds `value` (may return early); wake all who sleep on it.
+void sleep_while(std::atomic<uint32_t>& word, uint32_t value);
+void wake_all(std::atomic<uint32_t>& word);
 
 class Team {
 public:
     explicit Team(int num_threads) : num_threads_(num_threads) {}
     int num_threads() const { return num_threads_; }
 
-    // Returns when every member has called it. Spins first: the next phase is microseconds away.
+    // Returns when every member has called it. Spins for a moment, because the next phase is microseconds away; then
+    // sleeps, so that the core is free for a member that lost its own to other work.
     void barrier() {
         if (num_threads_ == 1) {
             next_.store(0, std::memory_order_relaxed);
@@ -34,15 +39,17 @@ public:
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
             next_.store(0, std::memory_order_relaxed);
-            phase_.store(phase + 1, std::memory_order_release);
+            phase_.store(phase + 1, std::memory_order_seq_cst);
+            if (sleepers_.load(std::memory_order_seq_cst) > 0) wake_all(phase_);
             return;
         }
-        for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
-            if (spin < 4096)
-                _mm_pause();
-            else
-                std::this_thread::yield();
+        for (int spin = 0; spin < kSpins; ++spin) {
+            if (phase_.load(std::memory_order_acquire) != phase) return;
+            _mm_pause();
         }
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        while (phase_.load(std::memory_order_seq_cst) == phase) sleep_while(phase_, phase);
+        sleepers_.fetch_sub(1, std::memory_order_relaxed);
     }
 
     // Calls work(i) for every i in [0, count), each once, by whichever member is free, then meets at a barrier.
@@ -59,6 +66,7 @@ private:
     const int num_threads_;
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
+    std::atomic<int> sleepers_{0};
     alignas(64) std::atomic<int64_t> next_{0};
 };
 
@@ -84,7 +92,7 @@ private:
     std::condition_variable wake_;
     std::vector<std::thread> threads_;
     std::atomic<uint64_t> generation_{0};
-    std::atomic<int> running_{0};
+    std::atomic<uint32_t> running_{0};
     bool stop_ = false;
     Call call_;
 };

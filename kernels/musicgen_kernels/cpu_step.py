@@ -174,6 +174,8 @@ def _check_norm(argument: str, norm: Norm, dim: int) -> None:
 
 def _check_matrix(argument: str, weight: PackedLinear, out_features: int, in_features: int) -> None:
     check_packed(weight, torch.device("cpu"))
+    if weight.order != "tiles":
+        raise KernelArgumentError(argument, "order 'tiles'", repr(weight.order), "pack it for the CPU")
     if (weight.out_features, weight.in_features) != (out_features, in_features):
         got = f"[{weight.out_features}, {weight.in_features}]"
         raise KernelArgumentError(argument, f"[{out_features}, {in_features}]", got)
