@@ -52,19 +52,23 @@ def build(sanitizer: str, *, module_too: bool = False, mutation: tuple[str, str,
         The module's or the program's path.
     """
     sources = {path.name: path.read_text() for path in sorted(CUDA.glob("*.cu"))}
-    if mutation is not None:
-        name, old, new = mutation
-        assert old in sources[name], f"{old!r} is not in {name}"
-        sources[name] = sources[name].replace(old, new, 1)
     main = BINDINGS / "cuda_module.cpp" if module_too else REPLAY
+    folder = ROOT / "build" / "host_cuda" / sanitizer
+    folder.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, *SANITIZERS[sanitizer], *INCLUDES]
     if module_too:
         flags += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    headers = [*HOST.iterdir(), *CUDA.glob("*.h"), *BINDINGS.glob("*.h"), *(ROOT / "csrc/include").glob("*.h"), main]
+    if mutation is not None and mutation[0] in sources:
+        sources[mutation[0]] = _mutate(mutation, sources[mutation[0]])
+    elif mutation is not None:
+        text = _mutate(mutation, (CUDA / mutation[0]).read_text())
+        first = folder / _digest([text])
+        first.mkdir(exist_ok=True)
+        (first / mutation[0]).write_text(text)
+        flags.insert(0, f"-I{first}")
+    headers = [*HOST.iterdir(), *CUDA.glob("*.h"), *BINDINGS.glob("*.h"), ROOT / "csrc/include/philox.h", main]
     texts = [path.read_text() for path in sorted(headers)] + [" ".join(flags)]
     common = _digest(texts)
-    folder = ROOT / "build" / "host_cuda" / sanitizer
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [(source, ["-x", "c++"], name.removesuffix(".cu")) for name, source in sources.items()]
     jobs += [(path.read_text(), [], path.stem) for path in (HOST / "host_cuda.cpp", main)]
     objects = [folder / f"{stem}-{_digest([common, text])}.o" for text, _, stem in jobs]
@@ -74,6 +78,12 @@ def build(sanitizer: str, *, module_too: bool = False, mutation: tuple[str, str,
     if not result.exists():
         _link(objects, result, [*SANITIZERS[sanitizer], *(["-shared"] if module_too else [])])
     return result
+
+
+def _mutate(mutation: tuple[str, str, str], text: str) -> str:
+    name, old, new = mutation
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {name}"
+    return text.replace(old, new)
 
 
 def _digest(texts: list[str]) -> str:

@@ -4,7 +4,9 @@ a GPU, every CUDA thread a fiber. What this cannot show: anything about time, an
 
 from __future__ import annotations
 
+import os
 import shutil
+from pathlib import Path
 from types import ModuleType
 
 import gpu_host_build
@@ -21,6 +23,7 @@ from gpu_checks import (
     check_sampling,
     run_linear,
 )
+from gpu_recording import recording
 from musicgen_kernels import KernelArgumentError, cuda, pack_linear
 from musicgen_kernels.packing import KINDS, Kind
 
@@ -34,6 +37,14 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to c
 @pytest.fixture(scope="module")
 def host() -> ModuleType:
     return gpu_host_build.module()
+
+
+@pytest.fixture(autouse=True)
+def _recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With MGK_RECORD_CALLS every call goes to a file there too: `test_cuda_sanitizers` replays them."""
+    folder = os.environ.get("MGK_RECORD_CALLS")
+    if folder:
+        monkeypatch.setattr(cuda, "_run", recording(cuda._run, Path(folder)))
 
 
 @pytest.fixture(params=["forward", "reverse"])
