@@ -14,11 +14,16 @@ from musicgen.config import ChromaConfig
 from musicgen.demo import check, tune
 from musicgen.models.chroma import ChromaExtractor
 
+
+def _notes(text: str) -> list[str]:
+    return text.split()
+
+
 CLASSES = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
-_START = [note for note in "G G Ab Bb Bb Ab G F Eb Eb F G".split() for _ in range(2)]
-_OPEN = [*_START, *"G G G F F F F F".split()]
-_CLOSED = [*_START, *"F F F Eb Eb Eb Eb Eb".split()]
-_MIDDLE = "F F F F G G Eb Eb F F G Ab G G Eb Eb F F G Ab G G F F Eb Eb F F Bb Bb Bb Bb".split()
+_START = [note for note in _notes("G G Ab Bb Bb Ab G F Eb Eb F G") for _ in range(2)]
+_OPEN = [*_START, *_notes("G G G F F F F F")]
+_CLOSED = [*_START, *_notes("F F F Eb Eb Eb Eb Eb")]
+_MIDDLE = _notes("F F F F G G Eb Eb F F G Ab G G Eb Eb F F G Ab G G F F Eb Eb F F Bb Bb Bb Bb")
 TUNE = [*_OPEN, *_CLOSED, *_MIDDLE, *_CLOSED]
 """The Ode to Joy in E flat, a note for each half beat."""
 
