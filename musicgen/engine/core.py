@@ -6,6 +6,7 @@ text, audio or transport.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from musicgen.config import EngineConfig
+from musicgen.engine.checks import check_request
 from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.scheduler import ScheduledBatch, Scheduler
 from musicgen.engine.sequence import Phase, Sequence
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from musicgen.models.language_model import LanguageModel
-from musicgen.types import CodeChunk, CodesRequest, EndOfRequest, EngineEvent, EngineRequest, FinishReason
+from musicgen.types import CodeChunk, EndOfRequest, EngineEvent, EngineRequest, FinishReason
 
 STEP_TIME_MEMORY = 0.9
 """How much of the running mean of step times each new step keeps."""
@@ -86,7 +88,7 @@ class EngineCore:
         self._check_alive()
         if request.request_id in self._sequences:
             raise InvalidRequestError("a request id that is not in use", request.request_id, param="request_id")
-        _check_codes(request.codes, self._lm)
+        check_request(request, self.model_config)
         if len(self.scheduler.waiting) >= self.config.scheduler.max_waiting:
             raise OverloadedError(
                 f"expected fewer than {self.config.scheduler.max_waiting} waiting requests; retry later"
@@ -155,13 +157,12 @@ class EngineCore:
         """
         self._check_alive()
         began = self._clock()
-        self._expire(began)
         try:
+            self._expire(began)
             batch = self.scheduler.schedule(began)
             self._open_admitted(batch)
             if batch.chunks:
                 codes = self.runner.run(batch)
-                self.scheduler.copied(batch)
                 self._postprocess(batch, codes)
                 self._measure(self._clock() - began)
         except Exception as error:
@@ -237,9 +238,13 @@ class EngineCore:
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """The one place where a request ends."""
         del self._sequences[sequence.request.request_id]
-        if sequence.is_open:
-            self.runner.close(sequence.slot)
-        self.scheduler.remove(sequence)
+        if self._fatal is None:
+            if sequence.is_open:
+                self.runner.close(sequence.slot)
+            self.scheduler.remove(sequence)
+        else:  # whatever state the failure has left them in, everyone is told
+            with contextlib.suppress(Exception):
+                self.scheduler.remove(sequence)
         self._ended[reason] += 1
         usage = sequence.usage(self._clock())
         self._events.append(EndOfRequest(sequence.request.request_id, reason, usage, error))
@@ -270,38 +275,3 @@ class EngineCore:
             if window.end > codes.num_known_frames
         ]
         return Sequence(request, self.model_config, windows, self._clock())
-
-
-def _check_codes(codes: CodesRequest, lm: LanguageModel) -> None:
-    """Refuse what cannot be generated.
-
-    Raises:
-        InvalidRequestError: no window, known codes of a wrong shape, range or length, or a window that is too long.
-    """
-    config = lm.config
-    if not codes.windows:
-        raise InvalidRequestError("at least one window", "none", param="windows")
-    max_frames = config.num_frames(config.max_duration_s)
-    for window, _ in codes.windows:
-        if not 0 < window.end - window.start <= max_frames:
-            got = f"frames {window.start} to {window.end}"
-            raise InvalidRequestError(f"windows of 1 to {max_frames} frames", got, param="windows")
-    known = codes.known_codes
-    if known is None:
-        return
-    num_codebooks, size = config.decoder.num_codebooks, config.decoder.codebook_size
-    if known.dim() != 2 or known.shape[0] != num_codebooks or known.is_floating_point():
-        expected = f"integers [{num_codebooks}, frames]"
-        raise InvalidRequestError(expected, f"{known.dtype} {list(known.shape)}", param="known_codes")
-    if known.shape[1] >= codes.num_frames:
-        raise InvalidRequestError(
-            f"fewer known frames than the {codes.num_frames} of the piece", f"{known.shape[1]}", param="known_codes"
-        )
-    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < size:
-        got = f"codes from {int(known.min())} to {int(known.max())}"
-        raise InvalidRequestError(f"codes in [0, {size})", got, param="known_codes")
-    following = next(window for window, _ in codes.windows if window.end > known.shape[1])
-    if following.start > known.shape[1]:
-        raise InvalidRequestError(
-            f"known codes up to frame {following.start} at least", f"{known.shape[1]} frames", param="known_codes"
-        )

@@ -2,7 +2,7 @@
 
 Every tenant has a virtual counter of the frames it was served, guidance rows counted apart and divided by its
 weight. The tenant with the smallest counter goes next. A tenant that comes back after a pause starts at the smallest
-counter of those that wait, so that a pause earns no credit.
+counter of those that wait, or, if nobody does, at that of the tenant that was served last: a pause earns no credit.
 
 Source: Sheng et al. 2024, "Fairness in Serving Large Language Models" (virtual token counter). Here a request is
 charged when it is admitted, because its length is known; what it was not served is given back when it is cancelled.
@@ -18,16 +18,25 @@ class VirtualCounters:
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
+        self._last: str | None = None
+        """The tenant that was served last."""
 
     def __getitem__(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
 
     def lift(self, tenant: str, waiting: Collection[str]) -> None:
-        """A tenant without waiting requests brings one: raise its counter to the least of those that wait."""
+        """A tenant without waiting requests brings one: its counter is raised."""
+        self._served[tenant] = self.lifted(tenant, waiting)
+
+    def lifted(self, tenant: str, waiting: Collection[str]) -> float:
+        """What `lift` would make of the tenant's counter."""
         floor = min((self[other] for other in waiting if other != tenant), default=None)
-        if floor is not None:
-            self._served[tenant] = max(self[tenant], floor)
+        if floor is None:
+            floor = 0.0 if self._last is None else self[self._last]
+        return max(self[tenant], floor)
 
     def charge(self, tenant: str, num_frames: float, weight: float) -> None:
         """Count frames as served; negative to give them back."""
         self._served[tenant] = self[tenant] + num_frames / weight
+        if num_frames > 0:
+            self._last = tenant

@@ -90,6 +90,11 @@ class PageAllocator:
         self._kept.pop(page, None)
         self._num_holders[page] += 1
 
+    def touch(self, page: int) -> None:
+        """A page that is kept was of use: let it be the last to go."""
+        if page in self._kept:
+            self._kept.move_to_end(page)
+
     def publish(self, page: int, key: PageKey) -> None:
         """Let others find a page whose content is computed. The first page under a key stays."""
         assert self._num_holders[page] > 0
@@ -100,7 +105,7 @@ class PageAllocator:
     def release(self, pages: Iterable[int]) -> None:
         """Take one holder off each page."""
         for page in pages:
-            assert self._num_holders[page] > 0, f"page {page} is freed twice"
+            assert self._num_holders[page] > 0, f"expected a page that is held, got page {page}: it was freed twice"
             self._num_holders[page] -= 1
             if self._num_holders[page] == 0:
                 if page in self._key_of:

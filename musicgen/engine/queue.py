@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator
+from heapq import heapify, heappop, heappush
 
 from musicgen.engine.fairness import VirtualCounters
 from musicgen.engine.sequence import Sequence
@@ -56,17 +57,31 @@ class WaitingQueue:
                 best, best_turn = head, turn
         return best
 
-    def in_turn(self, before: Sequence) -> list[Sequence]:
-        """Everyone who would go before `before` (not in the queue yet), if its tenant is served no sooner."""
-        counter = self._counters[before.request.tenant]
-        ahead = [
-            s
-            for (priority, tenant), lane in self._lanes.items()
-            if priority < before.request.priority
-            or (priority == before.request.priority and self._counters[tenant] <= counter)
-            for s in lane.values()
-        ]
-        return sorted(ahead, key=lambda s: (s.request.priority, self._counters[s.request.tenant], s.times.arrived))
+    def in_turn(self, before: Sequence) -> Iterator[Sequence]:
+        """Everyone who goes before `before` (not in the queue yet) in turn, if nobody else comes.
+
+        The counters are charged along the way, as they will be.
+        """
+        request = before.request
+        lanes = {key: deque(lane.values()) for key, lane in self._lanes.items()}
+        tenants = {tenant for _, tenant in lanes}
+        counters = {tenant: self._counters[tenant] for tenant in tenants}
+        if request.tenant not in tenants:
+            counters[request.tenant] = self._counters.lifted(request.tenant, tenants)
+        lanes.setdefault((request.priority, request.tenant), deque()).append(before)
+        turns = [(key[0], counters[key[1]], lane[0].times.arrived, key) for key, lane in lanes.items()]
+        heapify(turns)
+        while turns:
+            priority, counter, _, key = heappop(turns)
+            tenant = key[1]
+            if counter == counters[tenant]:  # else it was charged meanwhile, in a lane of another priority
+                sequence = lanes[key].popleft()
+                if sequence is before:
+                    return
+                yield sequence
+                counters[tenant] += sequence.cost / sequence.request.weight
+            if lanes[key]:
+                heappush(turns, (priority, counters[tenant], lanes[key][0].times.arrived, key))
 
     def all(self) -> list[Sequence]:
         return [sequence for lane in self._lanes.values() for sequence in lane.values()]

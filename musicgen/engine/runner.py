@@ -31,11 +31,15 @@ MAX_GUIDANCE_ROWS = 3
 FIRST_TEXT_PAGES = 64
 
 
+_LayoutKey = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
+"""The rows (by `id`) with their numbers of positions, and the deciding sequences."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layout:
     """The parts of a step's tensors that stay as long as the same rows compute the same numbers of positions."""
 
-    key: tuple[tuple[int, int], ...]
+    key: _LayoutKey
     row_ids: Tensor
     """`[B]` rows of the page tables."""
     query_offsets: Tensor
@@ -128,17 +132,19 @@ class ModelRunner:
             logits = step_by_operations(self.weights, step, self.pages, cross_pages)
         if layout.sampling is None:
             return np.empty((0, self.model_config.decoder.num_codebooks), dtype=np.int32)
-        sampling = replace(layout.sampling, steps=self._ints(_decided_steps(batch)))
-        codes = delayed_sample_step(logits, sampling, self._delays, self._codes)
+        codes = self._sample(logits, replace(layout.sampling, steps=self._ints(_decided_steps(batch))))
         return codes.cpu().numpy()
 
+    def _sample(self, logits: Tensor, batch: SampleBatch) -> Tensor:
+        return delayed_sample_step(logits, batch, self._delays, self._codes)
+
     def _layout_of(self, batch: ScheduledBatch) -> _Layout:
-        key = tuple((id(chunk.row), chunk.num_new) for chunk in batch.chunks)
+        key = tuple((id(chunk.row), chunk.num_new) for chunk in batch.chunks), tuple(map(id, batch.deciding))
         if self._layout is None or self._layout.key != key:
             self._layout = self._new_layout(key, batch)
         return self._layout
 
-    def _new_layout(self, key: tuple[tuple[int, int], ...], batch: ScheduledBatch) -> _Layout:
+    def _new_layout(self, key: _LayoutKey, batch: ScheduledBatch) -> _Layout:
         ends = np.cumsum([chunk.num_new for chunk in batch.chunks], dtype=np.int32)
         deciding = set(map(id, batch.deciding))
         is_last = [id(chunk.sequence) in deciding for chunk in batch.chunks]

@@ -3,10 +3,14 @@
 Admission: a request is admitted when, letting everyone advance together to the end, pages and rows always suffice.
 So nothing is ever taken back for want of memory. A request that does not fit yet holds up only those that would
 delay it.
+
+A step keeps that promise: either everyone advances, or some do and the forecast still fits, or a *round* begins, in
+which all take turns until each has advanced by one step.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +27,8 @@ MAX_BACKFILL = 8
 """Requests behind one that does not fit yet that are tried at a time."""
 MAX_QUOTED = 64
 """Waiting requests that a quoted start looks through."""
+MAX_SLIP_STEPS = 64
+"""If the start of the first in turn slips by more than so many steps, nobody passes it any more."""
 RETRY_STEPS = 16
 """Admission is tried again after so many steps, even if nothing began or ended."""
 
@@ -51,6 +57,17 @@ class ScheduledBatch:
         return sum(chunk.num_new for chunk in self.chunks)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prefill:
+    """What a sequence in prefill computes of it in one step."""
+
+    sequence: Sequence
+    num_new: tuple[int, ...]
+    """Positions of each row."""
+    is_ready: bool
+    """Its first decode step can be joined on."""
+
+
 class Scheduler:
     """Waiting and running sequences.
 
@@ -61,7 +78,7 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, allocator: PageAllocator, frame_rate_hz: float) -> None:
         self.config, self.allocator = config, allocator
-        self.capacity = Capacity(allocator.num_pages, config.max_rows)
+        self.capacity = Capacity(allocator.num_pages, config.max_rows, config.max_requests)
         self.counters = VirtualCounters()
         self.waiting = WaitingQueue(self.counters)
         self.running: list[Sequence] = []
@@ -70,6 +87,7 @@ class Scheduler:
         self._copies: list[tuple[int, int]] = []
         self._round: set[int] = set()
         self._steps_to_retry = 0
+        self._num_steps = 0
 
     # --- coming and going ---
 
@@ -91,17 +109,13 @@ class Scheduler:
 
     def release_rows(self, sequence: Sequence) -> None:
         for row in sequence.rows:
-            self.allocator.release(row.pages)
+            self.allocator.release(reversed(row.pages))  # what is kept loses its ends before its beginnings
             row.pages = []
 
     def began_decoding(self, sequence: Sequence) -> None:
         """Its prefill is complete, and what it published may be what another waits for."""
         sequence.phase = Phase.DECODE
         self._steps_to_retry = 0
-
-    def copied(self, batch: ScheduledBatch) -> None:
-        """The batch's copies are made: let go of the pages they were made from."""
-        self.allocator.release(source for source, _ in batch.copies)
 
     def open_window(self, sequence: Sequence) -> None:
         """Take the pages of a running sequence's new window; the admission has counted on them."""
@@ -119,22 +133,27 @@ class Scheduler:
     def steps_to_start(self, sequence: Sequence) -> int:
         """Decode steps until a sequence about to be added could begin, everyone before it in turn considered."""
         ahead = self.waiting.in_turn(before=sequence)
-        demands = self._demands()
-        quoted, rest = ahead[:MAX_QUOTED], ahead[MAX_QUOTED:]
+        demands = list(self._demands().values())
         start = 0
-        for other in [*quoted, sequence]:
+        for other in [*itertools.islice(ahead, MAX_QUOTED), sequence]:
             demand = other.demand()
             found = Forecast(self.capacity, self.allocator.num_held, demands).earliest_start(demand)
             start = found or 0
             demands.append(demand.at(start))
-        return start + int(sum(other.cost for other in rest) / self.capacity.num_rows)
+        return start + int(sum(other.cost for other in ahead) / self.capacity.num_rows)
 
-    def _demands(self) -> list[Demand]:
-        return [sequence.demand(self._num_private(sequence)) for sequence in self.running]
-
-    def _num_private(self, sequence: Sequence) -> int:
-        num_holders = self.allocator.num_holders
-        return sum(num_holders(page) == 1 for row in sequence.rows for page in row.pages)
+    def _demands(self, *more: Sequence) -> dict[int, Demand]:
+        """The demands of everyone who runs, and `more`, by `id`; a page is freed by its last holder to end."""
+        sequences = [*self.running, *more]
+        seen: set[int] = set()
+        demands = {}
+        for sequence in sorted(sequences, key=lambda s: s.num_steps_left, reverse=True):
+            pages = [page for row in sequence.rows for page in row.pages]
+            num_seen = len(seen)
+            seen.update(pages)
+            num_private = sum(self.allocator.num_holders(page) == 1 for page in pages)
+            demands[id(sequence)] = sequence.demand(num_private, len(seen) - num_seen)
+        return demands
 
     # --- one step ---
 
@@ -144,38 +163,76 @@ class Scheduler:
         if self.waiting and self._steps_to_retry <= 0 and not self._round:
             self._admit(now)
             self._steps_to_retry = RETRY_STEPS
-        batch = ScheduledBatch(copies=self._copies)
-        self._copies = []
         decoding = [s for s in self.running if s.phase is Phase.DECODE]
-        prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
-        for sequence in self._who_decodes(decoding, bool(prefilling), now):
-            self._add_decode(sequence, batch)
-        budget = self.config.prefill_tokens if decoding else self.config.idle_prefill_tokens
-        for sequence in sorted(prefilling, key=lambda s: (s.request.priority, self._playback_due(s))):
-            budget -= self._add_prefill(sequence, budget, batch)
+        prefills = self._prefill(self.config.prefill_tokens if decoding else self.config.idle_prefill_tokens)
+        ready = [p.sequence for p in prefills if p.is_ready]
+        chosen = self._who_advances(decoding, ready, len(ready) < len(prefills))
+        if decoding and not chosen:  # they wait for those behind, so the step is all theirs
+            prefills = self._prefill(self.config.idle_prefill_tokens)
+        return self._new_batch(chosen, prefills)
+
+    def _new_batch(self, chosen: list[Sequence], prefills: list[_Prefill]) -> ScheduledBatch:
+        """The batch in which `chosen` decide a step, with pages for the positions that they feed."""
+        batch = ScheduledBatch(deciding=chosen)
+        for sequence in chosen:
+            for row in sequence.rows:
+                if max(row.num_computed, sequence.prefill_len) == len(row.pages) * PAGE_LEN:
+                    row.pages += self.allocator.allocate(1)
+        advancing = set(map(id, chosen))
+        new_in_prefill = {id(prefill.sequence): prefill.num_new for prefill in prefills}
+        others = [p.sequence for p in prefills if id(p.sequence) not in advancing]
+        for sequence in [*chosen, *others]:
+            decoded = int(id(sequence) in advancing)
+            num_new = new_in_prefill.get(id(sequence), (0,) * sequence.num_rows)
+            for row, prefilled in zip(sequence.rows, num_new, strict=True):
+                if prefilled + decoded > 0:
+                    batch.chunks.append(RowChunk(sequence, row, row.num_computed, prefilled + decoded))
+        if batch.chunks:
+            batch.copies.extend(self._copies)
+            self._copies = []
+            self._num_steps += 1
         return batch
 
-    def _who_decodes(self, decoding: list[Sequence], is_prefilling: bool, now: float) -> list[Sequence]:
-        """Everyone, if the step holds all; else those whose listeners are nearest to silence.
+    def _prefill(self, budget: int) -> list[_Prefill]:
+        """Whose prompts advance within `budget` positions. The nearest to silence go first.
 
-        Letting some advance without the others is done only while the forecast still fits afterwards. When it
-        would not, everyone takes turns until all have advanced by one step.
+        A sequence is ready for its first decode step when it has nothing left to prefill, or when the budget has
+        room for that step too.
         """
-        holds_all = sum(s.num_rows for s in decoding) <= self.config.max_step_rows
-        if holds_all and not is_prefilling:
-            self._round.clear()
-            return decoding
-        by_need = sorted(decoding, key=lambda s: (s.request.priority, self._playback_due(s)))
-        chosen = self._fill(by_need)
-        if self._is_safe_after(chosen):
-            self._round.clear()
-            return chosen
-        if is_prefilling:
-            return []  # the forecast counts on these to be as far as the others: they catch up first
-        self._round &= {id(s) for s in decoding}
+        prefills = []
+        prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
+        for sequence in sorted(prefilling, key=self._need):
+            behind = [sequence.prefill_len - row.num_computed for row in sequence.rows]
+            num_new = []
+            for missing in behind:
+                num_new.append(min(budget, missing))
+                budget -= num_new[-1]
+            is_ready = not any(behind) or (num_new == behind and budget >= sequence.num_rows)
+            if is_ready:
+                budget = max(budget - sequence.num_rows, 0)
+            prefills.append(_Prefill(sequence, tuple(num_new), is_ready))
+        return prefills
+
+    def _who_advances(self, decoding: list[Sequence], ready: list[Sequence], some_behind: bool) -> list[Sequence]:
+        """Everyone, if nobody is behind and the step holds all; else those whose listeners are nearest to silence.
+
+        Args:
+            ready: sequences whose prefill ends with this step, so that they can decode too.
+            some_behind: others are still in prefill.
+        """
+        everyone = decoding + ready
+        self._round &= {id(s) for s in everyone}
         if not self._round:
-            self._round = {id(s) for s in decoding}
-        chosen = self._fill(s for s in by_need if id(s) in self._round)
+            if not some_behind and sum(s.num_rows for s in everyone) <= self.config.max_step_rows:
+                return everyone
+            for candidates in (everyone, decoding):
+                chosen = self._fill(sorted(candidates, key=self._need))
+                if self._is_safe_after(chosen):
+                    return chosen
+            if some_behind:
+                return []  # the forecast counts on those behind to be as far as the others: they catch up first
+            self._round = {id(s) for s in everyone}
+        chosen = self._fill(sorted((s for s in everyone if id(s) in self._round), key=self._need))
         self._round -= {id(s) for s in chosen}
         return chosen
 
@@ -191,62 +248,42 @@ class Scheduler:
         """Whether the forecast fits after `chosen` have advanced by one step."""
         if sum(s.demand().most_pages for s in self.running) <= self.capacity.num_pages:
             return True
-        demands, num_new = [], 0
-        advanced = set(map(id, chosen))
-        for sequence in self.running:
-            demand = sequence.demand(self._num_private(sequence))
-            if id(sequence) in advanced:
-                pages = sum(row.num_computed == len(row.pages) * PAGE_LEN for row in sequence.rows)
-                num_new += pages
-                demand = replace(
-                    demand,
-                    length=demand.length + demand.growth,
-                    num_steps=demand.num_steps - 1,
-                    num_held=demand.num_held + pages,
-                    num_private=demand.num_private + pages,
-                )
-            demands.append(demand)
-        return Forecast(self.capacity, self.allocator.num_held + num_new, demands).fits()
+        demands, num_new = self._demands(), 0
+        for sequence in chosen:
+            demand = demands[id(sequence)]
+            pages = sum(
+                max(row.num_computed, sequence.prefill_len) == len(row.pages) * PAGE_LEN for row in sequence.rows
+            )
+            num_new += pages
+            demands[id(sequence)] = replace(
+                demand,
+                length=demand.length + demand.growth,
+                num_steps=demand.num_steps - 1,
+                num_held=demand.num_held + pages,
+                num_freed=demand.num_freed + pages,
+            )
+        return Forecast(self.capacity, self.allocator.num_held + num_new, list(demands.values())).fits()
 
-    def _playback_due(self, sequence: Sequence) -> float:
-        """When the listener needs the next frame."""
-        if sequence.times.first_chunk is None:
-            return sequence.times.arrived
-        heard = sequence.num_frames - sequence.request.codes.num_known_frames
-        return sequence.times.first_chunk + heard / self._frame_rate_hz
+    def _need(self, sequence: Sequence) -> tuple[int, float]:
+        """Sorts by priority, then by when the listener needs the next frame.
 
-    def _add_decode(self, sequence: Sequence, batch: ScheduledBatch) -> None:
-        for row in sequence.rows:
-            if row.num_computed == len(row.pages) * PAGE_LEN:
-                row.pages += self.allocator.allocate(1)
-            batch.chunks.append(RowChunk(sequence, row, row.num_computed, 1))
-        batch.deciding.append(sequence)
-
-    def _add_prefill(self, sequence: Sequence, budget: int, batch: ScheduledBatch) -> int:
-        """Add chunks of the rows that are behind, within `budget`; returns the positions used.
-
-        When they catch up and the budget allows, the first decode step is joined on.
+        Before the first sound that is at once. Where nobody listens, it is as if somebody had from the first step.
         """
-        chunks, left = [], budget
-        for row in sequence.rows:
-            num_new = min(left, sequence.prefill_len - row.num_computed)
-            left -= num_new
-            chunks.append(RowChunk(sequence, row, row.num_computed, num_new))
-        catches_up = all(c.start + c.num_new == sequence.prefill_len for c in chunks)
-        if catches_up and (left >= len(chunks) or left == budget):
-            chunks = [RowChunk(c.sequence, c.row, c.start, c.num_new + 1) for c in chunks]
-            for row in sequence.rows:
-                if sequence.prefill_len == len(row.pages) * PAGE_LEN:
-                    row.pages += self.allocator.allocate(1)
-            batch.deciding.append(sequence)
-            left -= len(chunks)
-        batch.chunks.extend(chunk for chunk in chunks if chunk.num_new > 0)
-        return budget - left
+        times = sequence.times
+        began = times.first_chunk if sequence.request.chunks is not None else times.decoding
+        if began is None:
+            return sequence.request.priority, times.arrived
+        heard = sequence.num_frames - sequence.request.codes.num_known_frames
+        return sequence.request.priority, began + heard / self._frame_rate_hz
 
     # --- admission ---
 
     def _admit(self, now: float) -> None:
-        """Admit in turn; behind one that does not fit yet, only those that do not delay it."""
+        """Admit in turn; behind one that does not fit yet, only those that do not delay it.
+
+        How long others take is known, but for how their prefills fall into steps. So that a stream of small requests
+        does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`.
+        """
         reserved: Demand | None = None
         num_tried = 0
         for sequence in self._candidates():
@@ -259,8 +296,12 @@ class Scheduler:
             num_tried += 1
             if reserved is None:
                 demand = sequence.demand()
-                forecast = Forecast(self.capacity, self.allocator.num_held, self._demands())
+                forecast = Forecast(self.capacity, self.allocator.num_held, list(self._demands().values()))
                 reserved = demand.at(forecast.earliest_start(demand) or 0)
+                start = self._num_steps + reserved.start
+                sequence.promised_step = min(start, sequence.promised_step or start)
+                if start > sequence.promised_step + MAX_SLIP_STEPS:
+                    return
 
     def _candidates(self) -> Iterator[Sequence]:
         """Waiting sequences in turn; the order follows the counters as they change."""
@@ -283,15 +324,13 @@ class Scheduler:
 
     def _take_prefill_pages(self, sequence: Sequence, reserved: Demand | None) -> bool:
         """Share what others have computed, allocate the rest; all or nothing."""
-        others = self._demands()
         for row in sequence.rows:
             self._share_prefix(sequence, row)
-        mine = sequence.demand(self._num_private(sequence))
-        more = [mine] if reserved is None else [mine, reserved]
-        if not Forecast(self.capacity, self.allocator.num_held, others).fits(*more):
+        demands = [*self._demands(sequence).values(), *([] if reserved is None else [reserved])]
+        if not Forecast(self.capacity, self.allocator.num_held, demands).fits():
+            self.release_rows(sequence)
             for row in sequence.rows:
-                self.allocator.release(row.pages)
-                row.pages, row.num_computed, row.num_published = [], 0, 0
+                row.num_computed = row.num_published = 0
             return False
         self._allocate_prefill(sequence)
         return True
@@ -315,14 +354,13 @@ class Scheduler:
         """
         for row in sequence.rows:
             row.pages += self.allocator.allocate(num_pages_for(sequence.prefill_len) - len(row.pages))
-        spare = self.allocator.num_available - sum(s.num_rows for s in self.running) - sequence.num_rows
+        num_full = sequence.prefill_len // PAGE_LEN
         for row in sequence.rows:
-            num_full = sequence.prefill_len // PAGE_LEN
             is_only_part_missing = row.num_published == num_full < len(row.keys)
             source = self.allocator.find(row.keys[num_full]) if is_only_part_missing else None
-            if source is not None and spare > 0:
-                self.allocator.share(source)  # until it is copied
-                spare -= 1
+            if source is not None:
+                # Nobody holds the source meanwhile: copies are made, in this order, before a step writes anything.
+                self.allocator.touch(source)
                 self._copies.append((source, row.pages[num_full]))
                 row.num_computed = sequence.prefill_len
 

@@ -73,6 +73,8 @@ class Sequence:
         self.num_frames = self.num_sent_frames = request.codes.num_known_frames
         """Complete frames, and those that were handed out."""
         self.last_chunk_frames = 0
+        self.promised_step: int | None = None
+        """The scheduler's step by which it was to start when its turn came; see `Scheduler`."""
         self.next_codes: np.ndarray | None = None
         """`[K]` codes of the step that is fed next; None before the first step of a window is decided."""
         self.window_index = 0
@@ -119,17 +121,24 @@ class Sequence:
         """The delayed step that is decided next, counted from the beginning of the piece."""
         return self.window.start + self.num_computed - self.inputs.prefix_len + 1
 
-    def demand(self, num_private: int = 0) -> Demand:
+    def demand(self, num_private: int = 0, num_freed: int = 0) -> Demand:
         """What its pages come to, from now to its end.
 
-        A piece of several windows is taken to need its widest window all the time.
+        A piece of several windows is taken to need its widest window all the time, and to lose what it shares:
+        the next window may share nothing.
+
+        Args:
+            num_private: of the pages held, those that nobody else holds.
+            num_freed: of the pages held, those that nobody else holds when it ends.
         """
-        num_held = sum(len(row.pages) for row in self.rows)
         if len(self.windows) > 1:
-            widest = max(self._row_len(i) for i in range(self.window_index, len(self.windows)))
-            return Demand(self.num_rows, widest, self.num_steps_left, 0, num_held, num_private)
+            windows = range(self.window_index, len(self.windows))
+            num_rows = max(self.windows[i][1].num_rows for i in windows)
+            widest = max(self._row_len(i) for i in windows)
+            return Demand(num_rows, widest, self.num_steps_left, 0, num_private, num_freed)
         length = max(self.prefill_len, self.num_computed)
-        return Demand(self.num_rows, length, self.row_len - length, 1, num_held, num_private)
+        num_held = sum(len(row.pages) for row in self.rows)
+        return Demand(self.num_rows, length, self.row_len - length, 1, num_held, num_freed)
 
     @property
     def num_steps_left(self) -> int:
