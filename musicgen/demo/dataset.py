@@ -6,7 +6,7 @@ model's weights.
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from musicgen.demo.model import CHROMA_LEN, CODEBOOK_SIZE, NUM_CODEBOOKS
 from musicgen.demo.score import Label, describe
 
 SPECIAL = CODEBOOK_SIZE
+HIDDEN_RUN_LEN = 12
 MIN_MELODY_FRAMES = 40
 """Shortest melody, in chroma frames, that a crop is conditioned on before it is repeated: 5 s."""
 
@@ -105,7 +106,24 @@ def sample_batch(
         if drop < 0.10 or drop > 0.85:
             chroma[row] = 0
     texts = [describe(clips.labels[index], rng) for index in chosen]
-    return _crop(clips, tokenizer, chosen, texts, chroma, text_mask, num_steps, offset)
+    batch = _crop(clips, tokenizer, chosen, texts, chroma, text_mask, num_steps, offset)
+    return replace(batch, inputs=hide_inputs(batch.inputs, rng))
+
+
+def hide_inputs(inputs: Tensor, rng: random.Random) -> Tensor:
+    """Hides runs of past codes in half of the rows of ``[B, K, S]`` (new tensor); targets stay.
+
+    Codes repeat from frame to frame, so the past alone predicts most of them and a model need not listen to melody or
+    words.  Where the past is hidden, it must.
+    """
+    num_runs = -(-inputs.shape[-1] // HIDDEN_RUN_LEN)
+    hidden = torch.zeros(inputs.shape[0], num_runs, dtype=torch.bool)
+    for row in range(inputs.shape[0]):
+        if rng.random() < 0.5:
+            share = rng.uniform(0.3, 1.1)
+            hidden[row] = torch.tensor([rng.random() < share for _ in range(num_runs)])
+    columns = hidden.repeat_interleave(HIDDEN_RUN_LEN, dim=1)[:, None, : inputs.shape[-1]]
+    return inputs.masked_fill(columns, SPECIAL)
 
 
 def held_out_batch(
