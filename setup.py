@@ -1,4 +1,6 @@
-"""Builds the CPU kernels: one extension an instruction-set level, and the probe that chooses between them.
+"""Builds the CPU kernels: one extension an instruction-set level, and the probe that chooses between them. With
+MUSICGEN_KERNELS_CUDA=1 and nvcc on PATH also the CUDA kernels (MUSICGEN_KERNELS_CUDA_ARCHS="80 90" for some
+architectures only).
 
 The levels share their sources and differ in flags; each gets object files of its own and exports only its
 module's entry point, so that no function of one level can be linked into another. Nothing is compiled for
@@ -11,6 +13,8 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +37,11 @@ COMMON = [
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # g++ 12 warns of its own AVX-512 headers
 ]
 LINK = ["-Wl,--version-script=csrc/bindings/exports.map", "-Wl,--as-needed", "-pthread"]
+CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+CUDA_HEADERS = [*sorted(str(path) for path in Path("csrc/cuda").glob("*.h")), "csrc/bindings/cuda_calls.h"]
+CUDA_ARCHITECTURES = os.environ.get("MUSICGEN_KERNELS_CUDA_ARCHS", "80 86 89 90 100 120").split()
+# -fmad=false: results must not depend on what a compiler contracts; the kernels say fmaf where they mean it.
+NVCC = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc/cuda", "-Icsrc/include"]
 EXTRA = os.environ.get("MUSICGEN_KERNELS_CXXFLAGS", "").split()
 
 
@@ -48,6 +57,28 @@ def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
     )
 
 
+def cuda_libraries() -> Path:
+    """Where the toolkit keeps its libraries, told by nvcc itself: the one on PATH may be a wrapper."""
+    if shutil.which("nvcc") is None:
+        raise SystemExit("MUSICGEN_KERNELS_CUDA=1: nvcc is not on PATH; install NVIDIA's toolkit or unset it")
+    dry_run = ["nvcc", "--dryrun", "-c", CUDA_SOURCES[0]]
+    told = subprocess.run(dry_run, capture_output=True, text=True, check=True).stderr
+    top = next(line.partition("TOP=")[2] for line in told.splitlines() if "TOP=" in line)
+    return Path(top) / "lib64"
+
+
+def cuda_extension() -> Extension:
+    return Extension(
+        "musicgen_kernels._cuda",
+        ["csrc/bindings/cuda_module.cpp", *CUDA_SOURCES],
+        depends=[*HEADERS, *CUDA_HEADERS, "setup.py", "csrc/bindings/exports.map"],
+        include_dirs=["csrc/cuda", "csrc/include", pybind11.get_include()],
+        extra_compile_args=[*COMMON, *EXTRA],
+        extra_link_args=[*LINK, f"-L{cuda_libraries()}", "-lcudart_static", "-ldl", "-lrt"],
+        language="c++",
+    )
+
+
 def extensions() -> list[Extension]:
     if os.environ.get("MUSICGEN_KERNELS_BUILD") == "0":
         return []
@@ -58,6 +89,8 @@ def extensions() -> list[Extension]:
     for level, flags in LEVELS.items():
         name = f"_cpu_{level}"
         built.append(extension(name, SOURCES, [*flags, f"-DMGK_MODULE={name}"]))
+    if os.environ.get("MUSICGEN_KERNELS_CUDA") == "1":
+        built.append(cuda_extension())
     return built
 
 
@@ -68,6 +101,7 @@ class BuildPerLevel(build_ext):
         separate = copy.copy(self)  # extensions are built in parallel threads
         separate.build_temp = str(Path(self.build_temp) / ext.name)
         try:
+            separate._compile_cuda(ext)
             build_ext.build_extension(separate, ext)
         except (CCompilerError, ExecError, PlatformError, OSError) as error:
             if os.environ.get("MUSICGEN_KERNELS_BUILD") == "1":
@@ -79,6 +113,18 @@ class BuildPerLevel(build_ext):
                 "MUSICGEN_KERNELS_BUILD=1 makes a failed build an error.\n",
                 file=sys.stderr,
             )
+
+    def _compile_cuda(self, ext: Extension) -> None:
+        """Hand an extension's .cu files to nvcc, one object with code for every architecture each."""
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+        last = max(CUDA_ARCHITECTURES, key=int)
+        targets.append(f"-gencode=arch=compute_{last},code=compute_{last}")  # for what comes after it
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        for source in [name for name in ext.sources if name.endswith(".cu")]:
+            target = str(Path(self.build_temp) / f"{Path(source).stem}.o")
+            self.spawn(["nvcc", *NVCC, *targets, "-c", source, "-o", target])
+            ext.extra_objects.append(target)
+        ext.sources = [name for name in ext.sources if not name.endswith(".cu")]
 
     def finalize_options(self) -> None:
         super().finalize_options()
