@@ -174,17 +174,22 @@ def _float_type(name: str, tensor: Tensor) -> int:
 def _run(
     operation: str, tensors: Sequence[Tensor | None], integers: Sequence[int], reals: Sequence[float] = ()
 ) -> None:
-    """Enqueue an operation on the current stream of the first tensor's device."""
+    """Enqueue an operation on the current stream of the first tensor's device.
+
+    Raises:
+        KernelError: the kernels are not built, or CUDA refused the launch.
+    """
     module = native()
     if isinstance(module, str):
         raise KernelError(module)
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
     first = tensors[0]
     assert first is not None
-    if first.device.type != "cuda":
-        module.run(operation, addresses, integers, reals, 0)
-        return
-    other = first.device.index != torch.cuda.current_device()
-    with torch.cuda.device(first.device) if other else contextlib.nullcontext():
-        stream = torch.cuda.current_stream().cuda_stream
-        module.run(operation, addresses, integers, reals, stream)
+    on_gpu = first.device.type == "cuda"
+    elsewhere = on_gpu and first.device.index != torch.cuda.current_device()
+    with torch.cuda.device(first.device) if elsewhere else contextlib.nullcontext():
+        stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
+        try:
+            module.run(operation, addresses, integers, reals, stream)
+        except module.LaunchError as error:
+            raise KernelError(f"the CUDA launch was refused: {error}") from error

@@ -24,7 +24,7 @@ from gpu_checks import (
     run_linear,
 )
 from gpu_recording import recording
-from musicgen_kernels import KernelArgumentError, cuda, pack_linear
+from musicgen_kernels import KernelArgumentError, KernelError, cuda, pack_linear
 from musicgen_kernels.packing import KINDS, Kind
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
@@ -199,3 +199,24 @@ def test_what_the_kernels_cannot_do_is_refused(backend: ModuleType) -> None:
     packed = pack_linear(torch.ones(16, 32), "int8", order="rows")
     with pytest.raises(KernelArgumentError, match="multiple of 16"):
         backend.linear(torch.ones(33)[1:].view(1, 32), packed, None, False, None, torch.ones(1, 16))
+
+
+def test_a_refused_launch_is_a_kernel_error(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "HEAD_DIMS", (48,))
+    case = attention_case([5], [1], dim=48)
+    with pytest.raises(KernelError, match="head_dim is none of"):
+        backend.paged_attention(case.query, *case.arguments, 1.0, torch.empty_like(case.query))
+
+
+def test_an_extension_that_is_not_built_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "native", lambda: "not built")
+    assert cuda.unavailable("linear", "cuda", F32) == "not built"
+    with pytest.raises(KernelError, match="not built"):
+        cuda.embed_codes(*[torch.zeros(1, 4, 4)] * 5)
+
+
+def test_what_the_backend_says_it_supports(backend: ModuleType) -> None:
+    assert backend.unavailable("paged_attention", "cpu", I8) is None
+    assert "cpu tensors only" in str(backend.unavailable("paged_attention", "cuda", I8))
+    assert "no kernel for" in str(backend.unavailable("linear", "cpu", I8))
+    assert "no kernel for" in str(backend.unavailable("delayed_sample_step", "cpu", BF16))

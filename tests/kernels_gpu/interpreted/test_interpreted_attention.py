@@ -1,14 +1,8 @@
-"""Triton's attention and append in the interpreter; run by `test_triton_interpreter.py`, skipped otherwise."""
+"""Triton's attention and append in the interpreter, run by `test_triton_interpreter.py`."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs with TRITON_INTERPRET=1 only", allow_module_level=True)
-
 import torch
 from gpu_cases import attention_case, decode_steps, only_rows
 from gpu_checks import attend, check_append, check_attention

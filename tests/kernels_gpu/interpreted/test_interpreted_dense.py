@@ -1,16 +1,8 @@
-"""Triton's linear, layer norm and embedding in the interpreter; run by `test_triton_interpreter.py`, skipped
-otherwise.
-"""
+"""Triton's linear, layer norm and embedding in the interpreter, run by `test_triton_interpreter.py`."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs with TRITON_INTERPRET=1 only", allow_module_level=True)
-
 import torch
 from gpu_checks import check_embed, check_layer_norm, check_linear, run_linear
 from musicgen_kernels import KernelArgumentError, pack_linear, triton

@@ -1,14 +1,8 @@
-"""Triton's sampling step in the interpreter; run by `test_triton_interpreter.py`, skipped otherwise."""
+"""Triton's sampling step in the interpreter, run by `test_triton_interpreter.py`."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs with TRITON_INTERPRET=1 only", allow_module_level=True)
-
 import torch
 import triton as compiler
 import triton.language as tl
