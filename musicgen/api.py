@@ -102,10 +102,14 @@ class MusicGen:
             raise InvalidRequestError(
                 f"{model.packed.heads.kind} weights, which {name!r} holds", wanted, "load the original", param="weights"
             )
-        config = engine or EngineConfig(weights="float32" if model.lm.device.type == "cpu" else "bfloat16")
-        if wanted is not None:
-            config = replace(config, weights=wanted)
-        return MusicGen(model, config, release_weights=True)
+        config = engine or EngineConfig()
+        return MusicGen(model, replace(config, weights=wanted or config.weights), release_weights=True)
+
+    def start(self, progress: bool = False) -> None:
+        """Start the engine now: pack the weights and take its memory. Otherwise the first call does it."""
+        num_layers = self.model.config.decoder.num_layers
+        with Progress(num_layers, progress, None, unit="layer") as report:
+            self._engine.start(lambda _done, _total: report.advance(1))
 
     def save_packed(self, folder: str | Path, weights: WeightDtype, progress: bool = False) -> Path:
         """Write the model with its matrices as `weights`; loaded by the folder's name, it needs no more than that.

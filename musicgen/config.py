@@ -5,7 +5,7 @@ Knows nothing of files or tensors: `weights.py` fills these in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from musicgen.delay import DelayPattern
@@ -122,7 +122,8 @@ WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 class CacheConfig:
     """The paged keys and values."""
 
-    dtype: KVDtype = "float32"
+    dtype: KVDtype | None = None
+    """None: float32 beside float32 weights, else float16."""
     memory_bytes: int | None = None
     """Budget for the pages; None: `memory_share` of what is free."""
     memory_share: float = 0.25
@@ -167,6 +168,13 @@ class EngineConfig:
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    weights: WeightDtype = "float32"
+    weights: WeightDtype | None = None
+    """None: float32 on the CPU, bfloat16 on a GPU."""
     num_threads: int | None = None
-    """Threads of a step on the CPU; None: one a core."""
+    """Threads of a step on the CPU; None: as many as torch uses in the thread that makes the engine."""
+
+    def resolved(self, device_type: str) -> EngineConfig:
+        """With every kind of number chosen."""
+        weights: WeightDtype = self.weights or ("float32" if device_type == "cpu" else "bfloat16")
+        dtype: KVDtype = self.cache.dtype or ("float32" if weights == "float32" else "float16")
+        return replace(self, weights=weights, cache=replace(self.cache, dtype=dtype))

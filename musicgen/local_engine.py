@@ -17,6 +17,7 @@ from torch import Tensor
 
 from musicgen.config import EngineConfig
 from musicgen.engine.core import EngineCore
+from musicgen.engine.packing import OnLayer
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.thread import EngineStream, EngineThread
 from musicgen.errors import EngineDeadError, RequestCancelledError
@@ -92,11 +93,15 @@ class LocalEngine:
         request_id = f"local-{next(self._ids)}"
         return EngineStream(self._started(), EngineRequest(request_id, request, chunks=chunks), sink)
 
-    def _started(self) -> EngineThread:
+    def start(self, on_layer: OnLayer | None = None) -> None:
+        """Start now rather than with the first request; `on_layer` tells the progress of packing the weights."""
+        self._started(on_layer)
+
+    def _started(self, on_layer: OnLayer | None = None) -> EngineThread:
         with self._lock:
             if self._thread is None:
                 lm, packed = self._model.lm, self._model.packed
-                runner = ModelRunner(lm, self._config, weights=packed, release=self._release)
+                runner = ModelRunner(lm, self._config, weights=packed, release=self._release, on_layer=on_layer)
                 self._thread = EngineThread(EngineCore(lm, self._config, runner=runner))
                 weakref.finalize(self, self._thread.close, timeout_s=0.0)
             return self._thread

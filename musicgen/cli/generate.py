@@ -51,15 +51,11 @@ def run(values: dict[str, Any]) -> int:
 
 
 def _load(options: GenerateOptions) -> MusicGen:
-    import torch
-
     from musicgen.api import MusicGen
-    from musicgen.config import EngineConfig
 
-    engine = None
-    if options.device == "cpu" or (options.device is None and not torch.cuda.is_available()):
-        engine = EngineConfig(num_threads=torch.get_num_threads())
-    return MusicGen.get_pretrained(options.model, options.device, options.dtype, engine=engine)
+    model = MusicGen.get_pretrained(options.model, options.device, options.dtype)
+    model.start()
+    return model
 
 
 def _separated(recordings: Recordings, model: MusicGen) -> Recordings:

@@ -69,8 +69,12 @@ class ModelRunner:
         release: bool = False,
         on_layer: OnLayer | None = None,
     ) -> None:
-        self.config, self.model_config, self.device = config, lm.config, lm.device
+        self.model_config, self.device = lm.config, lm.device
+        self.config = config = config.resolved(self.device.type)
+        # torch's own number belongs to the calling thread; steps run on another one.
+        self._num_threads = config.num_threads or torch.get_num_threads()
         self.max_row_len = max_row_len(lm.config)
+        assert config.weights is not None
         self.weights = weights or pack_decoder(
             lm.decoder, config.weights, self.max_row_len, release=release, on_layer=on_layer
         )
@@ -127,7 +131,7 @@ class ModelRunner:
         step = self._step_batch(batch, layout)
         cross_pages = None if self.text_pages is None else self.text_pages.store
         if self._native is not None:
-            logits = self._native.run(step, self.pages, cross_pages, num_threads=self.config.num_threads)
+            logits = self._native.run(step, self.pages, cross_pages, num_threads=self._num_threads)
         else:
             logits = step_by_operations(self.weights, step, self.pages, cross_pages)
         if layout.sampling is None:
@@ -251,6 +255,7 @@ class ModelRunner:
             return None
 
     def _new_pages(self, config: EngineConfig) -> KVStore:
+        assert config.cache.dtype is not None
         decoder, dtype = self.model_config.decoder, getattr(torch, config.cache.dtype)
         size = page_bytes(decoder.num_layers, decoder.num_heads, decoder.head_dim, dtype)
         budget = config.cache.memory_bytes
