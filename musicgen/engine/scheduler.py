@@ -11,6 +11,7 @@ which all take turns until each has advanced by one step.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -148,10 +149,10 @@ class Scheduler:
         seen: set[int] = set()
         demands = {}
         for sequence in sorted(sequences, key=lambda s: s.num_steps_left, reverse=True):
-            pages = [page for row in sequence.rows for page in row.pages]
+            pages = Counter(page for row in sequence.rows for page in row.pages)  # rows may share among themselves
             num_seen = len(seen)
             seen.update(pages)
-            num_private = sum(self.allocator.num_holders(page) == 1 for page in pages)
+            num_private = sum(self.allocator.num_holders(page) == count for page, count in pages.items())
             demands[id(sequence)] = sequence.demand(num_private, len(seen) - num_seen)
         return demands
 

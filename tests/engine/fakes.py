@@ -88,7 +88,8 @@ class FakeLanguageModel:
         melody = torch.zeros(NUM_CHROMA_FRAMES, 1)
         rows = [torch.cat([melody, text])]
         if conditioning.text is not None and sampling.melody_guidance is not None:
-            rows.append(torch.cat([melody + 1, torch.zeros_like(text)]))
+            melody_row = melody + int(text[0, 0]) % 2  # without a melody it is equal to the null row
+            rows.append(torch.cat([melody_row, torch.zeros_like(text)]))
         if conditioning.text is not None and sampling.guidance_scale != 1.0:
             rows.append(torch.cat([melody, torch.zeros_like(text)]))
         return GuidanceRows(torch.stack(rows), None, len(rows))
@@ -166,9 +167,7 @@ class FakeRunner:
         decodes = [c for c in batch.chunks if c.num_new == 1 and c.start >= c.sequence.prefill_len]
         self.most_step_rows = max(self.most_step_rows, len(decodes))
         if decodes:
-            self.most_prefill_beside_decode = max(
-                self.most_prefill_beside_decode, batch.num_tokens - len(decodes)
-            )
+            self.most_prefill_beside_decode = max(self.most_prefill_beside_decode, batch.num_tokens - len(decodes))
 
     def _inputs(self, chunk: RowChunk) -> np.ndarray:
         """A number for each position of the row so far: its prefix, then its codes."""
