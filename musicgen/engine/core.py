@@ -188,7 +188,7 @@ class EngineCore:
             self.scheduler.began_decoding(sequence)
             if sequence.times.decoding is None:
                 sequence.times.decoding = self._clock()
-        sequence.next_codes = decided
+        sequence.feed(decided)
         pattern = self.model_config.delay_pattern
         num_steps = sequence.next_step  # decided steps, step 0 included
         sequence.num_frames = max(sequence.num_frames, min(pattern.num_complete_frames(num_steps), sequence.window.end))

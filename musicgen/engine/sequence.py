@@ -173,6 +173,18 @@ class Sequence:
         self.known = known
         self._open_window()
 
+    def feed(self, decided: np.ndarray) -> None:
+        """The codes `[K]` of the step just decided are fed next.
+
+        In the first steps of a later window the delays reach back to frames before it. They hold the special token
+        there, as in its prefill: so it does not matter which of the two has computed them.
+        """
+        step, pattern = self.num_computed - self.inputs.prefix_len, self.config.delay_pattern
+        if step <= pattern.max_delay:
+            is_before = np.array(pattern.delays) >= step
+            decided = np.where(is_before, self.config.decoder.special_token, decided)
+        self.next_codes = decided
+
     def prefill_codes(self) -> Tensor:
         """`[K, S]` delayed codes of the window's known steps; the last one is fed by the first decode step."""
         pattern, special = self.config.delay_pattern, self.config.decoder.special_token
