@@ -25,7 +25,7 @@ def test_linear(kind: Kind, dtype: torch.dtype) -> None:
     check_linear(triton, x[:2], weight, None, False, None, "cpu")
 
 
-@pytest.mark.parametrize(("in_features", "group_len"), [(256, 128), (192, 96), (128, 64), (512, 256)])
+@pytest.mark.parametrize(("in_features", "group_len"), [(256, 128), (192, 96), (256, 64), (384, 32), (512, 256)])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_groups_and_blocks(kind: Kind, in_features: int, group_len: int) -> None:
     weight = pack_linear(_randn(16, in_features, seed=1), kind, order="rows", group_len=group_len)
