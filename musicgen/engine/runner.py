@@ -35,15 +35,21 @@ _LayoutKey = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
 """The rows (by `id`) with their numbers of positions, and the deciding sequences."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Layout:
-    """The parts of a step's tensors that stay as long as the same rows compute the same numbers of positions."""
+    """The parts of a step's tensors that stay as long as the same rows compute the same numbers of positions.
+
+    They are kept because every look-up between two steps finds the caches full of weights.
+    """
 
     key: _LayoutKey
     row_ids: Tensor
     """`[B]` rows of the page tables."""
     query_offsets: Tensor
     logit_tokens: Tensor
+    page_table: Tensor
+    """Gathered anew whenever a row gets a page."""
+    cross_page_table: Tensor | None
     cross_lens: Tensor | None
     sampling: SampleBatch | None
 
@@ -125,9 +131,10 @@ class ModelRunner:
         """Compute a step; returns the codes `[D, K]` (int32) that the deciding sequences have decided."""
         for source, target in batch.copies:
             self._copy_page(source, target)
-        for chunk in batch.chunks:
-            self._update_table(chunk)
+        has_new_pages = [self._update_table(chunk) for chunk in batch.chunks]
         layout = self._layout_of(batch)
+        if any(has_new_pages):
+            layout.page_table = self._page_tables[layout.row_ids].to(self.device)
         step = self._step_batch(batch, layout)
         cross_pages = None if self.text_pages is None else self.text_pages.store
         if self._native is not None:
@@ -153,14 +160,17 @@ class ModelRunner:
         deciding = set(map(id, batch.deciding))
         is_last = [id(chunk.sequence) in deciding for chunk in batch.chunks]
         slots = torch.tensor([_row_id(chunk) for chunk in batch.chunks])
-        cross_lens = None
+        cross_lens = cross_page_table = None
         if self.text_pages is not None:
+            cross_page_table = self.text_pages.table[slots]
             cross_lens = self._ints([self.text_pages.lens[_row_id(chunk)] for chunk in batch.chunks])
         return _Layout(
             key=key,
             row_ids=slots,
             query_offsets=self._ints([0, *ends]),
             logit_tokens=self._ints([end - 1 for end, last in zip(ends, is_last, strict=True) if last]),
+            page_table=self._page_tables[slots].to(self.device),
+            cross_page_table=cross_page_table,
             cross_lens=cross_lens,
             sampling=self._sample_batch(batch.deciding) if batch.deciding else None,
         )
@@ -194,16 +204,15 @@ class ModelRunner:
                     known = sequence.prefill_codes()[:, first - prefix_len : end - prefix_len]
                     codes[token + first - chunk.start : token + chunk.num_new] = known.numpy().T
             token += chunk.num_new
-        table = self._page_tables[layout.row_ids]
         return StepBatch(
             codes=torch.from_numpy(codes).to(self.device),
             query_offsets=layout.query_offsets,
             kv_lens=self._ints([chunk.start + chunk.num_new for chunk in batch.chunks]),
-            page_table=table.to(self.device),
+            page_table=layout.page_table,
             logit_tokens=layout.logit_tokens,
             prefix=torch.cat(prefixes).float().contiguous() if prefixes else None,
             prefix_index=None if prefix_index is None else torch.from_numpy(prefix_index).to(self.device),
-            cross_page_table=None if self.text_pages is None else self.text_pages.table[layout.row_ids],
+            cross_page_table=layout.cross_page_table,
             cross_lens=layout.cross_lens,
         )
 
@@ -233,12 +242,15 @@ class ModelRunner:
 
     # --- memory ---
 
-    def _update_table(self, chunk: RowChunk) -> None:
+    def _update_table(self, chunk: RowChunk) -> bool:
+        """Whether the row has got pages since it was last asked."""
         row_id, pages = _row_id(chunk), chunk.row.pages
         done = self._num_tabled[row_id]
-        if done != len(pages):
-            self._page_tables[row_id, done : len(pages)] = torch.tensor(pages[done:], dtype=torch.int32)
-            self._num_tabled[row_id] = len(pages)
+        if done == len(pages):
+            return False
+        self._page_tables[row_id, done : len(pages)] = torch.tensor(pages[done:], dtype=torch.int32)
+        self._num_tabled[row_id] = len(pages)
+        return True
 
     def _copy_page(self, source: int, target: int) -> None:
         for tensor in (self.pages.k, self.pages.v, self.pages.k_scales, self.pages.v_scales):
