@@ -1,0 +1,189 @@
+"""Drives an engine step by step and notes where each step's time goes.
+
+Knows no model sizes and no targets: what comes out are steps with their times and what they had to read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from musicgen_kernels import SampleBatch, page_bytes
+from musicgen_kernels.step import BlockWeights, DecoderWeights
+from torch import Tensor
+
+from benchmarks.meter import Meter
+from musicgen.config import EngineConfig
+from musicgen.engine.core import EngineCore
+from musicgen.engine.runner import ModelRunner
+from musicgen.engine.scheduler import ScheduledBatch
+from musicgen.models.language_model import LanguageModel
+from musicgen.types import CodeChunk, EndOfRequest, EngineRequest, FinishReason
+
+PROBE_EVERY_STEPS = 50
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of the engine."""
+
+    seconds: float = 0.0
+    """All of it, as its caller sees it."""
+    native_s: float = 0.0
+    """In the compiled step."""
+    sampler_s: float = 0.0
+    overhead_s: float = 0.0
+    """Processor time of the engine's thread outside of the two: scheduling, assembling, Python. Unlike the clock's,
+    it does not count what other processes take."""
+    num_tokens: int = 0
+    num_deciding: int = 0
+    num_positions: int = 0
+    """Keys and values in use, summed over rows."""
+    stream_bytes_s: float = 0.0
+    """Read bandwidth probed last."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Nothing but decoding: each deciding request has one to three tokens."""
+        return 0 < self.num_tokens <= 3 * self.num_deciding
+
+
+class _TimedNative:
+    """Stands before the compiled model and adds up the time of its steps."""
+
+    def __init__(self, native: Any) -> None:
+        self._native = native
+        self.seconds = self.cpu_s = 0.0
+
+    def step(self, *args: Any) -> None:
+        began, cpu_began = time.perf_counter(), time.thread_time()
+        self._native.step(*args)
+        self.seconds, self.cpu_s = time.perf_counter() - began, time.thread_time() - cpu_began
+
+    def write_cross(self, *args: Any) -> None:
+        self._native.write_cross(*args)
+
+
+class TimedRunner(ModelRunner):
+    """A runner that notes what each step was and how long its native parts took."""
+
+    def __init__(self, lm: LanguageModel, config: EngineConfig, weights: DecoderWeights) -> None:
+        super().__init__(lm, config, weights=weights)
+        assert self._native is not None, "this measures the CPU's step"
+        self._timed = _TimedNative(self._native._native)
+        self._native._native = self._timed
+        self.last = Step()
+
+    def run(self, batch: ScheduledBatch) -> np.ndarray:
+        self.last = Step(
+            num_tokens=batch.num_tokens,
+            num_deciding=len(batch.deciding),
+            num_positions=sum(chunk.start + chunk.num_new for chunk in batch.chunks),
+        )
+        codes = super().run(batch)
+        self.last.native_s = self._timed.seconds
+        self.last.overhead_s -= self._timed.cpu_s
+        return codes
+
+    def _sample(self, logits: Tensor, batch: SampleBatch) -> Tensor:
+        began, cpu_began = time.perf_counter(), time.thread_time()
+        codes = super()._sample(logits, batch)
+        self.last.sampler_s = time.perf_counter() - began
+        self.last.overhead_s -= time.thread_time() - cpu_began
+        return codes
+
+
+@dataclass(slots=True)
+class Trace:
+    """A run of the engine until nothing was left to do."""
+
+    steps: list[Step] = field(default_factory=list)
+    num_frames: int = 0
+    wall_s: float = 0.0
+    """From the first arrival to the last frame, probes left out."""
+    first_chunk_s: dict[str, float] = field(default_factory=dict)
+    """From a request's arrival to its first frames."""
+
+    @property
+    def decode_steps(self) -> list[Step]:
+        return [step for step in self.steps if step.is_decode]
+
+    @property
+    def prefill_s(self) -> float:
+        """Steps that computed anything but decodes."""
+        return sum(step.seconds for step in self.steps if not step.is_decode)
+
+
+def drive(
+    core: EngineCore, arrivals: Sequence[tuple[float, EngineRequest]], meter: Meter | None, max_steps: int | None = None
+) -> Trace:
+    """Add each request at its time (seconds from now, ascending) and step until all have ended.
+
+    Args:
+        meter: probed every `PROBE_EVERY_STEPS` steps, outside of what is timed.
+        max_steps: cancel everything after so many steps.
+    """
+    trace, waiting = Trace(), list(arrivals)
+    runner = core.runner
+    assert isinstance(runner, TimedRunner)
+    stream = meter.probe() if meter else 0.0
+    began, left_out = time.perf_counter(), 0.0
+    arrived: dict[str, float] = {}
+    while waiting or core.has_work:
+        now = time.perf_counter() - left_out
+        while waiting and (now - began >= waiting[0][0] or not core.has_work):
+            request = waiting.pop(0)[1]
+            arrived[request.request_id] = now
+            core.add(request)
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        events = core.step()
+        runner.last.seconds = time.perf_counter() - started
+        runner.last.overhead_s += time.thread_time() - cpu_started
+        runner.last.stream_bytes_s = stream
+        trace.steps.append(runner.last)
+        for event in events:
+            if isinstance(event, CodeChunk):
+                trace.num_frames += event.codes.shape[-1]
+                delay = time.perf_counter() - left_out - arrived[event.request_id]
+                trace.first_chunk_s.setdefault(event.request_id, delay)
+            elif isinstance(event, EndOfRequest):
+                assert event.reason is not FinishReason.FAILED, event.error
+        trace.wall_s = time.perf_counter() - left_out - began
+        if max_steps is not None and len(trace.steps) == max_steps:
+            for request_id in arrived:
+                core.abort(request_id)
+            core.take_events()
+        if meter and len(trace.steps) % PROBE_EVERY_STEPS == 0:
+            paused = time.perf_counter()
+            stream = meter.probe()
+            left_out += time.perf_counter() - paused
+    return trace
+
+
+def weight_bytes(weights: DecoderWeights) -> int:
+    """Bytes of packed matrices that every step reads: all but the text's keys and values, which are made once."""
+    return sum(_block_bytes(block) for block in weights.blocks) + weights.heads.data.nbytes
+
+
+def _block_bytes(block: BlockWeights) -> int:
+    matrices = [block.qkv, block.out, block.fc1, block.fc2]
+    if block.cross is not None:
+        matrices += [block.cross.q, block.cross.out]
+    return sum(matrix.data.nbytes for matrix in matrices)
+
+
+def position_bytes(core: EngineCore) -> float:
+    """Bytes of keys and values a position and row, all layers."""
+    decoder = core.model_config.decoder
+    dtype: torch.dtype = core.runner.pages.k.dtype
+    return page_bytes(decoder.num_layers, decoder.num_heads, decoder.head_dim, dtype) / 16
+
+
+def bound_s(core: EngineCore, step: Step) -> float:
+    """The least time a step can take: its weights, keys and values, read once at the bandwidth probed beside it."""
+    num_bytes = weight_bytes(core.runner.weights) + step.num_positions * position_bytes(core)
+    return num_bytes / step.stream_bytes_s
