@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import KernelArgumentError, KernelError
+from .gpu import too_old
 from .packing import KINDS, PackedLinear
 from .pages import PAGE_LEN, SPLIT_LEN, PagedKV
 
@@ -51,7 +52,7 @@ def unavailable(operation: str, device_type: str, dtype: torch.dtype) -> str | N
         return f"it runs on {module.device_type} tensors only"
     if dtype not in _DTYPES.get(operation, _FLOATS if operation != "delayed_sample_step" else _FLOATS[:1]):
         return f"it has no kernel for {dtype}"
-    return None
+    return too_old() if device_type == "cuda" else None
 
 
 def append_paged_kv(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ..gpu import too_old
 from .append import append_paged_kv
 from .attention import cross_attention, paged_attention
 from .linear import linear
@@ -45,4 +46,4 @@ def unavailable(operation: str, device_type: str, dtype: torch.dtype) -> str | N
         return f"{reason} it runs on {wanted} tensors only"
     if dtype not in _DTYPES.get(operation, _FLOATS):
         return f"it has no kernel for {dtype}"
-    return None
+    return None if interpreted() else too_old()

@@ -1,0 +1,18 @@
+"""What the GPU backends ask of a device, and nothing about any operation."""
+
+from __future__ import annotations
+
+import torch
+
+OLDEST = (8, 0)
+"""Compute capability of Ampere: asynchronous copies and bfloat16 products."""
+
+
+def too_old() -> str | None:
+    """Why the current GPU cannot run the kernels; None if it can, or if there is none to ask."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) >= OLDEST:
+        return None
+    return f"the GPU has compute capability {major}.{minor}, the kernels need {OLDEST[0]}.{OLDEST[1]}"
