@@ -1,0 +1,51 @@
+"""The engine's scheduler, able to take many equal steps at once. Knows no clock and no step times.
+
+Between events a step decodes one position of every running row and nothing else, so k such steps are known without
+asking k times. `quiet_steps` says how many the scheduler would answer so; `leap` takes them, and leaves pages, rows
+and counters as that many calls of `schedule` and of the core's bookkeeping would.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from musicgen_kernels import PAGE_LEN
+
+from musicgen.engine.kv_cache import num_pages_for
+from musicgen.engine.scheduler import Scheduler
+from musicgen.engine.sequence import Phase
+
+UNLIMITED = sys.maxsize
+
+
+class LeapingScheduler(Scheduler):
+    """`Scheduler`, with nothing overridden."""
+
+    def quiet_steps(self) -> int:
+        """Steps from now in which everyone running decodes one position, if nobody comes, leaves or ends."""
+        if self._copies or self._round or not self.running:
+            return 0
+        if any(s.phase is not Phase.DECODE for s in self.running):
+            return 0
+        if sum(len(s.rows) for s in self.running) > self.config.max_step_rows:
+            return 0
+        return max(0, self._steps_to_retry - 1) if self.waiting else UNLIMITED
+
+    def pages_after(self) -> list[int]:
+        """`[16]` pages that the running rows take in quiet step j (and again in steps j + 16, j + 32 …)."""
+        taken = [0] * PAGE_LEN
+        for sequence in self.running:
+            for row in sequence.rows:
+                taken[len(row.pages) * PAGE_LEN - row.num_computed] += 1
+        return taken
+
+    def leap(self, num_steps: int) -> None:
+        """Take `num_steps` quiet steps."""
+        self._steps_to_retry -= num_steps
+        self._num_steps += num_steps
+        for sequence in self.running:
+            for row in sequence.rows:
+                row.num_computed += num_steps
+                num_new = num_pages_for(row.num_computed) - len(row.pages)
+                if num_new:
+                    row.pages += self.allocator.allocate(num_new)
