@@ -229,7 +229,7 @@ def codes_request(
         seed=seed, guidance_scale=1.0 if num_rows == 1 else 3.0, melody_guidance=2.0 if num_rows == 3 else None
     )
     num_known = 0 if known is None else known.shape[-1]
-    planned = windows or plan_windows(num_frames, num_known, MAX_FRAMES, STRIDE)
+    planned = windows if windows is not None else plan_windows(num_frames, num_known, MAX_FRAMES, STRIDE)
     return CodesRequest(tuple((window, conditioning) for window in planned), sampling, known)
 
 

@@ -1,0 +1,184 @@
+"""What the core refuses, and what becomes of everyone when a step fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from engine.fakes import CONFIG, MAX_FRAMES, FakeRunner, Listener, codes_request, new_core, run_all
+
+from musicgen.engine.checks import check_request
+from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from musicgen.models.t5 import MAX_TEXT_TOKENS
+from musicgen.types import CodesRequest, Conditioning, EngineRequest, FinishReason, SamplingParams, Window
+
+KNOWN = torch.zeros(2, 5, dtype=torch.int32)
+
+
+def windows(*spans: tuple[int, int], known: torch.Tensor | None = None) -> EngineRequest:
+    return EngineRequest("bad", codes_request(windows=[Window(*span) for span in spans], known=known))
+
+
+def known(codes: torch.Tensor) -> EngineRequest:
+    return EngineRequest("bad", codes_request(20, known=codes))
+
+
+def conditioned(conditioning: Conditioning, **sampling: float) -> EngineRequest:
+    return EngineRequest("bad", CodesRequest(((Window(0, 20), conditioning),), SamplingParams(**sampling)))  # type: ignore[arg-type]
+
+
+BAD: dict[str, tuple[Callable[[], EngineRequest], str]] = {
+    "no window": (lambda: windows(), "windows"),
+    "a window beyond the model's limit": (lambda: windows((0, MAX_FRAMES + 1)), "windows"),
+    "an empty window": (lambda: windows((0, 20), (20, 20)), "windows"),
+    "a window before the piece": (lambda: windows((-5, 20)), "windows"),
+    "a gap between windows": (lambda: windows((0, 20), (21, 40)), "windows"),
+    "a window that ends before the last": (lambda: windows((0, 40), (10, 30)), "windows"),
+    "a first window that needs codes": (lambda: windows((10, 30)), "known_codes"),
+    "too few known codes for the windows": (lambda: windows((10, 30), known=KNOWN), "known_codes"),
+    "known codes of another model": (lambda: known(KNOWN[:1]), "known_codes"),
+    "known codes that are no integers": (lambda: known(KNOWN.float()), "known_codes"),
+    "known codes that are true or false": (lambda: known(KNOWN.bool()), "known_codes"),
+    "a known code above the range": (lambda: known(KNOWN + 64), "known_codes"),
+    "a known code below the range": (lambda: known(KNOWN - 1), "known_codes"),
+    "nothing left to make": (lambda: known(torch.zeros(2, 20, dtype=torch.int32)), "known_codes"),
+    "more known codes than the piece has": (lambda: known(torch.zeros(2, 21, dtype=torch.int32)), "known_codes"),
+    "text of another model": (lambda: conditioned(Conditioning(torch.ones(3, 2), None)), "text"),
+    "text without length": (lambda: conditioned(Conditioning(torch.ones(0, 1), None)), "text"),
+    "text beyond the encoder's limit": (
+        lambda: conditioned(Conditioning(torch.ones(MAX_TEXT_TOKENS + 1, 1), None)),
+        "text",
+    ),
+    "text with infinities": (lambda: conditioned(Conditioning(torch.full((3, 1), math.inf), None)), "text"),
+    "a melody of another length": (lambda: conditioned(Conditioning(None, torch.ones(9, 12))), "chroma"),
+    "a weight of zero": (lambda: replace(windows((0, 9)), weight=0.0), "weight"),
+    "a weight that is no number": (lambda: replace(windows((0, 9)), weight=math.nan), "weight"),
+    "a lease that is over": (lambda: replace(windows((0, 9)), lease_s=0.0), "lease_s"),
+    "a deadline that is over": (lambda: replace(windows((0, 9)), deadline_s=-1.0), "deadline_s"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_admits_nothing(case: str) -> None:
+    core = new_core()
+    core.add(EngineRequest("good", codes_request(20)))
+    core.step()
+    before = core.stats()
+    make, param = BAD[case]
+    with pytest.raises(InvalidRequestError) as caught:
+        core.add(make())
+    assert caught.value.param == param
+    assert core.stats() == before
+    assert run_all(core).ends.keys() == {"good"}
+
+
+def test_melody_for_a_model_without_one_is_refused() -> None:
+    text_model = replace(CONFIG, chroma=None)
+    with pytest.raises(InvalidRequestError, match="melody_guidance"):
+        check_request(conditioned(Conditioning(torch.ones(3, 1), None), melody_guidance=2.0), text_model)
+    with pytest.raises(InvalidRequestError, match="chroma"):
+        check_request(conditioned(Conditioning(torch.ones(3, 1), torch.ones(2, 12))), text_model)
+
+
+def test_more_than_capacity_could_ever_hold_is_refused() -> None:
+    core = new_core(8, max_rows=2)
+    core.add(EngineRequest("good", codes_request(20, num_rows=2)))
+    before = core.stats()
+    for codes in (codes_request(20, num_rows=3), codes_request(40, num_rows=2, text_len=50)):
+        with pytest.raises(InvalidRequestError, match="pages"):
+            core.add(EngineRequest("bad", codes))
+    assert core.stats() == before
+
+
+def test_an_id_in_use_and_a_full_queue_are_refused() -> None:
+    core = new_core(8, max_waiting=2)
+    for request_id in "ab":
+        core.add(EngineRequest(request_id, codes_request(20)))
+    with pytest.raises(InvalidRequestError, match="request_id"):
+        core.add(EngineRequest("a", codes_request(20)))
+    with pytest.raises(OverloadedError, match="retry later"):
+        core.add(EngineRequest("c", codes_request(20)))
+    assert run_all(core).ends.keys() == {"a", "b"}
+    core.add(EngineRequest("a", codes_request(20)))  # its id is free again
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
+    core = new_core(6)  # one request of two rows and 40 frames at a time, 0.01 s a step
+    core.add(EngineRequest("running", codes_request(40)))
+    core.step()
+    core.add(EngineRequest("waiting", codes_request(40)))
+    late = EngineRequest("late", codes_request(40), deadline_s=1.0)
+    with pytest.raises(OverloadedError, match="retry later"):
+        core.add(late)
+    assert core.stats().num_accepted == 2
+    core.add(replace(late, deadline_s=1.5))
+    listener, began = Listener(), core._clock()
+    while "late" not in listener.ends:
+        listener.take(core.step())
+    assert core._clock() - began <= 1.5
+
+
+def test_a_failed_step_reaches_everyone() -> None:
+    """Also when the runner cannot even close what it had open; nothing is accepted afterwards."""
+    core = new_core(40, max_requests=3)
+    for i in range(5):
+        core.add(EngineRequest(str(i), codes_request(20)))
+    core.step()
+    core.step()
+    assert isinstance(core.runner, FakeRunner)
+    core.runner.fail = True
+    with pytest.raises(EngineDeadError, match="told to fail"):
+        core.step()
+    listener = Listener()
+    listener.take(core.take_events())
+    assert {end.reason for end in listener.ends.values()} == {FinishReason.FAILED}
+    assert listener.ends.keys() == {"0", "1", "2", "3", "4"}
+    assert core.stats().pages_held == 0
+    for call in (core.step, lambda: core.add(EngineRequest("new", codes_request(20)))):
+        with pytest.raises(EngineDeadError, match="replace this replica"):
+            call()
+    core.check()
+
+
+def test_a_cancelled_request_frees_its_pages_at_once_and_frees_a_waiting_one() -> None:
+    core = new_core(6)
+    core.add(EngineRequest("first", codes_request(40)))
+    core.add(EngineRequest("second", codes_request(40)))
+    core.step()
+    assert core.abort("first")
+    assert core.stats().pages_held == 0
+    core.step()
+    assert core.stats().num_running == 1
+
+
+def test_a_request_cancelled_with_a_copy_under_way_leaves_nothing_behind() -> None:
+    """Twins open their second window in one step; one copies the part page that the other had kept."""
+    piece = codes_request(60, num_rows=1)
+    for num_steps in range(1, 60):
+        core = new_core(40)
+        for request_id in ("first", "second"):
+            core.add(EngineRequest(request_id, piece))
+            for _ in range(3):
+                core.step()
+        for _ in range(num_steps):
+            core.step()
+        core.check()
+        core.abort("second")
+        core.check()
+        run_all(core)
+        assert core.stats().pages_held == 0
+
+
+def test_usage_and_ledger() -> None:
+    core = new_core(6)
+    core.add(EngineRequest("first", codes_request(20)))
+    core.add(EngineRequest("second", codes_request(40)))
+    listener = run_all(core)
+    usage = listener.ends["second"].usage
+    assert usage.num_frames == 40
+    assert usage.queue_s > 0.1
+    assert usage.decode_s > 0.3
+    assert core.stats().num_finished == 2
