@@ -290,9 +290,7 @@ class Scheduler:
         for sequence in self._candidates():
             if not self._free_slots or num_tried > MAX_BACKFILL:
                 return
-            if self._waits_for_prefix(sequence):
-                continue
-            if self._take(sequence, reserved, now):
+            if not self._waits_for_prefix(sequence) and self._take(sequence, reserved, now):
                 continue
             num_tried += 1
             if reserved is None:

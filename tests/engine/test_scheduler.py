@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from engine.fakes import codes_request, new_core, run_all
+import random
 
-from musicgen.types import EngineRequest, FinishReason
+import pytest
+from engine.fakes import FakeRunner, codes_request, new_core, run_all
+
+from musicgen.engine.core import EngineCore
+from musicgen.engine.sequence import Phase
+from musicgen.types import ChunkPolicy, EngineRequest, FinishReason
 
 
 def test_a_shared_page_is_not_counted_as_freed_when_its_first_holder_ends() -> None:
@@ -30,3 +35,130 @@ def test_rows_of_one_request_that_share_pages_do_not_keep_it_out() -> None:
     for request_id in ("first", "again"):
         core.add(EngineRequest(request_id, piece))
         assert run_all(core, max_steps=500).ends[request_id].reason is FinishReason.FINISHED
+
+
+def served(core: EngineCore, tenants: str, num_each: int, weights: dict[str, float]) -> list[dict[str, float]]:
+    """Weighted frames that each tenant was charged, after every step in which all of them still wait."""
+    for i in range(num_each):
+        for tenant in tenants:
+            codes = codes_request(20 if tenant == "a" else 40, num_rows=1, seed=i, text_len=1)
+            core.add(EngineRequest(f"{tenant}{i}", codes, tenant=tenant, weight=weights[tenant]))
+    history = []
+    while {s.request.tenant for s in core.scheduler.waiting.all()} == set(tenants):
+        core.step()
+        history.append({tenant: core.scheduler.counters[tenant] for tenant in tenants})
+    return history
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 4.0}])
+def test_backlogged_tenants_differ_by_one_request_at_most(weights: dict[str, float]) -> None:
+    """While both wait and nothing is passed over, the smaller counter goes next: so the gap is one request's."""
+    core = new_core(1000, max_requests=2)
+    history = served(core, "ab", 30, weights)
+    most = max(20 / weights["a"], 40 / weights["b"])
+    assert max(abs(counters["a"] - counters["b"]) for counters in history) <= most
+    assert len(history) > 300
+    last = history[-1]
+    assert last["a"] * weights["a"] / (last["b"] * weights["b"]) == pytest.approx(weights["a"] / weights["b"], rel=0.25)
+
+
+def test_a_pause_earns_no_credit() -> None:
+    """Whether others wait when a tenant comes back, or everything is served at once."""
+    core = new_core(1000, max_requests=2)
+    for i in range(6):  # tenant a is alone for a while; nothing waits at the end of it
+        core.add(EngineRequest(f"a{i}", codes_request(40), tenant="a"))
+        run_all(core)
+    assert core.scheduler.counters["a"] == 6 * 80
+    core.add(EngineRequest("b", codes_request(40), tenant="b"))
+    assert core.scheduler.counters["b"] == 6 * 80
+    assert core.scheduler.counters["a"] == 6 * 80
+
+
+def test_what_was_not_made_is_given_back() -> None:
+    core = new_core()
+    core.add(EngineRequest("a", codes_request(40, num_rows=3)))
+    for _ in range(12):
+        core.step()
+    assert core.scheduler.counters[""] == 120
+    made = core.scheduler.running[0].num_frames
+    assert 0 < made < 40
+    core.abort("a")
+    assert core.scheduler.counters[""] == 3 * made
+    core.add(EngineRequest("waiting", codes_request(40)))
+    core.abort("waiting")
+    assert core.scheduler.counters[""] == 3 * made
+
+
+def test_a_large_request_is_not_put_off_by_a_stream_of_small_ones() -> None:
+    """Small ones go first while they do not delay it; their prefills, at one position a step, always do a little."""
+    core = new_core(12, prefill_tokens=1, max_requests=8)
+    for i in range(3):
+        core.add(EngineRequest(f"first{i}", codes_request(20, num_rows=1, text=i + 1, text_len=20)))
+    core.step()
+    core.add(EngineRequest("large", codes_request(40, num_rows=3, text=9, text_len=1)))
+    large = next(s for s in core.scheduler.waiting.all() if s.request.request_id == "large")
+    num_steps = num_small = 0
+    while large.phase is Phase.WAITING:
+        if len(core.scheduler.waiting) < 6:
+            num_small += 1
+            codes = codes_request(4, num_rows=1, text=10 + num_small, text_len=20)
+            core.add(EngineRequest(f"small{num_small}", codes))
+        core.step()
+        num_steps += 1
+        assert num_steps < 400, "it starves"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_quoted_start_is_not_missed(seed: int) -> None:
+    """If nobody comes later, requests of one size start by the step that they were quoted, but for prefills.
+
+    Of mixed sizes the quote is an estimate: small ones that pass may delay those behind the first in turn. A prompt of three positions takes a step; so the start may be late by a step for each one that began before.
+    """
+    rng = random.Random(seed)
+    num_frames, num_rows = rng.choice([15, 20, 40]), rng.randint(1, 3)
+    core = new_core(20, max_requests=4)
+    quotes: dict[str, int] = {}
+    for i in range(20):
+        codes = codes_request(num_frames, num_rows=num_rows, text=3 + i, text_len=1, seed=i)
+        request = EngineRequest(str(i), codes)
+        sequence = core._new_sequence(request)
+        quotes[str(i)] = core.scheduler.steps_to_start(sequence)
+        core.add(request)
+    starts: dict[str, int] = {}
+    for step in range(2000):
+        if not core.has_work:
+            break
+        core.step()
+        for sequence in core.scheduler.running:
+            starts.setdefault(sequence.request.request_id, step)
+    assert max(quotes.values()) > 40
+    late = {i: starts[i] - quote for i, quote in quotes.items() if i in starts}
+    assert len(late) == 20
+    assert max(late.values()) <= 20
+
+
+def test_prefill_beside_decodes_keeps_to_its_budget() -> None:
+    core = new_core(prefill_tokens=5)
+    core.add(EngineRequest("running", codes_request(40)))
+    core.step()
+    core.step()
+    core.add(EngineRequest("long", codes_request(20, text=2, text_len=60)))
+    run_all(core)
+    assert isinstance(core.runner, FakeRunner)
+    assert core.runner.most_prefill_beside_decode == 5
+
+
+def test_the_listener_nearest_to_silence_goes_first() -> None:
+    """When a step cannot hold all: a stream with frames to spare waits for one that has none."""
+    core = new_core(max_step_rows=3)
+    ahead = EngineRequest("ahead", codes_request(40, num_rows=2, text_len=1), chunks=ChunkPolicy(1, 1))
+    core.add(ahead)
+    for _ in range(25):
+        core.step()
+    core.add(EngineRequest("new", codes_request(40, num_rows=2, text=2, text_len=1), chunks=ChunkPolicy(1, 1)))
+    before = core.scheduler.running[0].num_frames
+    for _ in range(8):
+        core.step()
+    ahead_of_time, new = core.scheduler.running
+    assert ahead_of_time.num_frames <= before + 3
+    assert new.num_frames >= 4
