@@ -112,7 +112,8 @@ def test_a_large_request_is_not_put_off_by_a_stream_of_small_ones() -> None:
 def test_a_quoted_start_is_not_missed(seed: int) -> None:
     """If nobody comes later, requests of one size start by the step that they were quoted, but for prefills.
 
-    Of mixed sizes the quote is an estimate: small ones that pass may delay those behind the first in turn. A prompt of three positions takes a step; so the start may be late by a step for each one that began before.
+    Of mixed sizes the quote is an estimate: small ones that pass may delay those behind the first in turn. A
+    prompt of three positions takes a step; so the start may be late by a step for each one that began before.
     """
     rng = random.Random(seed)
     num_frames, num_rows = rng.choice([15, 20, 40]), rng.randint(1, 3)
