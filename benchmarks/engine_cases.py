@@ -146,7 +146,8 @@ def staggered(case: Case, options: Options) -> list[Figure]:
 
 def prefill(case: Case, options: Options) -> list[Figure]:
     """The prefix of a request computed alone: nothing resident, then with the null row's pages resident."""
-    core = new_core(case, options, 2)
+    core, machine = new_core(case, options, 2), Machine(None, options.num_threads)
+    peaks = []
     times: dict[str, list[float]] = {"cold": [], "null prefix resident": []}
     with Meter(options.num_threads) as meter:
         for repeat in range(2 * options.num_repeats):
@@ -156,9 +157,10 @@ def prefill(case: Case, options: Options) -> list[Figure]:
                 trace = drive(core, [(0.0, EngineRequest(f"{seed}", codes))], None, max_steps=4)
                 times[name].append(trace.prefill_s)
                 meter.probe()
+                peaks.append(machine.peaks())
     num_rows = {"cold": 2, "null prefix resident": 1}
-    peaks = Machine(None, options.num_threads).peaks()
-    peak = peaks.fp32 if case.weights in ("float32", "bfloat16") else peaks.int8
+    in_floats = case.weights in ("float32", "bfloat16")
+    peak = max(probe.fp32 if in_floats else probe.int8 for probe in peaks)
     figures = []
     for name, values in times.items():
         seconds = statistics.median(values)

@@ -322,8 +322,8 @@ def test_a_loop_that_closes_early_stops_nobody_else() -> None:
         await engine.submit(request("left behind", codes_request(20, seed=1)))
 
     async def another_loop() -> torch.Tensor:
-        stream = await engine.submit(request("later", codes_request(40, seed=2)))
         runner.allow(ALL)
+        stream = await engine.submit(request("later", codes_request(40, seed=2)))
         codes, _ = await collect(stream)
         await engine.close()
         return codes
