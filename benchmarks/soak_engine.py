@@ -54,7 +54,7 @@ def random_model(seed: int = 0) -> LanguageModel:
         residual_kernel_size=3, dilation_growth_rate=2, compress=2, conv_shortcut=False, pad_mode="reflect",
     )  # fmt: skip
     config = ModelConfig("random", decoder, codec, text_dim=32, chroma=None, audio_channels=1, license="none")
-    return LanguageModel(config).eval()
+    return LanguageModel(config).eval().requires_grad_(False)
 
 
 class Soak:
