@@ -1,0 +1,117 @@
+"""The codec's decoder at its true size: whole pieces beside transformers', and a stream in chunks beside the whole.
+
+`python -m benchmarks.bench_codec`; random weights. A table comes first, one line of JSON last. Every
+round times each contender once, one after the other, and ratios are medians over rounds, so that a machine that
+slows down does so for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.engine_models import CODEC, codec_decoder
+from benchmarks.meter import Meter
+from musicgen.codec_stream import StreamingCodec, decode_audio
+from musicgen.models.encodec import EncodecDecoder
+
+
+def main() -> None:
+    args = _parse()
+    torch.set_num_threads(args.threads)
+    decoder, peer = codec_decoder(), transformers_codec()
+    codes = torch.randint(CODEC.codebook_size, (1, CODEC.num_codebooks, int(args.seconds * CODEC.frame_rate_hz)))
+    contenders: dict[str, Callable[[], Tensor]] = {
+        "whole": lambda: decode_audio(decoder, codes, 1)[0],
+        "transformers": lambda: peer.decode(codes[None], [None]).audio_values[0],
+        **{f"chunks of {s:g} s": _chunked(decoder, codes[0], s) for s in args.chunks},
+    }
+    with Meter(args.threads) as meter, torch.inference_mode():
+        times = _rounds(contenders, args.rounds, meter)
+    reading = meter.reading()
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {name: _ratio(values, times["whole"]) for name, values in times.items()}
+    print(f"{args.seconds:g} s of music, {args.rounds} rounds, {args.threads} threads")
+    for name, seconds in medians.items():
+        speed = args.seconds / seconds
+        print(f"{name:16} {seconds:8.3f} s  {speed:6.1f} × real time  {ratios[name]:5.2f} × whole")
+    print(
+        f"read {reading.stream_bytes_s / 1e9:.1f} GB/s, drift {reading.stream_drift:.2f}, "
+        f"others {reading.others_cores:.2f} cores, load {reading.load_average:.1f}"
+    )
+    result = {"benchmark": "codec", "seconds": medians, "ratio_to_whole": ratios, "reading": asdict(reading)}
+    print(json.dumps({**result, "options": vars(args), "torch": torch.__version__}))
+
+
+def transformers_codec() -> Any:
+    """transformers' EnCodec of the same shape, evaluated as its generation does."""
+    from transformers import EncodecConfig, EncodecModel
+
+    config = EncodecConfig(
+        sampling_rate=CODEC.sample_rate,
+        audio_channels=1,
+        normalize=False,
+        num_filters=CODEC.num_filters,
+        hidden_size=CODEC.hidden_size,
+        codebook_size=CODEC.codebook_size,
+        codebook_dim=CODEC.codebook_dim,
+        upsampling_ratios=list(CODEC.upsampling_ratios),
+        use_causal_conv=False,
+        use_conv_shortcut=CODEC.conv_shortcut,
+        target_bandwidths=[2.2],
+    )
+    torch.manual_seed(0)
+    return EncodecModel(config).eval().requires_grad_(False)
+
+
+def _chunked(decoder: EncodecDecoder, codes: Tensor, chunk_s: float) -> Callable[[], Tensor]:
+    """Decodes `[K, T]` codes as a stream."""
+    codec, size = StreamingCodec(decoder, 1), max(1, int(chunk_s * CODEC.frame_rate_hz))
+
+    def run() -> Tensor:
+        state, out = codec.initial_state(), []
+        for start in range(0, codes.shape[-1], size):
+            last = start + size >= codes.shape[-1]
+            samples, state = codec.decode(codes[:, start : start + size], state, last=last)
+            out.append(samples)
+        return torch.cat(out, -1)
+
+    return run
+
+
+def _rounds(contenders: dict[str, Callable[[], Tensor]], num_rounds: int, meter: Meter) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    lengths = {contender().shape[-1] for contender in contenders.values()}  # and warm up
+    assert len(lengths) == 1, f"contenders gave different lengths: {lengths}"
+    for _ in range(num_rounds):
+        for name, contender in contenders.items():
+            began = time.perf_counter()
+            contender()
+            times[name].append(time.perf_counter() - began)
+        meter.probe()
+    return times
+
+
+def _ratio(values: list[float], base: list[float]) -> float:
+    return statistics.median(value / other for value, other in zip(values, base, strict=True))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the piece")
+    parser.add_argument("--chunks", type=float, nargs="+", default=[0.1, 0.5, 1.0], help="seconds a chunk")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
