@@ -1,5 +1,6 @@
-// Which instruction sets this processor and system offer. Compiled for the baseline, so that it runs anywhere.
+// Which instruction sets this processor and system offer, and large pages for large tensors. Compiled for the baseline, so that it runs anywhere.
 #include <pybind11/pybind11.h>
+#include <sys/mman.h>
 
 #include <string>
 #include <vector>
@@ -20,7 +21,16 @@ static py::list supported_levels() {
     return levels;
 }
 
+// Ask for 2 MiB pages in the whole ones among [address, address + bytes); true if the system took the advice. Weights and
+// keys are read once a step, more of them than a TLB of 4 KiB pages covers.
+static bool advise_huge_pages(uintptr_t address, size_t bytes) {
+    constexpr uintptr_t huge = uintptr_t(1) << 21;
+    const uintptr_t begin = (address + huge - 1) / huge * huge, end = (address + bytes) / huge * huge;
+    return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+}
+
 PYBIND11_MODULE(_cpuid, module) {
     module.doc() = "Which instruction-set levels this machine can run.";
     module.def("supported_levels", &supported_levels, "The levels that can run here, the best first.");
+    module.def("advise_huge_pages", &advise_huge_pages, "Ask for 2 MiB pages in a range; true if the system took it.");
 }

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <string>
 
 #include "error.h"
@@ -26,6 +27,8 @@ constexpr int kChains = 2, kQueries = 2, kValueLanes = 32;
 #else
 constexpr int kChains = 2, kQueries = 2, kValueLanes = 16;
 #endif
+constexpr int kAhead = 8;     // pieces of memory, one page of one head each, that are fetched ahead
+constexpr int kMaxGroup = 4;  // heads that one walk over the pages serves
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kQuant = 32767.0f;
@@ -40,9 +43,10 @@ template <KVKind kind> MGK_INLINE F16 load_element(const typename Element<kind>:
     else return load_fp16(p);
 }
 
-// The page after next is fetched while this one is worked on: pages lie anywhere, no hardware can guess the next.
-MGK_INLINE void prefetch_bytes(const char* p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+// What is fetched while a page is worked on: pages lie anywhere, no hardware can guess the next. Into the second-level
+// cache: the first level has too few outstanding misses for it (measured 24 instead of 16 GB/s on two threads).
+MGK_INLINE void prefetch_line(const char* next, int64_t offset) {
+    if (offset % 64 == 0) _mm_prefetch(next + offset, _MM_HINT_T1);
 }
 
 template <KVKind kind, int dim, int queries> struct Pass {
@@ -59,6 +63,9 @@ template <KVKind kind, int dim, int queries> struct Pass {
     float query_scale[queries];
     alignas(64) float score[queries][kSplit];
     alignas(64) float value[queries][dim];
+    alignas(64) int32_t weight_pairs[quantised ? queries : 1][kSplit / 2];  // int8 values: weight · scale as codes, two each
+    alignas(64) int32_t sums[quantised ? queries : 1][dim];
+    float unit[queries];
     F16 mass[queries];
     float largest[queries];
 
@@ -67,6 +74,12 @@ template <KVKind kind, int dim, int queries> struct Pass {
     const T* keys(int64_t page) const { return reinterpret_cast<const T*>(pages.k + pages.offset(table[page], head)); }
     const T* values(int64_t page) const { return reinterpret_cast<const T*>(pages.v + pages.offset(table[page], head)); }
     int64_t scale_offset(int64_t page) const { return (table[page] * int64_t(pages.num_heads) + head) * kPage; }
+
+    MGK_INLINE void prefetch_scales(int64_t first_page, int64_t page, int64_t num_pages) const {
+        const int64_t later = page + 2 < num_pages ? page + 2 : page;
+        _mm_prefetch(reinterpret_cast<const char*>(pages.k_scales + scale_offset(first_page + later)), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(pages.v_scales + scale_offset(first_page + page)), _MM_HINT_T0);
+    }
 
     void start(const float* q, int64_t stride, float scale) {
         for (int i = 0; i < queries; ++i) {
@@ -97,7 +110,7 @@ template <KVKind kind, int dim, int queries> struct Pass {
             I16 sum[queries][2];
             for (int i = 0; i < queries; ++i) sum[i][0] = sum[i][1] = int_zero();
             for (int pair = 0; pair < dim / 2; pair += 2) {
-                _mm_prefetch(next + pair * 32, _MM_HINT_T0);
+                prefetch_line(next, pair * 32);
                 const I16 first = widen_bytes(k + pair * 32), second = widen_bytes(k + pair * 32 + 32);
                 for (int i = 0; i < queries; ++i) {
                     sum[i][0] = dot_pairs(first, int_set1(query_pairs[i][pair]), sum[i][0]);
@@ -114,8 +127,7 @@ template <KVKind kind, int dim, int queries> struct Pass {
             for (int d = 0; d < dim; d += kChains)
                 for (int c = 0; c < kChains; ++c) {
                     const T* p = k + (d + c) * kPage;
-                    if ((d + c) * kPage * sizeof(T) % 64 == 0)
-                        _mm_prefetch(next + (d + c) * kPage * sizeof(T), _MM_HINT_T0);
+                    prefetch_line(next, (d + c) * kPage * int64_t(sizeof(T)));
                     const F16 key = load_element<kind>(p);
                     for (int i = 0; i < queries; ++i) sum[i][c] = fma(key, set1(query[i][d + c]), sum[i][c]);
                 }
@@ -151,134 +163,181 @@ template <KVKind kind, int dim, int queries> struct Pass {
         }
     }
 
-    // Values of a split, `valid` positions of it, for `kValueLanes` head elements at a time.
-    template <int lanes> MGK_INLINE void add_values(int64_t first_page, int64_t valid, int part) {
-        constexpr int vectors = lanes / kLanes;
-        F16 sum[queries][vectors];
-        for (int i = 0; i < queries; ++i)
-            for (int c = 0; c < vectors; ++c) sum[i][c] = load(&value[i][part + c * kLanes]);
-        for (int64_t page = 0; page * kPage < valid; ++page) {
-            const T* v = values(first_page + page) + part;
-            const bool more = (page + 2) * kPage < valid;
-            const char* next = reinterpret_cast<const char*>(more ? values(first_page + page + 2) : v - part);
-            const int count = valid - page * kPage < kPage ? int(valid - page * kPage) : kPage;
+    // Weighted values of the first `count` positions of a page; kValueLanes head elements at a time.
+    MGK_INLINE void add_page(int64_t page, int64_t in_split, int count, const char* next) {
+        constexpr int lanes = kValueLanes < dim ? kValueLanes : dim, vectors = lanes / kLanes;
+        const T* v = values(page);
+        for (int part = 0; part < dim; part += lanes) {
+            F16 sum[queries][vectors];
+            for (int i = 0; i < queries; ++i)
+                for (int c = 0; c < vectors; ++c) sum[i][c] = load(&value[i][part + c * kLanes]);
             for (int p = 0; p < count; ++p) {
-                if (part == 0) prefetch_bytes(next + p * dim * sizeof(T), dim * sizeof(T));
+                for (int64_t line = 0; line < int64_t(lanes * sizeof(T)); line += 64)
+                    prefetch_line(next, (p * dim + part) * int64_t(sizeof(T)) + line);
                 F16 row[vectors];
-                for (int c = 0; c < vectors; ++c) row[c] = load_element<kind>(v + p * dim + c * kLanes);
+                for (int c = 0; c < vectors; ++c) row[c] = load_element<kind>(v + p * dim + part + c * kLanes);
                 for (int i = 0; i < queries; ++i) {
-                    const F16 weight = set1(score[i][page * kPage + p]);
+                    const F16 weight = set1(score[i][in_split * kPage + p]);
                     for (int c = 0; c < vectors; ++c) sum[i][c] = fma(row[c], weight, sum[i][c]);
                 }
             }
+            for (int i = 0; i < queries; ++i)
+                for (int c = 0; c < vectors; ++c) store(&value[i][part + c * kLanes], sum[i][c]);
         }
-        for (int i = 0; i < queries; ++i)
-            for (int c = 0; c < vectors; ++c) store(&value[i][part + c * kLanes], sum[i][c]);
     }
 
     // int8 values: weights · scales as 15-bit codes of the split's largest, two positions a lane.
-    void weights_to_codes(int i, int64_t first_page, int64_t first, int64_t num_pages, float& unit,
-                          int32_t (&pairs)[kSplit / 2]) {
+    void weights_to_codes(int i, int64_t first, int64_t num_pages) {
         F16 top = zero();
         for (int64_t page = 0; page < num_pages; ++page) {
             const int64_t valid = lens[i] - first - page * kPage;
-            F16 w = load(&score[i][page * kPage]) * load(pages.v_scales + scale_offset(first_page + page));
+            F16 w = load(&score[i][page * kPage]) * load(pages.v_scales + scale_offset(first / kPage + page));
             if (valid < kPage) w = first_lanes(valid < 0 ? 0 : int(valid), w, zero());
             store(&score[i][page * kPage], w);
             top = max(top, w);
         }
         const float peak = max_lanes(top);
         const F16 inverse = set1(peak > 0.0f ? kQuant / peak : 0.0f);
-        unit = peak / kQuant;
+        unit[i] = peak / kQuant;
         alignas(64) int32_t codes[kPage];
         for (int64_t page = 0; page < num_pages; ++page) {
             int_store(codes, round_to_int(load(&score[i][page * kPage]) * inverse));
-            for (int j = 0; j < kPage / 2; ++j) pairs[page * kPage / 2 + j] = codes[2 * j] | codes[2 * j + 1] << 16;
+            for (int j = 0; j < kPage / 2; ++j) weight_pairs[i][page * kPage / 2 + j] = codes[2 * j] | codes[2 * j + 1] << 16;
         }
+        for (int d = 0; d < dim; d += kLanes) int_store(&sums[i][d], int_zero());
     }
 
-    void add_int8_values(int64_t first_page, int64_t first, int64_t num_pages) {
-        float unit[queries];
-        alignas(64) int32_t pairs[queries][kSplit / 2];
-        for (int i = 0; i < queries; ++i) weights_to_codes(i, first_page, first, num_pages, unit[i], pairs[i]);
-        constexpr int vectors = (kValueLanes < dim ? kValueLanes : dim) / kLanes;
-        for (int part = 0; part < dim; part += vectors * kLanes) {
+    MGK_INLINE void add_int8_page(int64_t page, int64_t in_split, const char* next) {
+        constexpr int lanes = kValueLanes < dim ? kValueLanes : dim, vectors = lanes / kLanes;
+        const int8_t* v = reinterpret_cast<const int8_t*>(values(page));
+        for (int part = 0; part < dim; part += lanes) {
             I16 sum[queries][vectors];
             for (int i = 0; i < queries; ++i)
-                for (int c = 0; c < vectors; ++c) sum[i][c] = int_zero();
-            for (int64_t page = 0; page < num_pages; ++page) {
-                const int8_t* v = reinterpret_cast<const int8_t*>(values(first_page + page)) + part * 2;
-                const char* next = reinterpret_cast<const char*>(values(first_page + (page + 2 < num_pages ? page + 2 : page)));
-                for (int j = 0; j < kPage / 2; ++j) {
-                    if (part == 0) prefetch_bytes(next + j * dim * 2, dim * 2);
-                    I16 row[vectors];
-                    for (int c = 0; c < vectors; ++c) row[c] = widen_bytes(v + j * dim * 2 + c * 32);
-                    for (int i = 0; i < queries; ++i) {
-                        const I16 weight = int_set1(pairs[i][page * kPage / 2 + j]);
-                        for (int c = 0; c < vectors; ++c) sum[i][c] = dot_pairs(row[c], weight, sum[i][c]);
-                    }
+                for (int c = 0; c < vectors; ++c) sum[i][c] = int_load(&sums[i][part + c * kLanes]);
+            for (int j = 0; j < kPage / 2; ++j) {
+                for (int64_t line = 0; line < lanes * 2; line += 64) prefetch_line(next, (j * dim + part) * 2 + line);
+                I16 row[vectors];
+                for (int c = 0; c < vectors; ++c) row[c] = widen_bytes(v + (j * dim + part + c * kLanes) * 2);
+                for (int i = 0; i < queries; ++i) {
+                    const I16 weight = int_set1(weight_pairs[i][in_split * kPage / 2 + j]);
+                    for (int c = 0; c < vectors; ++c) sum[i][c] = dot_pairs(row[c], weight, sum[i][c]);
                 }
             }
             for (int i = 0; i < queries; ++i)
-                for (int c = 0; c < vectors; ++c) {
-                    float* to = &value[i][part + c * kLanes];
-                    store(to, fma(to_float(sum[i][c]), set1(unit[i]), load(to)));
-                }
+                for (int c = 0; c < vectors; ++c) int_store(&sums[i][part + c * kLanes], sum[i][c]);
         }
     }
 
-    void run(const float* q, int64_t q_stride, float scale, float* out, int64_t out_stride) {
-        start(q, q_stride, scale);
-        int64_t longest = 0;
-        for (int i = 0; i < queries; ++i) longest = lens[i] > longest ? lens[i] : longest;
-        for (int64_t first = 0; first < longest; first += kSplit) {
-            const int64_t valid = longest - first < kSplit ? longest - first : kSplit;
-            const int64_t num_pages = (valid + kPage - 1) / kPage, first_page = first / kPage;
-            for (int64_t page = 0; page < num_pages; ++page) {
-                const char* next = page + 2 < num_pages
-                                       ? reinterpret_cast<const char*>(keys(first_page + page + 2))
-                                       : reinterpret_cast<const char*>(values(first_page + page + 2 - num_pages < first_page + num_pages
-                                                                                  ? first_page + page + 2 - num_pages
-                                                                                  : first_page));
-                score_page(first_page + page, page, next);
-            }
-            for (int i = 0; i < queries; ++i) weigh(i, first, num_pages);
-            if constexpr (quantised)
-                add_int8_values(first_page, first, num_pages);
-            else
-                for (int part = 0; part < dim; part += kValueLanes < dim ? kValueLanes : dim)
-                    add_values<(kValueLanes < dim ? kValueLanes : dim)>(first_page, valid, part);
-        }
+    void end_split() {
+        for (int i = 0; quantised && i < queries; ++i)
+            for (int d = 0; d < dim; d += kLanes)
+                store(&value[i][d], fma(to_float(int_load(&sums[i][d])), set1(unit[i]), load(&value[i][d])));
+    }
+
+    void finish(float* out, int64_t out_stride) const {
         for (int i = 0; i < queries; ++i) {
             const F16 total = set1(sum_lanes(mass[i]));
             for (int d = 0; d < dim; d += kLanes)
-                store(out + i * out_stride + d, longest == 0 ? zero() : load(&value[i][d]) / total);
+                store(out + i * out_stride + d, lens[i] == 0 ? zero() : load(&value[i][d]) / total);
         }
     }
 };
 
-template <KVKind kind, int dim>
-void attend_kind(const KVPages& pages, const int32_t* table, int64_t head, int64_t first_len, int64_t count, bool causal,
-                 const float* q, int64_t q_stride, float scale, float* out, int64_t out_stride) {
-    int64_t done = 0;
-    for (; done + kQueries <= count; done += kQueries) {
-        Pass<kind, dim, kQueries> pass(pages, table, head);
-        for (int i = 0; i < kQueries; ++i) pass.lens[i] = causal ? first_len + done + i : first_len;
-        pass.run(q + done * q_stride, q_stride, scale, out + done * out_stride, out_stride);
+// `groups` heads that lie side by side in every page, for the same queries; their pages are walked together, so that
+// memory is read in longer runs.
+template <KVKind kind, int dim, int queries> struct HeadGroup {
+    using P = Pass<kind, dim, queries>;
+    alignas(P) char memory[kMaxGroup][sizeof(P)];
+    int groups;
+    int64_t first_page, num_pages;
+
+    P& pass(int64_t g) { return *reinterpret_cast<P*>(memory[g]); }
+
+    // The piece of memory that is `kAhead` pieces later in the walk over keys, then values, of a split.
+    MGK_INLINE const char* ahead(int64_t page, int64_t g, bool is_keys) {
+        int64_t piece = page * groups + g + kAhead;
+        const int64_t count = num_pages * groups;
+        if (piece >= count) {
+            if (!is_keys) return reinterpret_cast<const char*>(pass(g).values(first_page + page));
+            piece -= count;
+            is_keys = false;
+            if (piece >= count) piece = count - 1;
+        }
+        P& p = pass(piece % groups);
+        const int64_t at = first_page + piece / groups;
+        return is_keys ? reinterpret_cast<const char*>(p.keys(at)) : reinterpret_cast<const char*>(p.values(at));
     }
-    for (; done < count; ++done) {
-        Pass<kind, dim, 1> pass(pages, table, head);
-        pass.lens[0] = causal ? first_len + done : first_len;
-        pass.run(q + done * q_stride, q_stride, scale, out + done * out_stride, out_stride);
+
+    void run(const KVPages& pages, const int32_t* table, int64_t head, const int64_t (&lens)[queries], const float* q,
+             int64_t q_stride, float scale, float* out, int64_t out_stride) {
+        int64_t longest = 0;
+        for (int64_t length : lens) longest = length > longest ? length : longest;
+        for (int g = 0; g < groups; ++g) {
+            P* p = new (memory[g]) P(pages, table, head + g);
+            for (int i = 0; i < queries; ++i) p->lens[i] = lens[i];
+            p->start(q + g * dim, q_stride, scale);
+        }
+        for (int64_t first = 0; first < longest; first += kSplit) {
+            const int64_t valid = longest - first < kSplit ? longest - first : kSplit;
+            num_pages = (valid + kPage - 1) / kPage;
+            first_page = first / kPage;
+            for (int64_t page = 0; page < num_pages; ++page)
+                for (int g = 0; g < groups; ++g) {
+                    if constexpr (P::quantised) pass(g).prefetch_scales(first_page, page, num_pages);
+                    pass(g).score_page(first_page + page, page, ahead(page, g, true));
+                }
+            for (int g = 0; g < groups; ++g)
+                for (int i = 0; i < queries; ++i) {
+                    pass(g).weigh(i, first, num_pages);
+                    if constexpr (P::quantised) pass(g).weights_to_codes(i, first, num_pages);
+                }
+            for (int64_t page = 0; page < num_pages; ++page) {
+                const int64_t left = valid - page * kPage;
+                for (int g = 0; g < groups; ++g) {
+                    if constexpr (P::quantised)
+                        pass(g).add_int8_page(first_page + page, page, ahead(page, g, false));
+                    else
+                        pass(g).add_page(first_page + page, page, int(left < kPage ? left : kPage), ahead(page, g, false));
+                }
+            }
+            for (int g = 0; g < groups; ++g) pass(g).end_split();
+        }
+        for (int g = 0; g < groups; ++g) pass(g).finish(out + g * dim, out_stride);
+    }
+};
+
+template <KVKind kind, int dim>
+void attend_kind(const KVPages& pages, const AttendItem& item, float scale) {
+    auto run = [&](auto& group, int64_t done, int64_t head, auto& lens) {
+        for (int64_t& length : lens) length = item.first_len + (item.causal ? done + (&length - lens) : 0);
+        group.run(pages, item.table, head, lens, item.q + done * item.q_stride + (head - item.head) * item.q_head_stride,
+                  item.q_stride, scale, item.out + done * item.out_stride + (head - item.head) * dim, item.out_stride);
+    };
+    int64_t done = 0;
+    for (; done + kQueries <= item.count; done += kQueries) {  // many queries: arithmetic rules, one head at a time
+        HeadGroup<kind, dim, kQueries> group;
+        group.groups = 1;
+        int64_t lens[kQueries];
+        for (int64_t g = 0; g < item.num_heads; ++g) run(group, done, item.head + g, lens);
+    }
+    for (; done < item.count; ++done) {
+        HeadGroup<kind, dim, 1> group;
+        int64_t lens[1];
+        const bool together = item.q_head_stride == dim;
+        for (int64_t g = 0; g < item.num_heads; g += group.groups) {
+            const int64_t left = item.num_heads - g;
+            group.groups = together ? int(left < kMaxGroup ? left : kMaxGroup) : 1;
+            run(group, done, item.head + g, lens);
+        }
     }
 }
 
-template <int dim, class... Arguments> void attend_dim(const KVPages& pages, Arguments... arguments) {
+template <int dim> void attend_dim(const KVPages& pages, const AttendItem& item, float scale) {
     switch (pages.kind) {
-        case KVKind::fp32: return attend_kind<KVKind::fp32, dim>(pages, arguments...);
-        case KVKind::bf16: return attend_kind<KVKind::bf16, dim>(pages, arguments...);
-        case KVKind::fp16: return attend_kind<KVKind::fp16, dim>(pages, arguments...);
-        case KVKind::int8: return attend_kind<KVKind::int8, dim>(pages, arguments...);
+        case KVKind::fp32: return attend_kind<KVKind::fp32, dim>(pages, item, scale);
+        case KVKind::bf16: return attend_kind<KVKind::bf16, dim>(pages, item, scale);
+        case KVKind::fp16: return attend_kind<KVKind::fp16, dim>(pages, item, scale);
+        case KVKind::int8: return attend_kind<KVKind::int8, dim>(pages, item, scale);
     }
 }
 
@@ -338,20 +397,22 @@ void append_position(const KVPages& pages, const int32_t* table, int64_t positio
     }
 }
 
-void attend(const KVPages& pages, const int32_t* table, int64_t head, int64_t first_len, int64_t count, bool causal,
-            const float* q, int64_t q_stride, float scale, float* out, int64_t out_stride) {
-    switch (pages.head_dim) {
-        case 32: return attend_dim<32>(pages, table, head, first_len, count, causal, q, q_stride, scale, out, out_stride);
-        case 64: return attend_dim<64>(pages, table, head, first_len, count, causal, q, q_stride, scale, out, out_stride);
-        default: throw ArgumentError("head_dim", "32 or 64", std::to_string(pages.head_dim));
-    }
+void attend(const KVPages& pages, const AttendItem& item, float scale) {
+    if (pages.head_dim == 32) return attend_dim<32>(pages, item, scale);
+    return attend_dim<64>(pages, item, scale);
+}
+
+int64_t heads_per_item(int64_t num_rows, int64_t num_heads, int num_threads) {
+    int64_t heads = kMaxGroup;
+    while (heads > 1 && (num_heads % heads != 0 || num_rows * (num_heads / heads) < 4 * num_threads)) heads /= 2;
+    return heads;
 }
 
 void append_paged_kv(const KVPages& pages, const RaggedRows& rows, const float* k, const float* v, int64_t k_stride,
                      int64_t k_head_stride, int64_t v_stride, int64_t v_head_stride, int num_threads) {
     const int64_t heads = pages.num_heads;
-    parallel(num_threads, [&](Team& team, int) {
-        team.for_each(rows.num_rows * heads, [&](int64_t item) {
+    parallel(num_threads, [&](Team& team, int member) {
+        team.for_each(member, rows.num_rows * heads, [&](int64_t item) {
             const int64_t b = item / heads, head = item % heads, count = rows.num_queries(b);
             for (int64_t j = 0; j < count; ++j) {
                 const int64_t token = rows.query_offsets[b] + j;
@@ -366,14 +427,17 @@ void paged_attention(const KVPages& pages, const RaggedRows& rows, bool causal, 
                      int64_t q_head_stride, float scale, float* out, int num_threads) {
     const int64_t heads = pages.num_heads, dim = pages.head_dim;
     if (dim != 32 && dim != 64) throw ArgumentError("head_dim", "32 or 64", std::to_string(dim));
-    parallel(num_threads, [&](Team& team, int) {
-        team.for_each(rows.num_rows * heads, [&](int64_t item) {
-            const int64_t b = item / heads, head = item % heads, count = rows.num_queries(b);
+    const int64_t together = heads_per_item(rows.num_rows, heads, num_threads), groups = heads / together;
+    parallel(num_threads, [&](Team& team, int member) {
+        team.for_each(member, rows.num_rows * groups, [&](int64_t i) {
+            const int64_t b = i / groups, head = i % groups * together, count = rows.num_queries(b);
             if (count == 0) return;
             const int64_t first = rows.query_offsets[b], length = rows.kv_lens[b];
-            attend(pages, rows.table(b), head, causal ? length - count + 1 : length, count, causal,
-                   q + first * q_stride + head * q_head_stride, q_stride, scale, out + (first * heads + head) * dim,
-                   heads * dim);
+            attend(pages,
+                   {rows.table(b), head, together, causal ? length - count + 1 : length, count, causal,
+                    q + first * q_stride + head * q_head_stride, q_stride, q_head_stride, out + (first * heads + head) * dim,
+                    heads * dim},
+                   scale);
         });
     });
 }

@@ -26,10 +26,6 @@ constexpr int kFloatTiles = 1, kFloatRows = 2, kIntRows = 2;
 #endif
 constexpr int kItemTiles = 2;
 constexpr int kChain = 256;
-constexpr int kPrefetchBytes = 2048;
-
-MGK_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p) + kPrefetchBytes, _MM_HINT_T0); }
-
 void finish(const LinearOutput& out, int64_t row, int64_t column, F16 y) {
     if (out.bias) y = y + load(out.bias + column);
     if (out.gelu) y = gelu(y);
@@ -50,10 +46,7 @@ void fp32_block(const float* w, int64_t tile_stride, int k, const float* x, int6
         const int end = start + kChain < k ? start + kChain : k;
         for (int i = start; i < end; ++i) {
             F16 weight[tiles];
-            for (int t = 0; t < tiles; ++t) {
-                weight[t] = load(w + t * tile_stride + int64_t(i) * kTile);
-                prefetch(w + t * tile_stride + int64_t(i) * kTile);
-            }
+            for (int t = 0; t < tiles; ++t) weight[t] = load(w + t * tile_stride + int64_t(i) * kTile);
             for (int m = 0; m < rows; ++m) {
                 const F16 input = set1(x[m * stride + i]);
                 for (int t = 0; t < tiles; ++t) sum[m][t] = fma(weight[t], input, sum[m][t]);
@@ -78,7 +71,6 @@ void bf16_block(const uint16_t* w, int64_t tile_stride, int k, const float* x, i
             F16 even[tiles], odd[tiles];
             for (int t = 0; t < tiles; ++t) {
                 const I16 pair = int_load(w + t * tile_stride + int64_t(i) * kTile);
-                prefetch(w + t * tile_stride + int64_t(i) * kTile);
                 even[t] = as_float(shift_left<16>(pair));
                 odd[t] = as_float(pair & high);
             }
@@ -120,7 +112,8 @@ void float_item(const PackedMatrix& w, const LinearInput& in, const LinearOutput
     for (; row < rows; ++row) float_rows<1, tiles>(w, in, out, row, tile);
 }
 
-// ---- int8 and int4 weights: the integer sum of one block of 32 inputs, for 16 outputs and `rows` rows of x
+// ---- int8 and int4 weights: the integer sum of one block of 32 inputs, for 16 outputs and `rows` rows of x; `quad` codes lie
+// between four inputs of a group of rows and the next four
 
 #if defined(MGK_LEVEL_AVX512)
 
@@ -133,27 +126,25 @@ MGK_INLINE __m512i four_inputs(const int8_t* x) {
 }
 
 template <int rows>
-MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 (&sum)[rows]) {
+MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&sum)[rows]) {
     const __m512i flip = _mm512_set1_epi8(char(0x80));
     for (int q = 0; q < 8; ++q) {
         const __m512i weight = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * q), flip);
-        prefetch(w + 64 * q);
         for (int m = 0; m < rows; ++m)
-            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], weight, four_inputs(x + m * stride + 4 * q));
+            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], weight, four_inputs(x + q * quad + 4 * m));
     }
 }
 
 template <int rows>
-MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 (&sum)[rows]) {
+MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&sum)[rows]) {
     const __m512i nibble = _mm512_set1_epi8(15);
     for (int q = 0; q < 4; ++q) {
         const __m512i bytes = _mm512_loadu_si512(w + 64 * q);
-        prefetch(w + 64 * q);
         const __m512i low = _mm512_and_si512(bytes, nibble);
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
         for (int m = 0; m < rows; ++m) {
-            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], low, four_inputs(x + m * stride + 4 * q));
-            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], high, four_inputs(x + m * stride + 16 + 4 * q));
+            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], low, four_inputs(x + q * quad + 4 * m));
+            sum[m].part[0] = _mm512_dpbusd_epi32(sum[m].part[0], high, four_inputs(x + (4 + q) * quad + 4 * m));
         }
     }
 }
@@ -170,15 +161,14 @@ MGK_INLINE __m256i four_inputs(const int8_t* x) {
 
 // |w| by x·sign(w): both within ±127, so a pair of products stays below 2^15.
 template <int rows>
-MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 (&sum)[rows]) {
+MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&sum)[rows]) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (int q = 0; q < 8; ++q) {
-        prefetch(w + 64 * q);
         for (int half = 0; half < 2; ++half) {
             const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 64 * q + 32 * half));
             const __m256i size = _mm256_abs_epi8(weight);
             for (int m = 0; m < rows; ++m) {
-                const __m256i input = _mm256_sign_epi8(four_inputs(x + m * stride + 4 * q), weight);
+                const __m256i input = _mm256_sign_epi8(four_inputs(x + q * quad + 4 * m), weight);
                 const __m256i pairs = _mm256_maddubs_epi16(size, input);
                 sum[m].part[half] = _mm256_add_epi32(sum[m].part[half], _mm256_madd_epi16(pairs, ones));
             }
@@ -188,19 +178,18 @@ MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 
 
 // Eight pair products of at most 15·127·2 fit 16 bits (30480), so one widening a block is enough.
 template <int rows>
-MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t stride, I16 (&sum)[rows]) {
+MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&sum)[rows]) {
     const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
     for (int half = 0; half < 2; ++half) {
         __m256i pairs[rows];
         for (int m = 0; m < rows; ++m) pairs[m] = _mm256_setzero_si256();
         for (int q = 0; q < 4; ++q) {
             const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 64 * q + 32 * half));
-            prefetch(w + 64 * q + 32 * half);
             const __m256i low = _mm256_and_si256(bytes, nibble);
             const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
             for (int m = 0; m < rows; ++m) {
-                const __m256i first = _mm256_maddubs_epi16(low, four_inputs(x + m * stride + 4 * q));
-                const __m256i second = _mm256_maddubs_epi16(high, four_inputs(x + m * stride + 16 + 4 * q));
+                const __m256i first = _mm256_maddubs_epi16(low, four_inputs(x + q * quad + 4 * m));
+                const __m256i second = _mm256_maddubs_epi16(high, four_inputs(x + (4 + q) * quad + 4 * m));
                 pairs[m] = _mm256_add_epi16(pairs[m], _mm256_add_epi16(first, second));
             }
         }
@@ -225,7 +214,7 @@ MGK_INLINE __m128i join_pairs(__m128i rows01, __m128i rows23) {
 }
 
 template <int rows>
-MGK_INLINE void int8_dot(const uint8_t* w, const int16_t* x, int64_t stride, I16 (&sum)[rows]) {
+MGK_INLINE void int8_dot(const uint8_t* w, const int16_t* x, int64_t quad, I16 (&sum)[rows]) {
     for (int part = 0; part < 4; ++part) {
         __m128i low[rows], high[rows];
         for (int m = 0; m < rows; ++m) low[m] = high[m] = _mm_setzero_si128();
@@ -234,7 +223,7 @@ MGK_INLINE void int8_dot(const uint8_t* w, const int16_t* x, int64_t stride, I16
             const __m128i rows01 = _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
             const __m128i rows23 = _mm_srai_epi16(_mm_unpackhi_epi8(bytes, bytes), 8);
             for (int m = 0; m < rows; ++m) {
-                const __m128i input = four_inputs(x + m * stride + 4 * q);
+                const __m128i input = four_inputs(x + q * quad + 4 * m);
                 low[m] = _mm_add_epi32(low[m], _mm_madd_epi16(rows01, input));
                 high[m] = _mm_add_epi32(high[m], _mm_madd_epi16(rows23, input));
             }
@@ -244,7 +233,7 @@ MGK_INLINE void int8_dot(const uint8_t* w, const int16_t* x, int64_t stride, I16
 }
 
 template <int rows>
-MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t stride, I16 (&sum)[rows]) {
+MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t quad, I16 (&sum)[rows]) {
     const __m128i nibble = _mm_set1_epi8(15), none = _mm_setzero_si128();
     for (int part = 0; part < 4; ++part) {
         __m128i low[rows], high[rows];
@@ -254,7 +243,7 @@ MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t stride, I16
             const __m128i codes[2] = {_mm_and_si128(bytes, nibble), _mm_and_si128(_mm_srli_epi16(bytes, 4), nibble)};
             for (int half = 0; half < 2; ++half)
                 for (int m = 0; m < rows; ++m) {
-                    const __m128i input = four_inputs(x + m * stride + 16 * half + 4 * q);
+                    const __m128i input = four_inputs(x + (4 * half + q) * quad + 4 * m);
                     low[m] = _mm_add_epi32(low[m], _mm_madd_epi16(_mm_unpacklo_epi8(codes[half], none), input));
                     high[m] = _mm_add_epi32(high[m], _mm_madd_epi16(_mm_unpackhi_epi8(codes[half], none), input));
                 }
@@ -265,6 +254,7 @@ MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t stride, I16
 
 #endif
 
+// `rows` rows from `row` on, all within one group.
 template <int rows, bool int4>
 void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t row, int64_t tile) {
     constexpr int offset = int4 ? 8 : kInt8Offset;
@@ -272,24 +262,26 @@ void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput&
     const int64_t num_blocks = w.k / kQuantBlock, num_groups = w.k / w.group, blocks_per_group = w.group / kQuantBlock;
     const uint8_t* codes = w.codes + tile * num_blocks * block_bytes;
     const uint16_t* scales = w.scales + tile * num_groups * kTile;
-    const QuantCode* inputs = x.codes + row * x.k;
-    const float* x_scales = x.scales + row * num_blocks;
-    const int32_t* x_sums = x.sums + row * num_blocks;
+    const QuantCode* inputs = x.codes + x.code_at(row, 0);
+    const float* x_scales = x.scales + x.block_at(row, 0);
+    const int32_t* x_sums = x.sums + x.block_at(row, 0);
     F16 total[rows];
     for (int m = 0; m < rows; ++m) total[m] = zero();
-    for (int64_t group = 0, block = 0; group < num_groups; ++group) {
+    for (int64_t group = 0; group < num_groups; ++group) {
         F16 part[rows];
         for (int m = 0; m < rows; ++m) part[m] = zero();
-        for (int64_t end = block + blocks_per_group; block < end; ++block) {
+        for (int64_t block = 0; block < blocks_per_group; ++block) {
             I16 sum[rows];
-            for (int m = 0; m < rows; ++m)
-                sum[m] = offset ? int_set1(-offset * x_sums[m * num_blocks + block]) : int_zero();
+            for (int m = 0; m < rows; ++m) sum[m] = offset ? int_set1(-offset * x_sums[m]) : int_zero();
             if constexpr (int4)
-                int4_dot<rows>(codes, inputs + block * kQuantBlock, x.k, sum);
+                int4_dot<rows>(codes, inputs, 4 * x.group, sum);
             else
-                int8_dot<rows>(codes, inputs + block * kQuantBlock, x.k, sum);
+                int8_dot<rows>(codes, inputs, 4 * x.group, sum);
+            for (int m = 0; m < rows; ++m) part[m] = fma(to_float(sum[m]), set1(x_scales[m]), part[m]);
             codes += block_bytes;
-            for (int m = 0; m < rows; ++m) part[m] = fma(to_float(sum[m]), set1(x_scales[m * num_blocks + block]), part[m]);
+            inputs += kQuantBlock * x.group;
+            x_scales += x.group;
+            x_sums += x.group;
         }
         const F16 scale = load_bf16(scales + group * kTile);
         for (int m = 0; m < rows; ++m) total[m] = fma(part[m], scale, total[m]);
@@ -313,7 +305,6 @@ void int_item(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput&
 int64_t linear_items(const PackedMatrix& w) { return (w.n / kTile + kItemTiles - 1) / kItemTiles; }
 
 void quantise_block(const float* x, const QuantisedRows& out, int64_t row, int64_t block) {
-    const int64_t num_blocks = out.k / kQuantBlock;
     const F16 a = load(x), b = load(x + kLanes);
     const float largest = max_lanes(max(abs(a), abs(b)));
     const F16 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
@@ -321,13 +312,13 @@ void quantise_block(const float* x, const QuantisedRows& out, int64_t row, int64
     int_store(codes, round_to_int(a * inverse));
     int_store(codes + kLanes, round_to_int(b * inverse));
     int32_t sum = 0;
-    QuantCode* to = out.codes + row * out.k + block * kQuantBlock;
+    QuantCode* to = out.codes + out.code_at(row, block * kQuantBlock);
     for (int i = 0; i < kQuantBlock; ++i) {
-        to[i] = QuantCode(codes[i]);
+        to[i / 4 * 4 * out.group + i % 4] = QuantCode(codes[i]);
         sum += codes[i];
     }
-    out.scales[row * num_blocks + block] = largest / 127.0f;
-    out.sums[row * num_blocks + block] = sum;
+    out.scales[out.block_at(row, block)] = largest / 127.0f;
+    out.sums[out.block_at(row, block)] = sum;
 }
 
 void quantise_row(const float* x, const QuantisedRows& out, int64_t row) {
@@ -352,15 +343,15 @@ void linear_item(const PackedMatrix& w, const LinearInput& in, const LinearOutpu
 }
 
 void linear(const PackedMatrix& w, const float* x, const LinearOutput& out, int64_t rows, int num_threads) {
-    const size_t blocks = w.quantised() ? size_t(rows) * (w.k / kQuantBlock) : 0;
+    const size_t blocks = w.quantised() ? size_t(QuantisedRows::padded(rows)) * (w.k / kQuantBlock) : 0;
     std::unique_ptr<QuantCode[]> codes(new QuantCode[blocks * kQuantBlock]);
     std::unique_ptr<float[]> scales(new float[blocks]);
     std::unique_ptr<int32_t[]> sums(new int32_t[blocks]);
-    const LinearInput in{x, w.k, {codes.get(), scales.get(), sums.get(), w.k}};
+    const LinearInput in{x, w.k, {codes.get(), scales.get(), sums.get(), w.k, QuantisedRows::group_of(rows)}};
     const bool small = int64_t(w.n) * w.k * rows < 65536;
-    parallel(small ? 1 : num_threads, [&](Team& team, int) {
-        if (w.quantised()) team.for_each(rows, [&](int64_t row) { quantise_row(x + row * w.k, in.quantised, row); });
-        team.for_each(linear_items(w), [&](int64_t item) { linear_item(w, in, out, rows, item); });
+    parallel(small ? 1 : num_threads, [&](Team& team, int member) {
+        if (w.quantised()) team.for_each(member, rows, [&](int64_t row) { quantise_row(x + row * w.k, in.quantised, row); });
+        team.for_each(member, linear_items(w), [&](int64_t item) { linear_item(w, in, out, rows, item); });
     });
 }
 

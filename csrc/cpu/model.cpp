@@ -13,7 +13,7 @@ namespace mgk {
 namespace MGK_ISA {
 
 namespace {
-constexpr int64_t kOwnRows = 4;  // up to so many rows each member normalises for itself
+constexpr int64_t kOwnRows = 4, kOwnSpace = kRowGroup;  // up to so many rows each member normalises for itself
 }
 
 KVPages LayeredPages::layer(int64_t index) const {
@@ -28,23 +28,25 @@ KVPages LayeredPages::layer(int64_t index) const {
 }
 
 void Model::Buffer::resize(int64_t rows, int64_t width) {
+    rows = QuantisedRows::padded(rows);
     x.resize(rows * width);
     codes.resize(rows * width);
     scales.resize(rows * width / kQuantBlock);
     sums.resize(rows * width / kQuantBlock);
 }
 
-Model::Rows Model::Buffer::view(int64_t first_row, int64_t width) {
+Model::Rows Model::Buffer::view(int64_t first_row, int64_t width, int64_t rows) {
     const int64_t block = first_row * width / kQuantBlock;
     return {x.data() + first_row * width,
-            {codes.data() + first_row * width, scales.data() + block, sums.data() + block, width}};
+            {codes.data() + first_row * width, scales.data() + block, sums.data() + block, width,
+             QuantisedRows::group_of(rows)}};
 }
 
 void Model::reserve(int64_t tokens, int num_threads) {
     if (tokens <= capacity_ && num_threads <= threads_) return;
     capacity_ = tokens > capacity_ ? tokens : capacity_;
     threads_ = num_threads > threads_ ? num_threads : threads_;
-    const int64_t own = kOwnRows * threads_;
+    const int64_t own = kOwnSpace * threads_;
     hidden_.resize(capacity_ * dim);
     qkv_.resize(capacity_ * 3 * dim);
     normed_.resize(capacity_ > own ? capacity_ : own, dim);
@@ -70,7 +72,7 @@ void Model::check(const StepInput& in) const {
 
 Model::Rows Model::normalise(Team& team, int member, int64_t tokens, const NormWeights& norm, bool quantised) {
     const bool own = tokens <= kOwnRows;
-    const Rows rows = normed_.view(own ? member * kOwnRows : 0, dim);
+    const Rows rows = normed_.view(own ? member * kOwnSpace : 0, dim, tokens);
     auto one = [&](int64_t token) {
         layer_norm_row(hidden_.data() + token * dim, norm.weight, norm.bias, eps, dim, rows.x + token * dim);
         if (quantised) quantise_row(rows.x + token * dim, rows.quantised, token);
@@ -78,34 +80,41 @@ Model::Rows Model::normalise(Team& team, int member, int64_t tokens, const NormW
     if (own)
         for (int64_t token = 0; token < tokens; ++token) one(token);
     else
-        team.for_each(tokens, one);
+        team.for_each(member, tokens, one);
     return rows;
 }
 
-void Model::project(Team& team, const PackedMatrix& w, const Rows& in, int64_t tokens, float* y, const float* residual,
+void Model::project(Team& team, int member, const PackedMatrix& w, const Rows& in, int64_t tokens, float* y, const float* residual,
                     bool gelu, const QuantisedRows* quantised) {
     const LinearInput input{in.x, w.k, in.quantised};
     const LinearOutput output{y, nullptr, residual, w.n, w.n, gelu, quantised};
-    team.for_each(linear_items(w), [&](int64_t item) { linear_item(w, input, output, tokens, item); });
+    team.for_each(member, linear_items(w), [&](int64_t item) { linear_item(w, input, output, tokens, item); });
 }
 
 // q (and behind it, for causal attention, the new k and v) in rows of `stride`; the result goes to mixed_.
-void Model::attend_rows(Team& team, const RaggedRows& rows, const KVPages& pages, const float* q, int64_t stride, bool causal,
-                        bool quantised) {
-    const Rows out = mixed_.view(0, dim);
+void Model::attend_rows(Team& team, int member, const RaggedRows& rows, const KVPages& pages, const float* q, int64_t stride, bool causal,
+                        bool quantised, int64_t num_tokens) {
+    const Rows out = mixed_.view(0, dim, num_tokens);
     const int64_t head_dim = pages.head_dim;
     const float scale = 1.0f / std::sqrt(float(head_dim));
-    team.for_each(rows.num_rows * num_heads, [&](int64_t item) {
-        const int64_t b = item / num_heads, head = item % num_heads, count = rows.num_queries(b);
+    const int64_t together = heads_per_item(rows.num_rows, num_heads, team.num_threads()), groups = num_heads / together;
+    team.for_each(member, rows.num_rows * groups, [&](int64_t item) {
+        const int64_t b = item / groups, head = item % groups * together, count = rows.num_queries(b);
         if (count == 0) return;
         const int64_t first = rows.query_offsets[b], length = rows.kv_lens[b];
         const float* own = q + first * stride + head * head_dim;
         for (int64_t j = 0; causal && j < count; ++j)
-            append_position(pages, rows.table(b), length - count + j, head, own + j * stride + dim, own + j * stride + 2 * dim);
+            for (int64_t h = 0; h < together; ++h) {
+                const float* k = own + j * stride + dim + h * head_dim;
+                append_position(pages, rows.table(b), length - count + j, head + h, k, k + dim);
+            }
         float* to = out.x + first * dim + head * head_dim;
-        attend(pages, rows.table(b), head, causal ? length - count + 1 : length, count, causal, own, stride, scale, to, dim);
+        attend(pages,
+               {rows.table(b), head, together, causal ? length - count + 1 : length, count, causal, own, stride, head_dim, to,
+                dim},
+               scale);
         for (int64_t j = 0; quantised && j < count; ++j)
-            for (int64_t d = 0; d < head_dim; d += kQuantBlock)
+            for (int64_t d = 0; d < together * head_dim; d += kQuantBlock)
                 quantise_block(to + j * dim + d, out.quantised, first + j, (head * head_dim + d) / kQuantBlock);
     });
 }
@@ -115,19 +124,20 @@ void Model::layer(Team& team, int member, const StepInput& in, int64_t index) {
     const int64_t tokens = in.num_tokens;
     float* hidden = hidden_.data();
     Rows rows = normalise(team, member, tokens, w.self_norm, w.qkv.quantised());
-    project(team, w.qkv, rows, tokens, qkv_.data(), nullptr, false, nullptr);
-    attend_rows(team, in.rows, in.pages.layer(index), qkv_.data(), 3 * dim, true, w.self_out.quantised());
-    project(team, w.self_out, mixed_.view(0, dim), tokens, hidden, hidden, false, nullptr);
+    project(team, member, w.qkv, rows, tokens, qkv_.data(), nullptr, false, nullptr);
+    attend_rows(team, member, in.rows, in.pages.layer(index), qkv_.data(), 3 * dim, true, w.self_out.quantised(), tokens);
+    project(team, member, w.self_out, mixed_.view(0, dim, tokens), tokens, hidden, hidden, false, nullptr);
     if (w.cross_q.codes != nullptr) {
         rows = normalise(team, member, tokens, w.cross_norm, w.cross_q.quantised());
-        project(team, w.cross_q, rows, tokens, qkv_.data(), nullptr, false, nullptr);
-        attend_rows(team, in.cross_rows, in.cross_pages.layer(index), qkv_.data(), dim, false, w.cross_out.quantised());
-        project(team, w.cross_out, mixed_.view(0, dim), tokens, hidden, hidden, false, nullptr);
+        project(team, member, w.cross_q, rows, tokens, qkv_.data(), nullptr, false, nullptr);
+        attend_rows(team, member, in.cross_rows, in.cross_pages.layer(index), qkv_.data(), dim, false, w.cross_out.quantised(),
+                    tokens);
+        project(team, member, w.cross_out, mixed_.view(0, dim, tokens), tokens, hidden, hidden, false, nullptr);
     }
     rows = normalise(team, member, tokens, w.ffn_norm, w.fc1.quantised());
-    const Rows wide = wide_.view(0, ffn_dim);
-    project(team, w.fc1, rows, tokens, wide.x, nullptr, true, w.fc2.quantised() ? &wide.quantised : nullptr);
-    project(team, w.fc2, wide, tokens, hidden, hidden, false, nullptr);
+    const Rows wide = wide_.view(0, ffn_dim, tokens);
+    project(team, member, w.fc1, rows, tokens, wide.x, nullptr, true, w.fc2.quantised() ? &wide.quantised : nullptr);
+    project(team, member, w.fc2, wide, tokens, hidden, hidden, false, nullptr);
 }
 
 void Model::embed(const StepInput& in, int64_t token) {
@@ -145,15 +155,15 @@ void Model::embed(const StepInput& in, int64_t token) {
 }
 
 void Model::run(Team& team, int member, const StepInput& in) {
-    team.for_each(in.num_tokens, [&](int64_t token) { embed(in, token); });
+    team.for_each(member, in.num_tokens, [&](int64_t token) { embed(in, token); });
     for (int64_t index = 0; index < int64_t(layers.size()); ++index) layer(team, member, in, index);
-    const Rows rows = normed_.view(0, dim);
-    team.for_each(in.num_logits, [&](int64_t i) {
+    const Rows rows = normed_.view(0, dim, in.num_logits);
+    team.for_each(member, in.num_logits, [&](int64_t i) {
         const float* hidden = hidden_.data() + int64_t(in.logit_tokens[i]) * dim;
         layer_norm_row(hidden, final_norm.weight, final_norm.bias, eps, dim, rows.x + i * dim);
         if (heads.quantised()) quantise_row(rows.x + i * dim, rows.quantised, i);
     });
-    project(team, heads, rows, in.num_logits, in.logits, nullptr, false, nullptr);
+    project(team, member, heads, rows, in.num_logits, in.logits, nullptr, false, nullptr);
 }
 
 void Model::step(const StepInput& in, int num_threads) {
@@ -170,16 +180,16 @@ void Model::write_cross(const float* states, int64_t num_tokens, const RaggedRow
     check_rows(rows, num_tokens, pages.first.num_pages, true);
     std::lock_guard<std::mutex> only(one_step_);
     reserve(num_tokens, num_threads);
-    const Rows input = mixed_.view(0, dim);
-    parallel(num_threads, [&](Team& team, int) {
-        team.for_each(num_tokens, [&](int64_t token) {
+    const Rows input = mixed_.view(0, dim, num_tokens);
+    parallel(num_threads, [&](Team& team, int member) {
+        team.for_each(member, num_tokens, [&](int64_t token) {
             for (int64_t i = 0; i < dim; ++i) input.x[token * dim + i] = states[token * dim + i];
             quantise_row(input.x + token * dim, input.quantised, token);
         });
         for (int64_t index = 0; index < int64_t(layers.size()); ++index) {
-            project(team, layers[index].cross_kv, input, num_tokens, qkv_.data(), nullptr, false, nullptr);
+            project(team, member, layers[index].cross_kv, input, num_tokens, qkv_.data(), nullptr, false, nullptr);
             const KVPages own = pages.layer(index);
-            team.for_each(rows.num_rows * num_heads, [&](int64_t item) {
+            team.for_each(member, rows.num_rows * num_heads, [&](int64_t item) {
                 const int64_t b = item / num_heads, head = item % num_heads, count = rows.num_queries(b);
                 for (int64_t j = 0; j < count; ++j) {
                     const float* k = qkv_.data() + (rows.query_offsets[b] + j) * 2 * dim + head * own.head_dim;

@@ -77,8 +77,8 @@ void embed_row(const EmbeddingTables& e, const int32_t* codes, int64_t position,
 
 void layer_norm(const float* x, const float* weight, const float* bias, float* residual, float eps, int64_t rows,
                 int64_t dim, float* y, int num_threads) {
-    parallel(rows * dim < kSmall ? 1 : num_threads, [&](Team& team, int) {
-        team.for_each(rows, [&](int64_t row) {
+    parallel(rows * dim < kSmall ? 1 : num_threads, [&](Team& team, int member) {
+        team.for_each(member, rows, [&](int64_t row) {
             const float* input = x + row * dim;
             if (residual != nullptr) {
                 float* sum = residual + row * dim;
@@ -97,8 +97,8 @@ void embed_codes(const EmbeddingTables& e, const int32_t* codes, const int32_t* 
         for (int32_t k = 0; k < e.num_codebooks; ++k)
             check_range("codes", row * e.num_codebooks + k, codes[row * e.num_codebooks + k], 0, e.num_codes + 1);
     }
-    parallel(rows * e.dim < kSmall ? 1 : num_threads, [&](Team& team, int) {
-        team.for_each(rows, [&](int64_t row) { embed_row(e, codes + row * e.num_codebooks, positions[row], y + row * e.dim); });
+    parallel(rows * e.dim < kSmall ? 1 : num_threads, [&](Team& team, int member) {
+        team.for_each(member, rows, [&](int64_t row) { embed_row(e, codes + row * e.num_codebooks, positions[row], y + row * e.dim); });
     });
 }
 

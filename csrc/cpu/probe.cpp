@@ -25,10 +25,10 @@ template <class Body> double timed(int num_threads, Body body) {
 double stream_read_seconds(const char* data, int64_t bytes, int num_threads) {
     constexpr int64_t piece = 256 * 1024;
     const double start = now();
-    parallel(num_threads, [&](Team& team, int) {
+    parallel(num_threads, [&](Team& team, int member) {
         I16 sum[8];
         for (I16& s : sum) s = int_zero();
-        team.for_each((bytes + piece - 1) / piece, [&](int64_t i) {
+        team.for_each(member, (bytes + piece - 1) / piece, [&](int64_t i) {
             const int64_t end = (i + 1) * piece < bytes ? (i + 1) * piece : bytes;
             for (int64_t at = i * piece; at < end; at += 512)
                 for (int k = 0; k < 8; ++k) sum[k] = sum[k] + int_load(data + at + k * 64);
@@ -50,7 +50,8 @@ double fma_per_second(int num_threads) {
         const F16 a = set1(0.999f), b = set1(0.001f);
         for (F16& v : x) v = b;
         for (int64_t i = 0; i < rounds; ++i)
-            for (F16& v : x) v = fma(v, a, b);
+#pragma GCC unroll 16
+            for (int c = 0; c < chains; ++c) x[c] = fma(x[c], a, b);
         for (F16& v : x) sink = sink + int32_t(sum_lanes(v));
     });
     return double(rounds) * chains * kLanes * num_threads / seconds;
@@ -69,7 +70,9 @@ double int8_per_second(int num_threads) {
         I16 sum[chains], w = int_set1(0x01020304), x = int_set1(0x01010101);
         for (I16& s : sum) s = int_zero();
         for (int64_t i = 0; i < rounds; ++i) {
-            for (I16& s : sum) {
+#pragma GCC unroll 16
+            for (int c = 0; c < chains; ++c) {
+                I16& s = sum[c];
 #if defined(MGK_LEVEL_AVX512)
                 s.part[0] = _mm512_dpbusd_epi32(s.part[0], w.part[0], x.part[0]);
 #elif defined(MGK_LEVEL_AVX2)
@@ -79,7 +82,6 @@ double int8_per_second(int num_threads) {
                 s = dot_pairs(w, x, dot_pairs(w, x, s));  // two 16-bit steps for the same number of products
 #endif
             }
-            asm volatile("" ::: "memory");
         }
         alignas(64) int32_t lanes[kLanes];
         for (const I16& s : sum) {

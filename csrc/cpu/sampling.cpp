@@ -235,9 +235,9 @@ void check(const SampleArguments& a) {
 void delayed_sample_step(const SampleArguments& a, int num_threads) {
     check(a);
     const int64_t work = a.num_requests * a.num_codebooks;
-    parallel(work < 8 ? 1 : num_threads, [&](Team& team, int) {
+    parallel(work < 8 ? 1 : num_threads, [&](Team& team, int member) {
         Scratch scratch(a.num_codes);
-        team.for_each(work, [&](int64_t i) { decide(a, i / a.num_codebooks, int32_t(i % a.num_codebooks), scratch); });
+        team.for_each(member, work, [&](int64_t i) { decide(a, i / a.num_codebooks, int32_t(i % a.num_codebooks), scratch); });
     });
 }
 

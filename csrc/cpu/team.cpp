@@ -30,8 +30,8 @@ void ThreadPool::start(int num_threads) {
 
 void ThreadPool::run(int num_threads, Function function, void* context) {
     std::lock_guard<std::mutex> only(one_call_);
-    start(num_threads);
     Team team(num_threads);
+    start(team.num_threads());
     call_ = {function, context, &team};
     running_.store(uint32_t(threads_.size()), std::memory_order_relaxed);
     {

@@ -50,9 +50,21 @@ void check_rows(const RaggedRows& rows, int64_t num_queries, int64_t num_pages, 
 void append_position(const KVPages& pages, const int32_t* table, int64_t position, int64_t head, const float* k,
                      const float* v);
 
-// One head of `count` queries; query i sees lens = first_len + i positions (causal) or first_len (not).
-void attend(const KVPages& pages, const int32_t* table, int64_t head, int64_t first_len, int64_t count, bool causal,
-            const float* q, int64_t q_stride, float scale, float* out, int64_t out_stride);
+// Queries of one row for some heads that lie side by side.
+struct AttendItem {
+    const int32_t* table;
+    int64_t head, num_heads;
+    int64_t first_len, count;  // query i sees first_len + i positions (causal) or first_len (not)
+    bool causal;
+    const float* q;  // of the first query and head
+    int64_t q_stride, q_head_stride;
+    float* out;
+    int64_t out_stride;
+};
+void attend(const KVPages& pages, const AttendItem& item, float scale);
+
+// How many heads to give to one item, so that every thread still gets several.
+int64_t heads_per_item(int64_t num_rows, int64_t num_heads, int num_threads);
 
 void append_paged_kv(const KVPages& pages, const RaggedRows& rows, const float* k, const float* v, int64_t k_stride,
                      int64_t k_head_stride, int64_t v_stride, int64_t v_head_stride, int num_threads);

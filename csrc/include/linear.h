@@ -31,11 +31,23 @@ using QuantCode = int16_t;
 #else
 using QuantCode = int8_t;
 #endif
+// A group of rows (2, 4 or 8, as many as there are) is interleaved four inputs at a time, so that the inner loop finds
+// them side by side and a decode step's two rows stay small enough for the first-level cache.
+constexpr int kRowGroup = 8;
 struct QuantisedRows {
-    QuantCode* codes;   // [rows, k]
-    float* scales;      // [rows, k/32]
-    int32_t* sums;      // [rows, k/32], the sum of a block's codes
+    QuantCode* codes;  // [rows/group, k/4, group, 4]
+    float* scales;     // [rows/group, k/32, group]
+    int32_t* sums;     // [rows/group, k/32, group], the sum of a block's codes
     int64_t k;
+    int32_t group;
+    int64_t code_at(int64_t row, int64_t input) const {
+        return row / group * group * k + input * group + row % group * 4;  // input a multiple of 4
+    }
+    int64_t block_at(int64_t row, int64_t block) const {
+        return (row / group * (k / kQuantBlock) + block) * group + row % group;
+    }
+    static int32_t group_of(int64_t rows) { return rows <= 2 ? 2 : rows <= 4 ? 4 : kRowGroup; }
+    static int64_t padded(int64_t rows) { return (rows + kRowGroup - 1) / kRowGroup * kRowGroup; }
 };
 
 struct LinearInput {

@@ -73,10 +73,10 @@ private:
     void reserve(int64_t tokens, int num_threads);
     void embed(const StepInput& in, int64_t token);
     Rows normalise(Team& team, int member, int64_t tokens, const NormWeights& norm, bool quantised);
-    void project(Team& team, const PackedMatrix& w, const Rows& in, int64_t tokens, float* y, const float* residual, bool gelu,
+    void project(Team& team, int member, const PackedMatrix& w, const Rows& in, int64_t tokens, float* y, const float* residual, bool gelu,
                  const QuantisedRows* quantised);
-    void attend_rows(Team& team, const RaggedRows& rows, const KVPages& pages, const float* q, int64_t stride, bool causal,
-                     bool quantised);
+    void attend_rows(Team& team, int member, const RaggedRows& rows, const KVPages& pages, const float* q, int64_t stride, bool causal,
+                     bool quantised, int64_t num_tokens);
     void run(Team& team, int member, const StepInput& in);
     void layer(Team& team, int member, const StepInput& in, int64_t index);
 
@@ -89,7 +89,7 @@ private:
         std::vector<QuantCode> codes;
         std::vector<int32_t> sums;
         void resize(int64_t rows, int64_t width);
-        Rows view(int64_t first_row, int64_t width);
+        Rows view(int64_t first_row, int64_t width, int64_t rows);
     };
     Buffer normed_, mixed_, wide_;
 };

@@ -1,7 +1,7 @@
 // A team of threads that runs one function together, and the few ways in which its members meet.
 //
-// The calling thread is member 0. Work is handed out in pieces by a shared counter, so a core that is busy with other
-// work takes fewer of them; what a piece computes never depends on who computes it.
+// The calling thread is member 0. Work is handed out in pieces by shared counters, so a core that is busy with other work
+// takes fewer of them; what a piece computes never depends on who computes it.
 #pragma once
 
 #include <atomic>
@@ -17,6 +17,7 @@
 namespace mgk {
 namespace MGK_ISA {
 
+constexpr int kMaxThreads = 64;
 constexpr int kSpins = 1000;  // some 10 to 40 microseconds, as long as `pause` takes
 
 // Futex: sleep while the word still holds `value` (may return early); wake all who sleep on it.
@@ -25,20 +26,20 @@ void wake_all(std::atomic<uint32_t>& word);
 
 class Team {
 public:
-    explicit Team(int num_threads) : num_threads_(num_threads) {}
+    explicit Team(int num_threads) : num_threads_(num_threads < kMaxThreads ? num_threads : kMaxThreads) {}
     int num_threads() const { return num_threads_; }
 
     // Returns when every member has called it. Spins for a moment, because the next phase is microseconds away; then
     // sleeps, so that the core is free for a member that lost its own to other work.
     void barrier() {
         if (num_threads_ == 1) {
-            next_.store(0, std::memory_order_relaxed);
+            reset();
             return;
         }
         const uint32_t phase = phase_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
-            next_.store(0, std::memory_order_relaxed);
+            reset();
             phase_.store(phase + 1, std::memory_order_seq_cst);
             if (sleepers_.load(std::memory_order_seq_cst) > 0) wake_all(phase_);
             return;
@@ -52,12 +53,17 @@ public:
         sleepers_.fetch_sub(1, std::memory_order_relaxed);
     }
 
-    // Calls work(i) for every i in [0, count), each once, by whichever member is free, then meets at a barrier.
-    template <class Work> void for_each(int64_t count, Work&& work) {
-        for (;;) {
-            const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-            if (i >= count) break;
-            work(i);
+    // Calls work(i) for every i in [0, count), each once, then meets at a barrier. A member goes through a range of its
+    // own in order (memory is then read in long runs), and afterwards helps the others with theirs.
+    template <class Work> void for_each(int member, int64_t count, Work&& work) {
+        for (int turn = 0; turn < num_threads_; ++turn) {
+            const int owner = (member + turn) % num_threads_;
+            const int64_t begin = count * owner / num_threads_, end = count * (owner + 1) / num_threads_;
+            for (;;) {
+                const int64_t i = begin + done_[owner].count.fetch_add(1, std::memory_order_relaxed);
+                if (i >= end) break;
+                work(i);
+            }
         }
         barrier();
     }
@@ -67,7 +73,13 @@ private:
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<uint32_t> phase_{0};
     std::atomic<int> sleepers_{0};
-    alignas(64) std::atomic<int64_t> next_{0};
+    struct alignas(64) Counter {
+        std::atomic<int64_t> count{0};
+    };
+    void reset() {
+        for (int i = 0; i < num_threads_; ++i) done_[i].count.store(0, std::memory_order_relaxed);
+    }
+    Counter done_[kMaxThreads];
 };
 
 // Threads that wait for the next call: a moment of spinning, then asleep.

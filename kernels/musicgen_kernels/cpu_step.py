@@ -6,12 +6,15 @@ after the largest step has been seen. It checks what it is given; the compiled c
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .checks import check_tensor
 from .cpu import HEAD_DIMS, TABLE_DTYPES, load, packed_arguments, page_arguments, row_arguments
 from .errors import BackendUnavailableError, KernelArgumentError
+from .isa import empty_bytes
 from .linear import check_packed
 from .packing import PackedLinear
 from .pages import KVStore
@@ -27,7 +30,8 @@ class CpuStep:
     One object may be used from several threads; its steps then run one after another. The GIL is released meanwhile.
 
     Args:
-        weights: packed in "tiles" order, on the CPU; kept alive by this object.
+        weights: packed in "tiles" order, on the CPU. The matrices are copied into one piece of memory with large pages
+            (`self.weights` describes it): drop the originals.
         backend: "cpu", or "cpu:level" for one instruction-set level.
 
     Raises:
@@ -40,7 +44,7 @@ class CpuStep:
         if name != "cpu":
             raise BackendUnavailableError(backend, "this is the CPU's step")
         _check_weights(weights)
-        self.weights = weights
+        self.weights = weights = _gathered(weights)
         self.level = load(level or None).level
         table, sinusoids = weights.embeddings, weights.sinusoids
         ffn_dim = weights.blocks[0].fc1.out_features
@@ -105,6 +109,38 @@ class CpuStep:
             *(states.data_ptr(), states.shape[0], row_arguments(page_table, query_offsets, lens)),
             *(_store_arguments(cross_pages), torch.get_num_threads()),
         )
+
+
+def _gathered(weights: DecoderWeights) -> DecoderWeights:
+    """The same weights, every matrix in one piece of memory, in the order in which a step reads them."""
+    matrices = [matrix for block in weights.blocks for matrix in _matrices(block)] + [weights.heads]
+    memory = empty_bytes(sum(_rounded(matrix.data.nbytes) for matrix in matrices))
+    used = 0
+
+    def move(matrix: PackedLinear) -> PackedLinear:
+        nonlocal used
+        place = memory[used : used + matrix.data.nbytes].copy_(matrix.data)
+        used += _rounded(matrix.data.nbytes)
+        return replace(matrix, data=place)
+
+    def move_block(block: BlockWeights) -> BlockWeights:
+        qkv, out = move(block.qkv), move(block.out)
+        cross = block.cross
+        if cross is not None:
+            cross = replace(cross, q=move(cross.q), out=move(cross.out), kv=move(cross.kv))
+        return replace(block, qkv=qkv, out=out, cross=cross, fc1=move(block.fc1), fc2=move(block.fc2))
+
+    return replace(weights, blocks=tuple(move_block(block) for block in weights.blocks), heads=move(weights.heads))
+
+
+def _matrices(block: BlockWeights) -> list[PackedLinear]:
+    cross = [] if block.cross is None else [block.cross.q, block.cross.out, block.cross.kv]
+    return [block.qkv, block.out, *cross, block.fc1, block.fc2]
+
+
+def _rounded(num_bytes: int) -> int:
+    """Up to whole cache lines."""
+    return (num_bytes + 63) // 64 * 64
 
 
 def _token_arguments(batch: StepBatch) -> tuple[int, ...]:

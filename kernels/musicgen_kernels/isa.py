@@ -11,7 +11,7 @@ import importlib
 import os
 from types import ModuleType
 
-import torch  # noqa: F401  (first: its OpenMP runtime must be the one that is loaded)
+import torch  # first: its OpenMP runtime must be the one that is loaded
 
 from .errors import BackendUnavailableError
 
@@ -31,6 +31,19 @@ def supported_levels() -> list[str]:
     except ImportError as error:
         raise BackendUnavailableError("cpu", f"the native kernels are not built ({error}); {_HINT}") from None
     return list(probe.supported_levels())
+
+
+def empty_bytes(num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8, uninitialised, aligned to 2 MiB and in pages of that size where the system gives them."""
+    huge = 1 << 21
+    memory = torch.empty(num_bytes + huge, dtype=torch.uint8)
+    start = -memory.data_ptr() % huge
+    try:
+        probe = importlib.import_module(f"{__package__}._cpuid")
+    except ImportError:
+        return memory[start : start + num_bytes]
+    probe.advise_huge_pages(memory.data_ptr(), memory.nbytes)
+    return memory[start : start + num_bytes]
 
 
 def load_level(level: str | None) -> tuple[str, ModuleType]:

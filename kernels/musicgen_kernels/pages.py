@@ -14,6 +14,7 @@ and int8 pairs side by side, so that 16-bit multiply-add instructions take them 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import KernelArgumentError
+from .isa import empty_bytes
 
 PAGE_LEN = 16
 SPLIT_LEN = 256
@@ -121,7 +123,10 @@ def new_kv_store(
     shape = (num_layers, num_pages, num_heads, PAGE_LEN, head_dim)
 
     def zeros() -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=place)
+        if place.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=place)
+        num_bytes = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+        return empty_bytes(num_bytes).zero_().view(dtype).view(shape)
 
     def scales() -> Tensor | None:
         return torch.zeros(shape[:-1], dtype=torch.float32, device=place) if dtype == torch.int8 else None

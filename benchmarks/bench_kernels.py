@@ -1,0 +1,224 @@
+"""Kernel microbenchmarks: `python -m benchmarks.bench_kernels`.
+
+Every row is measured between two STREAM probes of the same run and compared with them; a row whose probes differ by
+more than 10 % says so. The last line on stdout is one JSON object. Data is cold unless it is re-used within one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from musicgen_kernels.isa import LEVELS
+
+from .kernel_cases import Case, attention_case, kinds_of, linear_case, sampling_case
+from .machine import DRIFT_LIMIT, Machine, Peaks, gpu_name, load_average
+from .step_case import SHAPES, step_case, transformers_step
+
+Row = dict[str, Any]
+COLUMNS = (
+    *("op", "backend", "isa", "weights", "activations", "kv", "rows", "length", "heads", "page", "threads"),
+    *("median_us", "p10_us", "p95_us", "bytes", "gb_per_s", "stream_gb_per_s", "pct_of_stream", "gflop_per_s"),
+    *("pct_of_peak", "bound_us", "pct_of_bound", "peer_us", "times_peer", "max_error", "error_ratio", "load"),
+    *("note", "command"),
+)
+PRINTED = (
+    *("op", "backend", "weights", "kv", "rows", "length", "median_us", "p10_us", "p95_us", "gb_per_s"),
+    *("pct_of_stream", "gflop_per_s", "pct_of_peak", "pct_of_bound", "times_peer", "max_error", "note"),
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__)
+    parser.add_argument("--op", default="linear,attention,sampling,step", help="comma-separated")
+    parser.add_argument("--backend", default="cpu", help="cpu, or cpu:level; comma-separated")
+    parser.add_argument("--weights", default="fp32,bf16,int8,int4")
+    parser.add_argument("--kv", default="fp32,bf16,fp16,int8")
+    parser.add_argument("--rows", default="2,16", help="rows of a linear; attention and step take the first")
+    parser.add_argument("--length", type=int, default=1008, help="positions, for attention")
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--size", default="4096x4096", help="NxK of a linear")
+    parser.add_argument("--model", default="small", choices=sorted(SHAPES))
+    parser.add_argument("--step", default="int4/int8,int8/fp16", help="weights/KV of whole steps")
+    parser.add_argument("--step-length", type=int, default=750)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--refcheck", action="store_true", help="compare with float64")
+    parser.add_argument("--peer", action="store_true", help="time transformers' fp32 step beside the whole step")
+    parser.add_argument("--cold", action="store_true", help="flush the caches before every repeat")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="roofline, PNG or SVG")
+    return parser.parse_args()
+
+
+def cases(options: argparse.Namespace, backend: str) -> Iterator[Case]:
+    """The asked-for cases of one backend, made one after another so that their memory is freed."""
+    ops, rows = options.op.split(","), [int(r) for r in options.rows.split(",")]
+    n, k = (int(part) for part in options.size.split("x"))
+    if "linear" in ops:
+        yield from (linear_case(backend, kind, r, n, k) for kind in kinds_of(options.weights) for r in rows)
+    if "attention" in ops:
+        for kv in options.kv.split(","):
+            yield attention_case(backend, kv, rows[0], options.length, options.heads)
+    if "sampling" in ops:
+        yield sampling_case(backend, 16, 4, 2048)
+    if "step" in ops:
+        peer = transformers_step(options.model, rows[0], options.step_length) if options.peer else None
+        for pair in options.step.split(","):
+            kind, kv = pair.split("/")
+            yield step_case(backend, options.model, kinds_of(kind)[0], kv, rows[0], options.step_length, peer)
+
+
+def seconds_of(run: Callable[[], None], repeats: int, before: Callable[[], None] | None = None) -> list[float]:
+    """Sorted times of `repeats` calls, after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeats):
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return sorted(times)
+
+
+def measure(case: Case, machine: Machine, peaks: Peaks, options: argparse.Namespace) -> Row:
+    """Time a case between two STREAM probes."""
+    first = machine.stream_bytes_per_s()
+    times = seconds_of(case.run, options.repeats, machine.flush if options.cold else None)
+    second = machine.stream_bytes_per_s()
+    times = [t / case.calls for t in times]
+    median, stream = statistics.median(times), (first + second) / 2
+    peak = peaks.int8 if case.int8_peak else peaks.fp32
+    bound = max(case.num_bytes / stream, case.operations / peak)
+    notes = [case.note] if case.note else []
+    if abs(first - second) > DRIFT_LIMIT * stream:
+        notes.append(f"STREAM drifted: {first / 1e9:.1f} to {second / 1e9:.1f} GB/s")
+    peer = statistics.median(seconds_of(case.peer, 5)) if case.peer is not None else math.nan
+    error, ratio = case.errors() if options.refcheck else (math.nan, math.nan)
+    return {
+        **{name: getattr(case, name) for name in ("op", "backend", "weights", "activations", "kv")},
+        **{name: getattr(case, name) for name in ("rows", "length", "heads")},
+        "isa": machine.level,
+        "page": 16,
+        "threads": options.threads,
+        "bytes": case.num_bytes,
+        "median_us": median * 1e6,
+        "p10_us": quantile(times, 0.1) * 1e6,
+        "p95_us": quantile(times, 0.95) * 1e6,
+        "gb_per_s": case.num_bytes / median / 1e9,
+        "stream_gb_per_s": stream / 1e9,
+        "pct_of_stream": 100 * case.num_bytes / median / stream,
+        "bound_us": bound * 1e6,
+        "gflop_per_s": case.operations / median / 1e9,
+        "pct_of_peak": 100 * case.operations / median / peak,
+        "pct_of_bound": 100 * bound / median,
+        "peer_us": peer * 1e6,
+        "times_peer": peer / median,
+        "max_error": error,
+        "error_ratio": ratio,
+        "load": load_average(),
+        "note": "; ".join(notes),
+        "command": command(case, options),
+    }
+
+
+def quantile(ordered: list[float], fraction: float) -> float:
+    """The nearest entry of a sorted list."""
+    return ordered[min(len(ordered) - 1, round(fraction * (len(ordered) - 1)))]
+
+
+def command(case: Case, options: argparse.Namespace) -> str:
+    """What repeats this row alone."""
+    text = f"python -m benchmarks.bench_kernels --backend {case.backend} --threads {options.threads}"
+    if case.op == "linear":
+        return f"{text} --op linear --weights {case.weights} --rows {case.rows} --size {options.size}"
+    if case.op == "paged_attention":
+        sizes = f"--rows {case.rows} --length {case.length} --heads {case.heads}"
+        return f"{text} --op attention --kv {case.kv} {sizes}"
+    if case.op.startswith("step"):
+        sizes = f"--model {options.model} --rows {case.rows} --step-length {case.length}"
+        return f"{text} --op step --step {case.weights}/{case.kv} {sizes}" + (" --peer" if options.peer else "")
+    return f"{text} --op sampling"
+
+
+def show(row: Row) -> str:
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return "-" if math.isnan(value) else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+        return str(value)
+
+    return "  ".join(f"{name}={cell(row[name])}" for name in PRINTED if row[name] not in ("", "-"))
+
+
+def plot(rows: list[Row], peaks: Peaks, path: Path) -> None:
+    """A roofline: each row by its operations a byte and its operations a second."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    stream = statistics.median(row["stream_gb_per_s"] for row in rows)
+    grid = [2.0**i for i in range(-3, 9)]
+    for label, peak in (("fp32", peaks.fp32), ("8-bit", peaks.int8)):
+        axes.plot(grid, [min(x * stream, peak / 1e9) for x in grid], label=f"bound, {label} arithmetic")
+    for row in rows:
+        if row["gflop_per_s"] > 0:
+            x, y = row["gflop_per_s"] / row["gb_per_s"], row["gflop_per_s"]
+            axes.plot([x], [y], "o")
+            name = f"{row['op']} {row['weights']} {row['kv']} x{row['rows']}".replace(" -", "")
+            axes.annotate(name, (x, y), fontsize=6)
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s (8-bit: GOP/s)")
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight", dpi=150)
+
+
+def main() -> None:
+    options = arguments()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    rows: list[Row] = []
+    summary: dict[str, Any] = {"gpu": gpu_name(), "threads": options.threads}
+    for backend in options.backend.split(","):
+        level = backend.partition(":")[2] or None
+        if level is not None and level not in LEVELS:
+            raise SystemExit(f"--backend: expected cpu or cpu:{{{','.join(LEVELS)}}}, got {backend!r}")
+        machine = Machine(level, options.threads)
+        peaks = machine.peaks()
+        print(f"# {backend} ({machine.level}): fp32 {peaks.fp32 / 1e9:.0f} GFLOP/s, 8-bit {peaks.int8 / 1e9:.0f} GOP/s")
+        for case in cases(options, backend):
+            rows.append(measure(case, machine, peaks, options))
+            print(show(rows[-1]), flush=True)
+        summary[f"peaks {backend}"] = {"fp32_flop_per_s": peaks.fp32, "int8_op_per_s": peaks.int8}
+        if options.plot:
+            plot(rows, peaks, options.plot)
+    write(rows, summary, options)
+
+
+def write(rows: list[Row], summary: dict[str, Any], options: argparse.Namespace) -> None:
+    """Files that were asked for, and the JSON object on the last line."""
+    clean = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+    text = json.dumps({**summary, "rows": clean})
+    if options.json:
+        options.json.write_text(text + "\n")
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS)
+            table.writeheader()
+            table.writerows(clean)
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The cases of the kernel benchmark: for each, a closure to time, its bytes and operations, its error, its inputs.
+
+A CPU case works through enough copies of its data that none of it stays in a cache between two calls on the same copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import musicgen_kernels as kernels
+import torch
+from musicgen_kernels.isa import empty_bytes
+from musicgen_kernels.packing import KINDS, Kind
+from torch import Tensor
+
+WORKING_SET = 96 << 20
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        op, backend: what runs.
+        weights, activations, kv: dtypes by name, "-" where there is none.
+        rows, length, heads: sizes; 0 where they mean nothing.
+        run: does the work `calls` times, each on other data.
+        calls: calls in one `run`.
+        num_bytes: read and written by one call, each byte counted once.
+        operations: multiplications and additions of one call.
+        int8_peak: whether the arithmetic bound is the 8-bit peak.
+        errors: gives (largest error, ratio to PyTorch's in the same dtype) against float64, or (NMSE, NaN).
+        peer: the same work in PyTorch, or None.
+        note: what the numbers do not say.
+    """
+
+    op: str
+    backend: str
+    weights: str
+    activations: str
+    kv: str
+    rows: int
+    length: int
+    heads: int
+    run: Callable[[], None]
+    calls: int
+    num_bytes: int
+    operations: int
+    int8_peak: bool
+    errors: Callable[[], tuple[float, float]]
+    peer: Callable[[], None] | None = None
+    note: str = field(default="")
+
+
+def _errors(result: Tensor, exact: Tensor, torch_result: Tensor | None) -> tuple[float, float]:
+    if torch_result is None:
+        square = (result.double() - exact).square().sum() / exact.square().sum()
+        return square.item(), float("nan")
+    error = (result.double() - exact).abs().max().item()
+    peer = (torch_result.double() - exact).abs().max().item()
+    return error, error / peer if peer else float("nan")
+
+
+def attention_case(backend: str, kv: str, rows: int, length: int, heads: int) -> Case:
+    """Decode: one query a row over `length` positions in shuffled pages."""
+    per_row, dtype = (length + 15) // 16, DTYPES[kv]
+    layer_bytes = kernels.page_bytes(1, heads, 64, dtype) * per_row * rows
+    layers = max(2, WORKING_SET // layer_bytes)
+    store = kernels.new_kv_store(layers, per_row * rows, heads, 64, dtype)
+    table = torch.randperm(per_row * rows).to(torch.int32).view(rows, per_row)
+    offsets, lens = torch.arange(rows + 1, dtype=torch.int32), torch.full((rows,), length, dtype=torch.int32)
+    keys, values = torch.randn(2, rows * length, heads, 64).unbind(0)
+    views = [store.layer(i) for i in range(layers)]
+    for view in views:
+        kernels.append_paged_kv(keys, values, view, table, offsets * length, lens, backend=backend)
+    query, out = torch.randn(rows, heads, 64), torch.empty(rows, heads, 64)
+
+    def run() -> None:
+        for view in views:
+            kernels.paged_attention(query, view, table, offsets, lens, out=out, backend=backend)
+
+    def errors() -> tuple[float, float]:
+        rows_of = (views[0], table, offsets, lens)
+        got = kernels.paged_attention(query, *rows_of, backend=backend)
+        exact = kernels.paged_attention(query.double(), *rows_of, backend="reference")
+        rounded = kernels.paged_attention(query, *rows_of, backend="reference")
+        return _errors(got, exact, None if dtype == torch.int8 else rounded)
+
+    return Case(
+        op="paged_attention", backend=backend, weights="-", activations="fp32", kv=kv, rows=rows, length=length,
+        heads=heads, run=run, calls=layers, num_bytes=layer_bytes * length // (16 * per_row) + 2 * query.nbytes,
+        operations=4 * rows * length * heads * 64, int8_peak=False, errors=errors,
+    )  # fmt: skip
+
+
+def linear_case(backend: str, kind: Kind, rows: int, n: int, k: int) -> Case:
+    """x [rows, k] by packed weights [n, k]."""
+    one = kernels.pack_linear(torch.randn(n, k) / k**0.5, kind)
+    weights = [kernels.unpack_header(_placed(one.data)) for _ in range(max(2, WORKING_SET // one.data.nbytes))]
+    x, out = torch.randn(rows, k), torch.empty(rows, n)
+
+    def run() -> None:
+        for weight in weights:
+            kernels.linear(x, weight, out=out, backend=backend)
+
+    def errors() -> tuple[float, float]:
+        got, dense = kernels.linear(x, one, backend=backend), one.dequantise()
+        exact = x.double() @ dense.double().T
+        return _errors(got, exact, x @ dense.T if kind in ("fp32", "bf16") else None)
+
+    return Case(
+        op="linear", backend=backend, weights=kind, activations="fp32", kv="-", rows=rows, length=0, heads=0,
+        run=run, calls=len(weights), num_bytes=one.data.nbytes + x.nbytes + out.nbytes,
+        operations=2 * rows * n * k, int8_peak=kind in ("int8", "int4"), errors=errors, note=f"{n}x{k}",
+    )  # fmt: skip
+
+
+def _placed(data: Tensor) -> Tensor:
+    return empty_bytes(data.nbytes).copy_(data)
+
+
+def sampling_case(backend: str, requests: int, codebooks: int, num_codes: int) -> Case:
+    """Guidance over two rows a request, top-k 250, the draw and the write-back; the peer is the same in PyTorch."""
+    logits = torch.randn(2 * requests, codebooks, num_codes) * 3
+    sequences = torch.empty(requests, codebooks, 16, dtype=torch.int32)
+    delays = torch.arange(codebooks, dtype=torch.int32)
+
+    def full(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((requests,), value, dtype=dtype)
+
+    batch = kernels.SampleBatch(
+        torch.arange(requests + 1, dtype=torch.int32) * 2,
+        torch.arange(requests, dtype=torch.int32),
+        *(full(10, torch.int32), full(100, torch.int32), torch.arange(requests)),
+        *(full(3.0, torch.float32), full(0.0, torch.float32), full(1.0, torch.float32)),
+        *(full(250, torch.int32), full(0.0, torch.float32)),
+    )
+
+    def run() -> None:
+        sequences.fill_(kernels.UNKNOWN_CODE)
+        kernels.delayed_sample_step(logits, batch, delays, sequences, backend=backend)
+
+    def composite() -> None:
+        pairs = logits.view(requests, 2, codebooks, num_codes)
+        mixed = pairs[:, 1] + 3.0 * (pairs[:, 0] - pairs[:, 1])
+        probabilities = mixed.softmax(-1)
+        kept = probabilities.topk(250, dim=-1).values[..., -1:]
+        probabilities = torch.where(probabilities >= kept, probabilities, 0.0)
+        drawn = torch.multinomial(probabilities.flatten(0, 1), 1).view(requests, codebooks)
+        frames = 9 - delays
+        sequences[:, :, 10] = torch.where((frames >= 0) & (frames < 100), drawn.int(), num_codes)
+
+    def errors() -> tuple[float, float]:
+        held = [torch.full_like(sequences, kernels.UNKNOWN_CODE) for _ in range(2)]
+        ours = kernels.delayed_sample_step(logits, batch, delays, held[0], backend=backend)
+        theirs = kernels.delayed_sample_step(logits, batch, delays, held[1], backend="reference")
+        return float((ours != theirs).sum().item()), float("nan")
+
+    return Case(
+        op="delayed_sample_step", backend=backend, weights="-", activations="fp32", kv="-", rows=2 * requests,
+        length=num_codes, heads=codebooks, run=run, calls=1, num_bytes=logits.nbytes,
+        operations=0, int8_peak=False, errors=errors, peer=composite,
+        note="error: codes that differ from the reference",
+    )  # fmt: skip
+
+
+def kinds_of(names: str) -> list[Kind]:
+    """The weight kinds in a comma-separated list."""
+    wanted = names.split(",")
+    return [kind for kind in KINDS if kind in wanted]

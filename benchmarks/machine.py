@@ -1,0 +1,61 @@
+"""What this machine can do, measured beside a benchmark: read bandwidth, arithmetic peaks, load."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import dataclass
+
+import torch
+from musicgen_kernels.isa import empty_bytes, load_level
+
+STREAM_BYTES = 256 << 20
+DRIFT_LIMIT = 0.10
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Arithmetic peaks of all threads together, in operations (a multiply-add is two) a second.
+
+    Attributes:
+        fp32: with fp32 multiply-adds.
+        int8: with 8-bit multiply-adds.
+    """
+
+    fp32: float
+    int8: float
+
+
+class Machine:
+    """Probes at one instruction-set level and number of threads."""
+
+    def __init__(self, level: str | None, num_threads: int) -> None:
+        self.level, self._native = load_level(level)
+        self.num_threads = num_threads
+        self._buffer = empty_bytes(STREAM_BYTES).fill_(1)
+
+    def stream_bytes_per_s(self) -> float:
+        """Read bandwidth: the median of five passes over 256 MiB, all threads."""
+        address = self._buffer.data_ptr()
+        seconds = [self._native.stream_read_seconds(address, STREAM_BYTES, self.num_threads) for _ in range(5)]
+        return STREAM_BYTES / float(statistics.median(seconds))
+
+    def flush(self) -> None:
+        """Push everything else out of the caches."""
+        self._native.stream_read_seconds(self._buffer.data_ptr(), STREAM_BYTES, self.num_threads)
+
+    def peaks(self) -> Peaks:
+        """The best of three probes each."""
+        fp32 = max(self._native.fma_per_second(self.num_threads) for _ in range(3))
+        int8 = max(self._native.int8_per_second(self.num_threads) for _ in range(3))
+        return Peaks(2 * fp32, 2 * int8)
+
+
+def load_average() -> float:
+    """Of the last minute."""
+    return os.getloadavg()[0]
+
+
+def gpu_name() -> str | None:
+    """The GPU that kernels would run on; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
