@@ -39,6 +39,13 @@ def recent_targets(num_steps: int, prefix_len: int, back: float, width: float) -
     return torch.cat([torch.zeros(num_steps, prefix_len), wanted], dim=1)
 
 
+def text_targets(num_steps: int, prefix_len: int, text_len: int) -> Tensor:
+    """Equal attention from all steps to the text, the last ``text_len`` of the prefix; shapes as ``chroma_targets``."""
+    targets = torch.zeros(num_steps, prefix_len + num_steps)
+    targets[:, prefix_len - text_len : prefix_len] = 1 / text_len
+    return targets
+
+
 def fit_head(
     positions: Tensor, targets: Tensor, head_dim: int, *, seed: int, num_steps: int = 400, noise: float = 0.3
 ) -> tuple[Tensor, Tensor, float]:

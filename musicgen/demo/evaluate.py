@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, EncodecModel, MusicgenMelodyForCondition
 from musicgen.demo import checkpoint_path
 from musicgen.demo.dataset import load_clips
 from musicgen.demo.generate import generate
+from musicgen.demo.plot import plot_chroma
 from musicgen.demo.style import StyleClassifier, features, fit_classifier
 from musicgen.demo.tokenise import HOP_LEN, decode, encode
 from musicgen.demo.train_lm import evaluate as evaluate_losses
@@ -133,14 +134,15 @@ def generation_figures(
 
 
 def load_recording(path: Path, num_samples: int) -> Tensor:
-    """A recording as float ``[1, num_samples]``: mono, 32 kHz, repeated if it is shorter."""
+    """A recording as float ``[1, num_samples]``: mono, 32 kHz, peak 0.8, repeated if it is shorter."""
     import soundfile as sf
     import torchaudio
 
     audio, rate_hz = sf.read(str(path), dtype="float32", always_2d=True)
     mono: Tensor = torchaudio.functional.resample(torch.from_numpy(audio.mean(axis=1)), rate_hz, SAMPLE_RATE_HZ)
     repeats = -(-num_samples // len(mono))
-    return mono.repeat(repeats)[None, :num_samples]
+    cut = mono.repeat(repeats)[None, :num_samples]
+    return cut * (0.8 / cut.abs().max().clamp_min(1e-3))
 
 
 def main() -> None:
@@ -152,6 +154,7 @@ def main() -> None:
     parser.add_argument("--duration", type=float, default=10.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--recordings", type=Path, nargs="*", default=[], help="melodies from elsewhere")
+    parser.add_argument("--pictures", type=Path, help="folder for pictures of those melodies and what was made of them")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -191,13 +194,21 @@ def all_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     for path in arguments.recordings:
         melody = load_recording(path, num_samples).expand(len(CARD_PROMPTS), -1)
         out = generate(model, tokenizer, CARD_PROMPTS, melody, arguments.duration, seed=0)
-        exact = chroma_cosine_similarity(melody, out)
-        soft = chroma_cosine_similarity(melody, out, argmax=False)
-        figures["recordings"][path.stem] = {
-            prompt: {"right": round(exact[i].item(), 4), "right_soft": round(soft[i].item(), 4), "style": style}
-            for i, (prompt, style) in enumerate(zip(CARD_PROMPTS, classifier.predict(out), strict=True))
-        }
+        figures["recordings"][path.stem] = recording_figures(melody, out, classifier)
+        if arguments.pictures:
+            rows = [("melody", melody[0]), *zip(CARD_PROMPTS, out, strict=True)]
+            plot_chroma(rows, arguments.pictures / f"demo-model-{path.stem}.png")
     return figures
+
+
+def recording_figures(melody: Tensor, out: Tensor, classifier: StyleClassifier) -> dict[str, Any]:
+    """Similarity of what the card's prompts gave to their melody, ``[3, samples]`` each, and the style heard."""
+    exact = chroma_cosine_similarity(melody, out)
+    soft = chroma_cosine_similarity(melody, out, argmax=False)
+    return {
+        prompt: {"right": round(exact[i].item(), 4), "right_soft": round(soft[i].item(), 4), "style": style}
+        for i, (prompt, style) in enumerate(zip(CARD_PROMPTS, classifier.predict(out), strict=True))
+    }
 
 
 def _prompt(mood: str, style: str) -> str:

@@ -30,7 +30,7 @@ def sinusoidal_positions(length: int, dim: int) -> Tensor:
 
 
 def initialise(model: MusicgenMelodyForConditionalGeneration, seed: int, num_fit_steps: int = 400) -> None:
-    """Sets three heads to look at the present chroma frame, the next ones, and the last steps; strengthens chroma.
+    """Sets the first layer's heads to look at the present chroma frame, the next, the last steps and the text.
 
     Mutates ``model`` in place.
     """
@@ -41,9 +41,12 @@ def initialise(model: MusicgenMelodyForConditionalGeneration, seed: int, num_fit
         (0, 0, align.chroma_targets(MAX_STEPS, PREFIX_LEN, CHROMA_LEN, 0.0, 0.6)),
         (0, 1, align.chroma_targets(MAX_STEPS, PREFIX_LEN, CHROMA_LEN, 2.0, 0.8)),
         (0, 2, align.recent_targets(MAX_STEPS, PREFIX_LEN, 1.0, 1.0)),
+        (0, 3, align.text_targets(MAX_STEPS, PREFIX_LEN, TEXT_LEN)),
     )
     with torch.no_grad():
+        # Strong enough to be seen beside the positions, whose root mean square is 0.7.
         model.audio_enc_to_dec_proj.weight.normal_(std=0.4)
+        model.enc_to_dec_proj.weight.normal_(std=0.06)
         model.audio_enc_to_dec_proj.bias.zero_()
         for table in decoder.embed_tokens:
             table.weight.normal_(std=0.1)

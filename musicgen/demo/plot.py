@@ -1,4 +1,4 @@
-"""Draws the loss curves of a training run from its log.
+"""Draws the loss curves of a training run from its log, and chromagrams.
 
 python -m musicgen.demo.plot --run build/demo/run --out docs/demo-model-loss.png
 """
@@ -6,6 +6,10 @@ python -m musicgen.demo.plot --run build/demo/run --out docs/demo-model-loss.png
 import argparse
 import json
 from pathlib import Path
+
+from torch import Tensor
+
+from musicgen.metrics import chromagram
 
 
 def plot(log: Path, out: Path) -> None:
@@ -28,6 +32,27 @@ def plot(log: Path, out: Path) -> None:
         right.plot(steps, [record["held_out"][name][0] for record in held], marker=".", label=name.replace("_", " "))
     right.set(title="held out, first codebook", xlabel="step")
     right.legend()
+    figure.savefig(out)
+    pyplot.close(figure)
+
+
+def plot_chroma(recordings: list[tuple[str, Tensor]], out: Path) -> None:
+    """Chromagrams of recordings of one length, float ``[samples]`` each at 32 kHz, one under the other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(recordings), 1, figsize=(7, 1.25 * len(recordings)), dpi=70, layout="constrained"
+    )
+    for axis, (title, wav) in zip(axes, recordings, strict=True):
+        chroma = chromagram(wav[None])[0]
+        axis.imshow(chroma.T.numpy(), origin="lower", aspect="auto", extent=(0, len(wav) / 32000, -0.5, 11.5))
+        axis.set_title(title, fontsize=8)
+        axis.set_yticks(range(0, 12, 2), ("C", "D", "E", "F♯", "G♯", "A♯"), fontsize=6)
+        axis.tick_params(axis="x", labelsize=6)
+    axes[-1].set_xlabel("seconds", fontsize=7)
     figure.savefig(out)
     pyplot.close(figure)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from musicgen.demo.evaluate import collapse, similarities
-from musicgen.demo.plot import plot
+from musicgen.demo.plot import plot, plot_chroma
 from musicgen.demo.style import features, fit_classifier
 
 
@@ -51,4 +51,6 @@ def test_loss_curves_are_drawn(tmp_path: Path) -> None:
     records += [{"step": 2, "held_out": {name: [5.0, 6.0, 6.0, 6.0] for name in names}}]
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     plot(tmp_path / "log.jsonl", tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    plot_chroma([("a", tone(440.0)), ("c", tone(523.25))], tmp_path / "chroma.png")
+    for name in ("loss", "chroma"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

@@ -61,6 +61,7 @@ def test_targets_point_at_the_same_time() -> None:
     assert torch.allclose(targets.sum(dim=1), torch.ones(64))
     # Frame 63 is centred at 1.27 s, chroma frame 10 at 1.28 s.
     assert targets[63].argmax().item() == 10
+    assert align.text_targets(4, 10, 2)[:, 8:10].tolist() == [[0.5, 0.5]] * 4
     recent = align.recent_targets(64, PREFIX_LEN, 1.0, 0.5)
     assert recent[40].argmax().item() == PREFIX_LEN + 39
 
