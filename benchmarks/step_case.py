@@ -112,6 +112,6 @@ def transformers_step(model: str, rows: int, length: int) -> Callable[[], None]:
     def run() -> None:
         with torch.inference_mode():
             peer(input_ids=codes, encoder_hidden_states=states, past_key_values=cache, use_cache=True)
-            cache.self_attention_cache.crop(length - 1)
+            cache.self_attention_cache.crop(-1)
 
     return run

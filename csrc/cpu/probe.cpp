@@ -70,6 +70,9 @@ double int8_per_second(int num_threads) {
         I16 sum[chains], w = int_set1(0x01020304), x = int_set1(0x01010101);
         for (I16& s : sum) s = int_zero();
         for (int64_t i = 0; i < rounds; ++i) {
+#if !defined(MGK_LEVEL_AVX512)
+            for (IntPart& part : w.part) asm volatile("" : "+x"(part));  // or the products would leave the loop
+#endif
 #pragma GCC unroll 16
             for (int c = 0; c < chains; ++c) {
                 I16& s = sum[c];
