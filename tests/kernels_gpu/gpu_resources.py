@@ -64,10 +64,10 @@ def differences(old: Rows, new: Rows, complete: bool) -> list[str]:
 
 
 _MEANING = {
-    "registers": "more of them: fewer warps fit on a multiprocessor",
+    "registers": "the more, the fewer warps fit on a multiprocessor",
     "spill_bytes": "above 0: values travel through local memory, never accepted",
-    "shared_bytes": "more of it: fewer blocks fit on a multiprocessor",
-    "widest_load_bits": "narrower: more instructions and transactions for the same bytes",
+    "shared_bytes": "the more, the fewer blocks fit on a multiprocessor",
+    "widest_load_bits": "the narrower, the more instructions for the same bytes",
 }
 
 

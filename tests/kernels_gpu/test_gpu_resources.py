@@ -73,7 +73,7 @@ def test_a_difference_is_told() -> None:
     new["kernel"]["sm_80"]["spill_bytes"] = 8
     lines = gpu_resources.differences(old, new, complete=True)
     assert len(lines) == 2
-    assert "widest_load_bits 128 → 32; narrower" in lines[1]
+    assert "widest_load_bits 128 → 32; the narrower" in lines[1]
     assert gpu_resources.violations(new) == ["kernel sm_80: 8 bytes spilled"]
     assert gpu_resources.differences(old, {}, complete=True) == ["kernel: in the table, not compiled any more"]
     assert gpu_resources.differences({}, old, complete=True) == ["kernel: new, not in the table"]
