@@ -81,6 +81,8 @@ def _extend(
         logits = model.decoder(inputs, state, prefix)[:, -1].contiguous()
         batch.steps.fill_(step)
         codes = delayed_sample_step(logits, batch, delays, sequence)
+        # The window sees nothing before it: in its first steps the delays reach back to there.
+        codes = torch.where(step - window.start > delays, codes, special_token)
         inputs, prefix = codes[:, :, None].expand(rows.num_rows, -1, -1), None
         on_frames(max(num_known, pattern.num_complete_frames(step + 1)))
     return pattern.undo(sequence[0]).cpu()

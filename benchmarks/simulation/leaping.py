@@ -23,7 +23,7 @@ class LeapingScheduler(Scheduler):
 
     def quiet_steps(self) -> int:
         """Steps from now in which everyone running decodes one position, if nobody comes, leaves or ends."""
-        if self._copies or self._round or not self.running:
+        if self.pages.has_copies or self._round or not self.running:
             return 0
         if any(s.phase is not Phase.DECODE for s in self.running):
             return 0

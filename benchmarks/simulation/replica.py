@@ -155,7 +155,7 @@ class Replica:
         self._pass(self.config.step_time.seconds(self._load_of(batch)), pages, num_rows, len(batch.deciding))
         for chunk in batch.chunks:
             chunk.row.num_computed += chunk.num_new
-            self.scheduler.publish(chunk.sequence, chunk.row)
+            self.scheduler.pages.publish(chunk.sequence, chunk.row)
         for sequence in batch.deciding:
             if sequence.phase is Phase.PREFILL:
                 self.scheduler.began_decoding(sequence)
@@ -242,7 +242,7 @@ class Replica:
     def _open_next_window(self, job: Job) -> None:
         sequence = job.sequence
         codes = torch.full((4, sequence.num_frames), job.request.number, dtype=torch.int32)
-        self.scheduler.release_rows(sequence)
+        self.scheduler.pages.release(sequence)
         sequence.next_window(codes)
         self.scheduler.open_window(sequence)
         job.open_window()

@@ -178,7 +178,7 @@ class EngineCore:
     def _postprocess(self, batch: ScheduledBatch, codes: np.ndarray) -> None:
         for chunk in batch.chunks:
             chunk.row.num_computed += chunk.num_new
-            self.scheduler.publish(chunk.sequence, chunk.row)
+            self.scheduler.pages.publish(chunk.sequence, chunk.row)
         for sequence, decided in zip(batch.deciding, codes, strict=True):
             self._advance(sequence, decided)
 
@@ -197,7 +197,7 @@ class EngineCore:
         self._send(sequence, everything=is_last and not has_more)
         if has_more:
             known = self.runner.frames(sequence.slot, 0, sequence.num_frames)
-            self.scheduler.release_rows(sequence)
+            self.scheduler.pages.release(sequence)
             sequence.next_window(known)
             self.scheduler.open_window(sequence)
             self.runner.open(sequence)

@@ -11,16 +11,14 @@ which all take turns until each has advanced by one step.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-
-from musicgen_kernels import PAGE_LEN
 
 from musicgen.config import SchedulerConfig
 from musicgen.engine.fairness import VirtualCounters
 from musicgen.engine.forecast import Capacity, Demand, Forecast
-from musicgen.engine.kv_cache import PageAllocator, PageKey, num_pages_for
+from musicgen.engine.kv_cache import PageAllocator
+from musicgen.engine.page_tables import PageTables
 from musicgen.engine.queue import WaitingQueue
 from musicgen.engine.sequence import Phase, Row, Sequence
 
@@ -73,19 +71,18 @@ class Scheduler:
     """Waiting and running sequences.
 
     Args:
-        allocator: owns the pages; only the scheduler takes and releases them.
+        allocator: owns the pages; only the scheduler decides who takes and releases them.
         frame_rate_hz: for playback deadlines.
     """
 
     def __init__(self, config: SchedulerConfig, allocator: PageAllocator, frame_rate_hz: float) -> None:
-        self.config, self.allocator = config, allocator
+        self.config, self.allocator, self.pages = config, allocator, PageTables(allocator)
         self.capacity = Capacity(allocator.num_pages, config.max_rows, config.max_requests)
         self.counters = VirtualCounters()
         self.waiting = WaitingQueue(self.counters)
         self.running: list[Sequence] = []
         self._frame_rate_hz = frame_rate_hz
         self._free_slots = list(range(config.max_requests))[::-1]
-        self._copies: list[tuple[int, int]] = []
         self._round: set[int] = set()
         self._steps_to_retry = 0
         self._num_steps = 0
@@ -102,16 +99,11 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence.phase is not Phase.ENDED:
             self.counters.charge(sequence.request.tenant, -sequence.cost, sequence.request.weight)
-            self.release_rows(sequence)
+            self.pages.release(sequence)
             self.running.remove(sequence)
             self._free_slots.append(sequence.slot)
         sequence.phase = Phase.ENDED
         self._steps_to_retry = 0
-
-    def release_rows(self, sequence: Sequence) -> None:
-        for row in sequence.rows:
-            self.allocator.release(reversed(row.pages))  # what is kept loses its ends before its beginnings
-            row.pages = []
 
     def began_decoding(self, sequence: Sequence) -> None:
         """Its prefill is complete, and what it published may be what another waits for."""
@@ -120,9 +112,8 @@ class Scheduler:
 
     def open_window(self, sequence: Sequence) -> None:
         """Take the pages of a running sequence's new window; the admission has counted on them."""
-        for row in sequence.rows:
-            self._share_prefix(sequence, row)
-        self._allocate_prefill(sequence)
+        self.pages.share_prefix(sequence)
+        self.pages.allocate_prefill(sequence)
         sequence.phase = Phase.PREFILL
 
     # --- forecasts ---
@@ -144,16 +135,13 @@ class Scheduler:
         return start + int(sum(other.cost for other in ahead) / self.capacity.num_rows)
 
     def _demands(self, *more: Sequence) -> dict[int, Demand]:
-        """The demands of everyone who runs, and `more`, by `id`; a page is freed by its last holder to end."""
+        """The demands of everyone who runs, and `more`, by `id`."""
         sequences = [*self.running, *more]
-        seen: set[int] = set()
+        holdings = self.pages.holdings(sequences)
         demands = {}
-        for sequence in sorted(sequences, key=lambda s: s.num_steps_left, reverse=True):
-            pages = Counter(page for row in sequence.rows for page in row.pages)  # rows may share among themselves
-            num_seen = len(seen)
-            seen.update(pages)
-            num_private = sum(self.allocator.num_holders(page) == count for page, count in pages.items())
-            demands[id(sequence)] = sequence.demand(num_private, len(seen) - num_seen)
+        for sequence in sequences:
+            holding = holdings[id(sequence)]
+            demands[id(sequence)] = sequence.demand(holding.num_private, holding.num_freed)
         return demands
 
     # --- one step ---
@@ -176,9 +164,7 @@ class Scheduler:
         """The batch in which `chosen` decide a step, with pages for the positions that they feed."""
         batch = ScheduledBatch(deciding=chosen)
         for sequence in chosen:
-            for row in sequence.rows:
-                if max(row.num_computed, sequence.prefill_len) == len(row.pages) * PAGE_LEN:
-                    row.pages += self.allocator.allocate(1)
+            self.pages.allocate_step(sequence)
         advancing = set(map(id, chosen))
         new_in_prefill = {id(prefill.sequence): prefill.num_new for prefill in prefills}
         others = [p.sequence for p in prefills if id(p.sequence) not in advancing]
@@ -189,8 +175,7 @@ class Scheduler:
                 if prefilled + decoded > 0:
                     batch.chunks.append(RowChunk(sequence, row, row.num_computed, prefilled + decoded))
         if batch.chunks:
-            batch.copies.extend(self._copies)
-            self._copies = []
+            batch.copies.extend(self.pages.take_copies())
             self._num_steps += 1
         return batch
 
@@ -252,9 +237,7 @@ class Scheduler:
         demands, num_new = self._demands(), 0
         for sequence in chosen:
             demand = demands[id(sequence)]
-            pages = sum(
-                max(row.num_computed, sequence.prefill_len) == len(row.pages) * PAGE_LEN for row in sequence.rows
-            )
+            pages = self.pages.num_pages_for_step(sequence)
             num_new += pages
             demands[id(sequence)] = replace(
                 demand,
@@ -290,7 +273,8 @@ class Scheduler:
         for sequence in self._candidates():
             if not self._free_slots or num_tried > MAX_BACKFILL:
                 return
-            if not self._waits_for_prefix(sequence) and self._take(sequence, reserved, now):
+            waits = self.pages.is_being_computed(sequence, self.running)
+            if not waits and self._take(sequence, reserved, now):
                 continue
             num_tried += 1
             if reserved is None:
@@ -323,65 +307,10 @@ class Scheduler:
 
     def _take_prefill_pages(self, sequence: Sequence, reserved: Demand | None) -> bool:
         """Share what others have computed, allocate the rest; all or nothing."""
-        for row in sequence.rows:
-            self._share_prefix(sequence, row)
+        self.pages.share_prefix(sequence)
         demands = [*self._demands(sequence).values(), *([] if reserved is None else [reserved])]
         if not Forecast(self.capacity, self.allocator.num_held, demands).fits():
-            self.release_rows(sequence)
-            for row in sequence.rows:
-                row.num_computed = row.num_published = 0
+            self.pages.release(sequence)
             return False
-        self._allocate_prefill(sequence)
+        self.pages.allocate_prefill(sequence)
         return True
-
-    def _share_prefix(self, sequence: Sequence, row: Row) -> None:
-        """Hold the full pages of the prefill that others have computed."""
-        for key in row.keys[: sequence.prefill_len // PAGE_LEN]:
-            page = self.allocator.find(key)
-            if page is None:
-                return
-            self.allocator.share(page)
-            row.pages.append(page)
-            row.num_computed += PAGE_LEN
-            row.num_published += 1
-
-    def _allocate_prefill(self, sequence: Sequence) -> None:
-        """The pages of the prefill that are not shared.
-
-        A part page at the end of an equal prefill is copied instead of computed again: it cannot be shared, because
-        its holder and this sequence both go on writing to it.
-        """
-        for row in sequence.rows:
-            row.pages += self.allocator.allocate(num_pages_for(sequence.prefill_len) - len(row.pages))
-        num_full = sequence.prefill_len // PAGE_LEN
-        for row in sequence.rows:
-            is_only_part_missing = row.num_published == num_full < len(row.keys)
-            source = self.allocator.find(row.keys[num_full]) if is_only_part_missing else None
-            if source is not None:
-                # Nobody holds the source meanwhile: copies are made, in this order, before a step writes anything.
-                self.allocator.touch(source)
-                self._copies.append((source, row.pages[num_full]))
-                row.num_computed = sequence.prefill_len
-
-    def _waits_for_prefix(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is just computing what this one could share."""
-        pending = {
-            key
-            for other in self.running
-            if other.phase is Phase.PREFILL
-            for row in other.rows
-            for key in row.keys[row.num_published :]
-        }
-        return bool(pending) and any(self._first_missing(row) in pending for row in sequence.rows)
-
-    def _first_missing(self, row: Row) -> PageKey | None:
-        return next((key for key in row.keys if self.allocator.find(key) is None), None)
-
-    def publish(self, sequence: Sequence, row: Row) -> None:
-        """Let others find the pages of the prefill that are computed by now."""
-        while row.num_published < len(row.keys):
-            end = min((row.num_published + 1) * PAGE_LEN, sequence.prefill_len)
-            if row.num_computed < end:
-                return
-            self.allocator.publish(row.pages[row.num_published], row.keys[row.num_published])
-            row.num_published += 1

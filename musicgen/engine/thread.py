@@ -6,6 +6,7 @@ return at once; `async_engine` and the API hand events on to theirs.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from musicgen.engine.core import EngineCore, EngineStats
 from musicgen.errors import EngineDeadError
 from musicgen.types import EndOfRequest, EngineEvent, EngineRequest
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[list[EngineEvent]], None]
 """Gets all events of its request of one step, in order."""
@@ -123,9 +126,9 @@ class EngineThread:
         try:
             result = call.action()
         except Exception as error:
-            call.done(None, error)
+            _tell(call.done, None, error)
         else:
-            call.done(result, None)
+            _tell(call.done, result, None)
 
     def _dispatch(self, events: list[EngineEvent]) -> None:
         by_request: dict[str, list[EngineEvent]] = {}
@@ -136,7 +139,7 @@ class EngineThread:
             if isinstance(own[-1], EndOfRequest):
                 self._listeners.pop(request_id, None)
             if listener is not None:
-                listener(own)
+                _tell(listener, own)
 
     def _shut_down(self) -> None:
         with self._lock:
@@ -148,7 +151,15 @@ class EngineThread:
         while not self._calls.empty():
             call = self._calls.get()
             if call is not None:
-                call.done(None, self._refusal())
+                _tell(call.done, None, self._refusal())
+
+
+def _tell(callback: Callable[..., None], *args: object) -> None:
+    """Call somebody else's code; its error is its own, and must not reach other requests."""
+    try:
+        callback(*args)
+    except Exception:
+        logger.exception("a listener of the engine failed")
 
 
 class EngineStream:
@@ -169,7 +180,7 @@ class EngineStream:
         self.request_id = request.request_id
         self._engine = engine
         self._events = sink or queue.SimpleQueue()
-        self._ended = False
+        self._ended = self._exhausted = False
         accepted: queue.SimpleQueue[tuple[object, BaseException | None]] = queue.SimpleQueue()
         engine.submit(request, self._listen, lambda result, error: accepted.put((result, error)))
         quoted_s, error = accepted.get()
@@ -186,12 +197,11 @@ class EngineStream:
             self._events.put(event)
 
     def __iter__(self) -> Iterator[EngineEvent]:
-        """All events, the terminal one last."""
-        while True:
+        """All events, the terminal one last; nothing after it."""
+        while not self._exhausted:
             event = self._events.get()
+            self._exhausted = isinstance(event, EndOfRequest)
             yield event
-            if isinstance(event, EndOfRequest):
-                return
 
     def close(self) -> None:
         if not self._ended:

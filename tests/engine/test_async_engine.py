@@ -447,3 +447,34 @@ def _wait_until(condition: Callable[[], bool]) -> None:
             return
         waiter.wait(0.001)
     raise AssertionError("waited in vain")
+
+
+def test_a_listener_that_fails_harms_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    core, runner = gated()
+    runner.allow(ALL)
+    thread = EngineThread(core)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a listener's own mistake")
+
+    try:
+        thread.submit(request("bad", codes_request(5)), fail, fail)
+        events = list(EngineStream(thread, request("good", codes_request(5))))
+        assert isinstance(events[-1], EndOfRequest)
+        assert events[-1].reason is FinishReason.FINISHED
+        assert thread.failure is None
+        assert "a listener of the engine failed" in caplog.text
+    finally:
+        thread.close()
+
+
+def test_a_stream_that_has_ended_gives_nothing_more() -> None:
+    core, runner = gated()
+    runner.allow(ALL)
+    thread = EngineThread(core)
+    try:
+        stream = EngineStream(thread, request("a", codes_request(5)))
+        assert list(stream)
+        assert list(stream) == []
+    finally:
+        thread.close()
