@@ -54,7 +54,7 @@ MGK_DEVICE void write_head(const T* from, void* pages, float* scales, Type type,
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads) append(const AppendArguments a) {
+__global__ void __launch_bounds__(kThreads, 4) append(const AppendArguments a) {
     const RaggedRows& r = a.rows;
     const int token = blockIdx.x;
     const int row = find_row<1, 0>(r.query_offsets, int(r.num_rows), token);

@@ -53,7 +53,7 @@ MGK_DEVICE void load_weights(const void* codes, int64_t at, float (&w)[Weight<kK
 }
 
 template <class T, WeightKind kKind>
-__global__ void __launch_bounds__(kWarps * kWarp) multiply(const LinearArguments a) {
+__global__ void __launch_bounds__(kWarps * kWarp, 4) multiply(const LinearArguments a) {
     constexpr int kVector = Weight<kKind>::kVector, kWidest = 16 / sizeof(T);
     constexpr int kChunk = kWidest < kVector ? kWidest : kVector;  // elements of x in one load
     const int lane = threadIdx.x % kWarp;
