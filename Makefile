@@ -20,10 +20,10 @@ DEMO_OPTIONS := --duration 8 --plot --overwrite -o $(OUT)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-long lint bench bench-kernels bench-engine bench-codec simulate soak demo-model clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv, install everything into it, build the C++ kernels (the others do it when needed)
 
@@ -35,8 +35,12 @@ demo: $(INSTALLED) ## make four pieces with the embedded model: two from text, t
 	    $(OUT)/happy-rock_seed7.wav $(OUT)/sad-jazz_seed8.wav \
 	    $(OUT)/happy-rock_ode-to-joy_seed7.wav $(OUT)/sad-jazz_ode-to-joy_seed8.wav
 
-test: lint ## everything that must hold: lint, then all tests
-	$(BIN)/python -m pytest
+test: lint ## everything that must hold: lint, then all quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-long: $(INSTALLED) ## the slow tests too: every kernel compiled for every GPU, whole matrices under sanitizers, long state machine
+	$(BIN)/python -m pytest -m slow
+	ENGINE_TRANSITIONS=100000 $(BIN)/python -m pytest -s tests/engine/test_state_machine.py
 
 lint: $(INSTALLED) ## ruff, mypy (strict) and the import contracts
 	$(BIN)/ruff check .
@@ -45,6 +49,24 @@ lint: $(INSTALLED) ## ruff, mypy (strict) and the import contracts
 
 bench: $(INSTALLED) ## time the embedded model on this machine: 3 x 30 s from text; the last line is JSON
 	$(BIN)/musicgen generate "happy rock" --num-samples 3 --duration 30 --seed 7 --overwrite -o build/bench --json
+
+bench-kernels: $(INSTALLED) ## time each kernel beside this machine's bandwidth and arithmetic peaks; options: `python -m benchmarks.bench_kernels --help`
+	$(BIN)/python -m benchmarks.bench_kernels
+
+bench-engine: $(INSTALLED) ## time the engine beside transformers, with random weights of the true sizes
+	$(BIN)/python -m benchmarks.bench_engine
+
+bench-codec: $(INSTALLED) ## time the codec beside transformers, whole and in chunks
+	$(BIN)/python -m benchmarks.bench_codec
+
+simulate: $(INSTALLED) ## simulate 4 H100 replicas of melody at 80 % load with the real scheduler
+	$(BIN)/python -m benchmarks.simulate --replicas 4 --load 0.8 --requests 600
+
+soak: $(INSTALLED) ## ten minutes of requests and cancels: memory flat, ledger balanced
+	$(BIN)/python -m benchmarks.soak_engine --minutes 10
+
+demo-model: $(INSTALLED) ## make the embedded model again, from nothing: hours; needs fluidsynth and fluid-soundfont-gm
+	$(BIN)/python -m musicgen.demo --out build/demo
 
 clean: ## remove what was built here (not .venv, and not the music in out/)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

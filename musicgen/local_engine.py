@@ -103,7 +103,7 @@ class LocalEngine:
                 lm, packed = self._model.lm, self._model.packed
                 runner = ModelRunner(lm, self._config, weights=packed, release=self._release, on_layer=on_layer)
                 self._thread = EngineThread(EngineCore(lm, self._config, runner=runner))
-                weakref.finalize(self, self._thread.close, timeout_s=0.0)
+                weakref.finalize(self, self._thread.close)
             return self._thread
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -305,3 +307,19 @@ def test_kinds_of_weights(folders: dict[str, Path], weights: WeightDtype) -> Non
 def test_unknown_weights(folders: dict[str, Path]) -> None:
     with pytest.raises(InvalidRequestError, match="int4"):
         MusicGen.get_pretrained(str(folders["text"]), weights="int3")  # type: ignore[arg-type]
+
+
+def test_the_engine_has_ended_before_the_interpreter_does(folders: dict[str, Path]) -> None:
+    """A thread inside native code while Python shuts down would abort the process."""
+    script = (
+        "import atexit, sys, threading\n"
+        "atexit.register(lambda: print([t.name for t in threading.enumerate()]))\n"
+        "from musicgen import MusicGen\n"
+        "model = MusicGen.get_pretrained(sys.argv[1])\n"
+        "model.set_generation_params(duration=0.2)\n"
+        "model.generate(['rock'])\n"
+        "assert 'musicgen-engine' in [t.name for t in threading.enumerate()]\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(folders["text"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['MainThread']"

@@ -78,7 +78,7 @@ class EngineThread:
         """Hand an `EngineStats` to `done`."""
         self._call(self._core.stats, done)
 
-    def close(self, timeout_s: float | None = 10.0) -> None:
+    def close(self, timeout_s: float | None = 60.0) -> None:
         """Cancel everything, tell every listener, end the thread."""
         with self._lock:
             if not self._closed:
