@@ -15,13 +15,6 @@ import tiny
 from musicgen.model import Model
 from musicgen.weights import load_model
 
-KINDS = {
-    "text": {"melody": False, "stereo": False},
-    "melody": {"melody": True, "stereo": False},
-    "text-stereo": {"melody": False, "stereo": True},
-    "melody-stereo": {"melody": True, "stereo": True},
-}
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -36,7 +29,7 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def peers() -> dict[str, tiny.PreTrainedModel]:
     """transformers' models, by kind."""
-    return {kind: tiny.build(**options) for kind, options in KINDS.items()}
+    return {kind: tiny.build(**options) for kind, options in tiny.KINDS.items()}
 
 
 @pytest.fixture(scope="session")
@@ -53,13 +46,3 @@ def folders(peers: dict[str, tiny.PreTrainedModel], tmp_path_factory: pytest.Tem
 def models(folders: dict[str, Path]) -> dict[str, Model]:
     """Our models, loaded from those checkpoints."""
     return {kind: load_model(str(folder)) for kind, folder in folders.items()}
-
-
-def tune(seconds: float, sample_rate: int = 32000, first_note: int = 0) -> torch.Tensor:
-    """A melody `[1, N]`: a scale of plucked harmonic tones, half a second each."""
-    t = torch.arange(int(seconds * sample_rate)) / sample_rate
-    note = (t * 2).long()
-    steps = torch.tensor([0, 2, 4, 5, 7, 9, 11, 12, 7, 4])[(note + first_note) % 10]
-    phase = 2 * torch.pi * 220 * 2 ** (steps / 12) * t
-    envelope = torch.exp(-3 * (t * 2 - note) / 2)
-    return (0.3 * envelope * sum(torch.sin(n * phase) / n for n in (1, 2, 3)))[None]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tune
+from tiny import tune
 
 import musicgen
 from musicgen import MusicGen, audio_write

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import KINDS, tune
+from tiny import KINDS, tune
 
 from musicgen.conditioning import Melody, condition
 from musicgen.generation import generate_codes, plan_windows

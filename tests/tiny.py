@@ -22,6 +22,13 @@ CODEBOOK_SIZE = 128
 GOLDEN = Path(__file__).parent / "golden"
 T5_SNAPSHOT = next((GOLDEN / "audiocraft/hub/models--t5-base/snapshots").iterdir())
 
+KINDS = {
+    "text": {"melody": False, "stereo": False},
+    "melody": {"melody": True, "stereo": False},
+    "text-stereo": {"melody": False, "stereo": True},
+    "melody-stereo": {"melody": True, "stereo": True},
+}
+
 
 def build(*, melody: bool, stereo: bool, seed: int = 0) -> PreTrainedModel:
     """A model of the true architecture, 64 wide, whose weights are large enough for varied codes."""
@@ -80,3 +87,13 @@ def save(model: PreTrainedModel, folder: Path, *, max_shard_size: str = "5GB") -
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(T5_SNAPSHOT / name, folder / name)
     return folder
+
+
+def tune(seconds: float, sample_rate: int = 32000, first_note: int = 0) -> torch.Tensor:
+    """A melody `[1, N]`: a scale of plucked harmonic tones, half a second each."""
+    t = torch.arange(int(seconds * sample_rate)) / sample_rate
+    note = (t * 2).long()
+    steps = torch.tensor([0, 2, 4, 5, 7, 9, 11, 12, 7, 4])[(note + first_note) % 10]
+    phase = 2 * torch.pi * 220 * 2 ** (steps / 12) * t
+    envelope = torch.exp(-3 * (t * 2 - note) / 2)
+    return (0.3 * envelope * sum(torch.sin(n * phase) / n for n in (1, 2, 3)))[None]

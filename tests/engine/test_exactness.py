@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import tune
 from engine.fakes import Listener, run_all
 from musicgen_kernels import page_bytes
+from tiny import tune
 from torch import Tensor
 
 from musicgen.conditioning import Melody, condition

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from conftest import KINDS, tune
+from tiny import KINDS, tune
 
 from musicgen.model import Model
 from musicgen.models.language_model import null_chroma

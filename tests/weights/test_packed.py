@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tune
+from tiny import tune
 
 from musicgen import MusicGen
 from musicgen.config import WeightDtype
