@@ -16,7 +16,12 @@ from musicgen.models.transformer import Attention, Decoder, DecoderLayer
 OnLayer = Callable[[int, int], None]
 """Called with the number of layers that are packed, and of all."""
 
-KINDS = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
+KINDS: dict[WeightDtype, str] = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
+
+
+def kind_of(weights: DecoderWeights) -> WeightDtype:
+    """What kind of weights a decoder was packed with."""
+    return next(name for name, kind in KINDS.items() if kind == weights.heads.kind)
 
 
 def pack_decoder(

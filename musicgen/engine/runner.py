@@ -20,7 +20,7 @@ from torch import Tensor
 from musicgen.config import EngineConfig, ModelConfig
 from musicgen.delay import UNKNOWN_CODE
 from musicgen.engine.kv_cache import PageAllocator, num_pages_for
-from musicgen.engine.packing import OnLayer, pack_decoder
+from musicgen.engine.packing import OnLayer, kind_of, pack_decoder
 from musicgen.engine.scheduler import RowChunk, ScheduledBatch
 from musicgen.engine.sequence import Sequence
 from musicgen.errors import InvalidRequestError
@@ -76,6 +76,8 @@ class ModelRunner:
         on_layer: OnLayer | None = None,
     ) -> None:
         self.model_config, self.device = lm.config, lm.device
+        if weights is not None:
+            config = replace(config, weights=kind_of(weights))
         self.config = config = config.resolved(self.device.type)
         # torch's own number belongs to the calling thread; steps run on another one.
         self._num_threads = config.num_threads or torch.get_num_threads()
