@@ -32,7 +32,7 @@ def _meta(name: str, billions: float, *, melody: bool = False) -> list[ModelCard
 MODELS: dict[str, ModelCard] = {
     card.name: card
     for card in [
-        ModelCard(DEMO_MODEL, "", 7e6, True, 1, "MIT"),
+        ModelCard(DEMO_MODEL, "", 5.6e6, True, 1, "MIT"),
         *_meta("small", 0.42),
         *_meta("medium", 1.84),
         *_meta("melody", 1.38, melody=True),
