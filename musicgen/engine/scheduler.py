@@ -213,7 +213,7 @@ class Scheduler:
                 return everyone
             for candidates in (everyone, decoding):
                 chosen = self._fill(sorted(candidates, key=self._need))
-                if self._is_safe_after(chosen):
+                if chosen and self._is_safe_after(chosen):
                     return chosen
             if some_behind:
                 return []  # the forecast counts on those behind to be as far as the others: they catch up first
