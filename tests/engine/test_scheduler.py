@@ -37,6 +37,14 @@ def test_rows_of_one_request_that_share_pages_do_not_keep_it_out() -> None:
         assert run_all(core, max_steps=500).ends[request_id].reason is FinishReason.FINISHED
 
 
+def test_two_that_are_ready_and_unsafe_alone_take_turns() -> None:
+    """Both have their prefill, the step holds only one, and no page is left for either to run ahead."""
+    core = new_core(15, max_rows=12, max_step_rows=3, max_requests=3)
+    core.add(EngineRequest("wide", codes_request(32, num_rows=3, text=1, text_len=45)))
+    core.add(EngineRequest("narrow", codes_request(16, num_rows=1, text=2, text_len=14)))
+    assert len(run_all(core, max_steps=600).ends) == 2
+
+
 def served(core: EngineCore, tenants: str, num_each: int, weights: dict[str, float]) -> list[dict[str, float]]:
     """Weighted frames that each tenant was charged, after every step in which all of them still wait."""
     for i in range(num_each):
