@@ -1,7 +1,7 @@
 """Objective measures of generated music: chroma cosine similarity and multi-resolution spectral distance.
 
-Owns its chroma features (the ones MusicGen's melody conditioning uses) so that a measure never depends on the model
-code it judges.  Needs torch only; knows nothing of models, files or prompts.
+The filter bank is the melody conditioning's own, which the tests hold to transformers'. Knows nothing of models, files
+or prompts.
 """
 
 import math
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from musicgen.models.chroma import chroma_filter_bank
 
 NUM_CHROMA = 12
 
@@ -24,24 +26,6 @@ class ChromaSettings:
 
 
 DEFAULT_CHROMA = ChromaSettings()
-
-
-def chroma_filter_bank(sample_rate_hz: int, n_fft: int) -> Tensor:
-    """Weights that fold a power spectrum into pitch classes, C first: float32 ``[12, n_fft // 2 + 1]``.
-
-    Formula: ``librosa.filters.chroma`` with its defaults and tuning 0 (Gaussian bumps of one semitone, unit columns,
-    a Gaussian of two octaves around 880 Hz).
-    """
-    frequencies = torch.arange(1, n_fft, dtype=torch.float64) * (sample_rate_hz / n_fft)
-    semitones = NUM_CHROMA * torch.log2(frequencies / 27.5)
-    semitones = torch.cat([semitones[:1] - 1.5 * NUM_CHROMA, semitones])
-    widths = torch.cat([semitones.diff().clamp_min(1.0), torch.ones(1, dtype=torch.float64)])
-    distance = semitones[None, :] - torch.arange(NUM_CHROMA, dtype=torch.float64)[:, None]
-    distance = torch.remainder(distance + NUM_CHROMA / 2 + 10 * NUM_CHROMA, NUM_CHROMA) - NUM_CHROMA / 2
-    weights = F.normalize(torch.exp(-0.5 * (2 * distance / widths) ** 2), dim=0)
-    weights *= torch.exp(-0.5 * ((semitones / NUM_CHROMA - 5.0) / 2.0) ** 2)
-    # The table starts at A; music starts at C.
-    return weights.roll(-3, dims=0)[:, : n_fft // 2 + 1].float()
 
 
 def chromagram(wav: Tensor, settings: ChromaSettings = DEFAULT_CHROMA) -> Tensor:
@@ -74,7 +58,9 @@ def chromagram(wav: Tensor, settings: ChromaSettings = DEFAULT_CHROMA) -> Tensor
         return_complex=True,
     )
     power = (spectrum / window.pow(2).sum().sqrt()).abs().pow(2)
-    bank = chroma_filter_bank(settings.sample_rate_hz, settings.n_fft).to(wav.device)
+    bank = (
+        torch.from_numpy(chroma_filter_bank(settings.sample_rate_hz, settings.n_fft, NUM_CHROMA)).float().to(wav.device)
+    )
     return F.normalize(bank @ power, p=math.inf, dim=1, eps=1e-6).transpose(1, 2)
 
 

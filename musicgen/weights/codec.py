@@ -16,6 +16,7 @@ from torch import Tensor
 
 from musicgen.config import CodecConfig
 from musicgen.errors import WeightsError
+from musicgen.weights.checkpoint import MAX_NAMES_SHOWN
 
 if TYPE_CHECKING:
     from musicgen.models.encodec import EncodecDecoder
@@ -29,7 +30,6 @@ _AUDIOCRAFT_TO_HF = (
     (re.compile(r"^quantizer\.vq\.layers\.(\d+)\._codebook\."), r"quantizer.layers.\1.codebook."),
 )
 _NORM_PARTS = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
-_MAX_NAMES = 8
 
 CodecTensors = Mapping[str, Tensor]
 
@@ -53,8 +53,8 @@ def codec_tensors_from_hf(tensors: CodecTensors, config: CodecConfig) -> dict[st
         if tuple(folded[name].shape) != wanted[name]:
             problems.append(f"{name}: expected {wanted[name]}, got {tuple(folded[name].shape)}")
     if problems:
-        more = f" and {len(problems) - _MAX_NAMES} more" if len(problems) > _MAX_NAMES else ""
-        listed = "; ".join(problems[:_MAX_NAMES]) + more
+        more = f" and {len(problems) - MAX_NAMES_SHOWN} more" if len(problems) > MAX_NAMES_SHOWN else ""
+        listed = "; ".join(problems[:MAX_NAMES_SHOWN]) + more
         raise WeightsError(
             f"codec: the tensors do not fit the configuration: {listed}; check that both are of one model"
         )
