@@ -40,7 +40,7 @@ test: lint ## everything that must hold: lint, then all quick tests
 
 test-long: $(INSTALLED) ## the slow tests too: every kernel compiled for every GPU, whole matrices under sanitizers, long state machine
 	$(BIN)/python -m pytest -m slow
-	ENGINE_TRANSITIONS=100000 $(BIN)/python -m pytest -s tests/engine/test_state_machine.py
+	ENGINE_TRANSITIONS=120000 $(BIN)/python -m pytest -s tests/engine/test_state_machine.py
 
 lint: $(INSTALLED) ## ruff, mypy (strict) and the import contracts
 	$(BIN)/ruff check .
@@ -86,5 +86,5 @@ $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(INSTALLED): $(DEPENDENCIES) setup.py $(NATIVE)
-	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-build-isolation -e '.[serve,dev]'
 	@touch $@

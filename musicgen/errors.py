@@ -2,8 +2,9 @@
 
     MusicGenError
     ├── InvalidRequestError      the caller can fix it: bad argument, unreadable audio, unknown model name
-    ├── OverloadedError          the server cannot take it now; retry later
-    ├── QuotaExceededError       the tenant has used up its allowance; retry after it is refilled
+    ├── RetryLaterError          not started; says when to try again, if that is known
+    │   ├── OverloadedError      the server cannot take it now
+    │   └── QuotaExceededError   the tenant has used up its allowance
     ├── RequestCancelledError    the caller, or a deadline, ended the request
     ├── EngineDeadError          the engine thread failed; the replica must be replaced
     ├── WeightsError             a checkpoint is missing, incomplete or of another shape
@@ -35,12 +36,30 @@ class InvalidRequestError(MusicGenError, ValueError):
         name = f"{param}: " if param else ""
         super().__init__(f"{name}expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _remake, (type(self), self.args, self.__dict__)
 
-class OverloadedError(MusicGenError):
+
+class RetryLaterError(MusicGenError):
+    """The request was not started; the same one may be taken later.
+
+    Args:
+        retry_after_s: when it is worth trying again; None: unknown.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _remake, (type(self), self.args, self.__dict__)
+
+
+class OverloadedError(RetryLaterError):
     """No capacity now; the request was not started."""
 
 
-class QuotaExceededError(MusicGenError):
+class QuotaExceededError(RetryLaterError):
     """The tenant's allowance is used up; the request was not started."""
 
 
@@ -58,3 +77,11 @@ class WeightsError(MusicGenError):
 
 class MissingDependencyError(MusicGenError):
     """An optional dependency is not installed; the message names the command that installs it."""
+
+
+def _remake(kind: type[MusicGenError], args: tuple[object, ...], fields: dict[str, object]) -> MusicGenError:
+    """An error that went through a process boundary, as it was."""
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error

@@ -1,0 +1,273 @@
+"""Everything the service can be told: one typed tree, from a file and the environment. Unknown keys are errors.
+
+Owns names, defaults and bounds. Knows nothing of Ray. `MUSICGEN_LIMITS__MAX_DURATION_S=60` overrides
+`limits.max_duration_s`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from musicgen.config import KVDtype, WeightDtype
+from musicgen.errors import InvalidRequestError
+
+ENV_PREFIX = "MUSICGEN_"
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReplicaSettings(_Section):
+    """How many replicas a deployment has and what each takes."""
+
+    min_replicas: Count = 1
+    max_replicas: Count = 1
+    num_cpus: float = Field(0.1, ge=0, description="what Ray sets aside; not a limit on threads")
+    num_gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict, description="custom resources, to choose a pool of nodes")
+    target_load: Positive = Field(1.0, description="load a replica that autoscaling aims at, in the deployment's unit")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ReplicaSettings:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"expected max_replicas ≥ min_replicas ({self.min_replicas}), got {self.max_replicas}")
+        return self
+
+
+class LanguageModelReplicas(ReplicaSettings):
+    """Load: decode frames, waiting and running."""
+
+    target_load: Positive = 12000.0
+
+
+class CodecReplicas(ReplicaSettings):
+    """Load: decode calls under way."""
+
+    target_load: Positive = 8.0
+
+
+class EncoderReplicas(ReplicaSettings):
+    """Load: calls waiting and under way."""
+
+    target_load: Positive = 8.0
+
+
+class ModelSettings(_Section):
+    """One model and the deployments that serve it."""
+
+    name: str = Field("demo", description="what users call it")
+    source: str | None = Field(
+        None, description="short name, repository or folder of the checkpoint; default: the name"
+    )
+    device: str | None = Field(None, description="such as cpu or cuda; default: the GPU if a replica has one")
+    weights: WeightDtype | None = None
+    kv_dtype: KVDtype | None = None
+    kv_memory_bytes: int | None = Field(None, ge=1, description="budget of a replica's KV pages")
+    kv_memory_share: float = Field(0.25, gt=0, le=1, description="the same as a share of what is free")
+    num_threads: int | None = Field(None, ge=1, description="threads of a step on the CPU; default: one a core")
+    max_requests: Count = Field(32, description="pieces that a replica decodes at the same time")
+    max_step_rows: int = Field(64, ge=3)
+    max_waiting: Count = Field(256, description="pieces that may wait at a replica")
+    language_model: LanguageModelReplicas = LanguageModelReplicas()
+    codec: CodecReplicas = CodecReplicas()
+    text_encoder: EncoderReplicas = EncoderReplicas()
+    chroma: EncoderReplicas = EncoderReplicas()
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+            raise ValueError(f"expected 1 to 63 letters, digits, '.', '_' or '-', got {name!r}")
+        return name
+
+    @property
+    def checkpoint(self) -> str:
+        return self.source or self.name
+
+
+class HttpSettings(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    ingress: ReplicaSettings = ReplicaSettings()
+
+
+class GrpcSettings(_Section):
+    host: str = "127.0.0.1"
+    port: int = Field(9000, ge=0, le=65535, description="0 turns gRPC off")
+    ingress: ReplicaSettings = ReplicaSettings()
+    tls_certificate: Path | None = Field(None, description="PEM; with tls_key, the port speaks TLS only")
+    tls_key: Path | None = None
+    client_ca: Path | None = Field(None, description="PEM; clients must show a certificate signed by it")
+    keepalive_s: Positive = 30.0
+
+    @model_validator(mode="after")
+    def _whole(self) -> GrpcSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("expected tls_certificate and tls_key together, got one of them")
+        if self.client_ca is not None and self.tls_certificate is None:
+            raise ValueError("expected tls_certificate and tls_key with client_ca, got client_ca alone")
+        return self
+
+
+class LimitSettings(_Section):
+    """What one request may ask for."""
+
+    max_duration_s: Positive = 120.0
+    max_pieces: Count = 8
+    max_prompt_chars: Count = 2000
+    max_file_bytes: Count = 20 * 2**20
+    max_recording_s: Positive = Field(600.0, description="longest melody or prompt recording")
+    reader_stall_s: Positive = Field(30.0, description="a client that takes nothing for so long is cut off")
+
+
+class AdmissionSettings(_Section):
+    """When the service as a whole says no."""
+
+    max_wait_s: Positive = Field(20.0, description="a request that would wait longer to start is refused at once")
+    initial_speed: Positive = Field(
+        1.0, description="seconds of audio a second of one language-model replica, until it has been measured"
+    )
+
+
+class TenantSettings(_Section):
+    """One tenant. None: no limit."""
+
+    name: str
+    key_sha256: list[str] = Field(default_factory=list, description="SHA-256 in hex of each of its API keys")
+    tenant_class: str = Field("default", description="label of its metrics")
+    weight: Positive = Field(1.0, description="share of the engine, relative to the others'")
+    priority: int = Field(0, description="lower goes first, whatever the shares")
+    max_concurrent: int | None = Field(None, ge=1, description="requests at the same time")
+    requests_per_minute: int | None = Field(None, ge=1)
+    audio_s_per_minute: int | None = Field(None, ge=1)
+    audio_s_per_day: int | None = Field(None, ge=1)
+    max_duration_s: Positive | None = Field(None, description="of one piece; at most the service's own limit")
+    models: list[str] | None = Field(None, description="models it may use; default: all")
+
+    @field_validator("key_sha256")
+    @classmethod
+    def _hashes(cls, hashes: list[str]) -> list[str]:
+        for value in hashes:
+            if not re.fullmatch(r"[0-9a-f]{64}", value):
+                raise ValueError("expected 64 lower-case hex digits; `musicgen hash-key` prints them")
+        return hashes
+
+
+class AccessSettings(_Section):
+    """Who may use the service."""
+
+    open: bool = Field(False, description="no keys: everyone is the tenant `anonymous`; for a laptop")
+    anonymous: TenantSettings = TenantSettings(name="anonymous")
+    tenants: list[TenantSettings] = Field(default_factory=list)
+    tenants_file: Path | None = Field(None, description="YAML list of tenants, added to `tenants`")
+    limits_storage: str = Field("memory://", description="where allowances are counted; redis://host:6379 for several")
+    usage_file: Path | None = Field(None, description="JSON lines, one for each request that ended")
+
+    @model_validator(mode="after")
+    def _usable(self) -> AccessSettings:
+        if not self.open and not self.tenants and self.tenants_file is None:
+            raise ValueError("expected tenants, a tenants_file or open: true, got none: nobody could use the service")
+        names = [tenant.name for tenant in self.tenants]
+        if len(set(names)) != len(names):
+            raise ValueError(f"expected different names of tenants, got {sorted(names)}")
+        return self
+
+
+class FailoverSettings(_Section):
+    """How long a silent replica is believed to live, and how often another is tried."""
+
+    first_answer_s: Positive = Field(5.0, description="a language model must answer a new request within this")
+    silence_s: Positive = Field(
+        5.0, description="longest silence of a replica that is at work (it sends a sign of life)"
+    )
+    call_s: Positive = Field(60.0, description="longest call of an encoder or codec")
+    max_attempts: Count = Field(8, description="replicas tried without progress before a request fails")
+    backoff_s: Positive = Field(0.1, description="before the second attempt; doubled after each")
+    max_backoff_s: Positive = 5.0
+    lease_s: Positive = Field(6.0, description="a language model drops a request that nobody renewed for so long")
+
+
+class ObservabilitySettings(_Section):
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_prompts: bool = Field(False, description="write prompts into the log")
+    otlp_endpoint: str | None = Field(None, description="send OpenTelemetry spans there; needs the extra `tracing`")
+    player_buffer_s: float = Field(0.5, ge=0, description="what the simulated player waits for before it plays")
+
+
+class ServeSettings(BaseSettings):
+    """The whole service."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    models: list[ModelSettings] = Field(default_factory=lambda: [ModelSettings()], min_length=1)
+    http: HttpSettings = HttpSettings()
+    grpc: GrpcSettings = GrpcSettings()
+    limits: LimitSettings = LimitSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    access: AccessSettings = AccessSettings(open=True)
+    failover: FailoverSettings = FailoverSettings()
+    observability: ObservabilitySettings = ObservabilitySettings()
+    ray_address: str | None = Field(None, description="cluster to join; default: one of its own, on loopback")
+
+    @model_validator(mode="after")
+    def _different(self) -> ServeSettings:
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"expected different names of models, got {sorted(names)}")
+        return self
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds that a replica may take to finish what it has: the longest piece at a tenth of real time's speed."""
+        return 60.0 + 10 * self.limits.max_duration_s
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment goes before what a file says."""
+        return env_settings, init_settings
+
+
+def load_settings(source: Path | dict[str, Any] | None = None) -> ServeSettings:
+    """Settings from a YAML file, or values, and the environment.
+
+    Raises:
+        InvalidRequestError: an unknown key or a value out of its range; it names each.
+    """
+    values: object = source or {}
+    if isinstance(source, Path):
+        try:
+            values = yaml.safe_load(source.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise InvalidRequestError("a readable YAML file", f"{source} ({error})", param="config") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError("a mapping of settings", type(values).__name__, param="config")
+    try:
+        return ServeSettings(**values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        raise InvalidRequestError(
+            "valid settings", problems, "see `musicgen serve --print-config`", param="config"
+        ) from error
