@@ -1,0 +1,100 @@
+"""`python -m musicgen_serving.proto.generate`: the Python modules of the .proto files, beside them.
+
+Owns how generated code is made: protoc, then one changed import. protoc names modules by the folders of the .proto
+package (`musicgen.v1`), which is another package here, so `musicgen_serving.proto.` is put before it; the name that
+travels in descriptors and reflection stays `musicgen/v1/…`. Also writes the types of the gRPC stubs, which protoc
+leaves out. Needs the package grpcio-tools; nothing else imports this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import tempfile
+from pathlib import Path
+
+from google.protobuf import descriptor_pb2
+
+ROOT = Path(__file__).resolve().parent
+SOURCE = "musicgen/v1/music_service.proto"
+_STEM = "musicgen/v1/music_service_pb2"
+_STUB_TYPES = """\
+from collections.abc import Awaitable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
+
+class {service}Stub:
+    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None: ...
+{calls}
+class {service}Servicer:
+{methods}
+def add_{service}Servicer_to_server(servicer: {service}Servicer, server: grpc.Server | grpc.aio.Server) -> None: ...
+"""
+
+
+def generate(out: Path = ROOT) -> list[Path]:
+    """Write the modules of `SOURCE` under `out`, and return their paths.
+
+    Raises:
+        RuntimeError: protoc found an error; it has said which on stderr.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        descriptors = Path(scratch) / "descriptors"
+        flags = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
+        run_protoc(*flags, f"--descriptor_set_out={descriptors}")
+        files = descriptor_pb2.FileDescriptorSet.FromString(descriptors.read_bytes())
+    stubs = out / f"{_STEM}_grpc.py"
+    before, after = "from musicgen.v1 import", "from musicgen_serving.proto.musicgen.v1 import"
+    text = stubs.read_text()
+    if text.count(before) != 1:
+        raise RuntimeError(f"expected one line {before!r} in {stubs.name}, got {text.count(before)}")
+    stubs.write_text(text.replace(before, after))
+    types = stubs.with_suffix(".pyi")
+    types.write_text(_stub_types(files.file[0].service[0]))
+    return [out / f"{_STEM}.py", out / f"{_STEM}.pyi", stubs, types]
+
+
+def run_protoc(*flags: str) -> None:
+    """Run protoc on `SOURCE`.
+
+    Raises:
+        RuntimeError: it failed; it has said why on stderr.
+    """
+    from grpc_tools import protoc
+
+    included = importlib.resources.files("grpc_tools") / "_proto"
+    code = protoc.main(["protoc", f"--proto_path={ROOT}", f"--proto_path={included}", *flags, SOURCE])
+    if code != 0:
+        raise RuntimeError(f"protoc ended with {code}")
+
+
+def _stub_types(service: descriptor_pb2.ServiceDescriptorProto) -> str:
+    """The .pyi of the stubs: calls as grpc-stubs types them, methods as a `grpc.aio` servicer writes them."""
+    calls, methods = [], []
+    for method in service.method:
+        request, response = (f"pb.{name.rpartition('.')[2]}" for name in (method.input_type, method.output_type))
+        kind = "UnaryStream" if method.server_streaming else "UnaryUnary"
+        answer = "None" if method.server_streaming else response
+        calls.append(f"    {method.name}: grpc.{kind}MultiCallable[{request}, {response}]\n")
+        methods.append(
+            f"    def {method.name}(\n"
+            f"        self, request: {request}, context: grpc.aio.ServicerContext[Any, Any]\n"
+            f"    ) -> Awaitable[{answer}]: ...\n"
+        )
+    return _STUB_TYPES.format(service=service.name, calls="".join(calls), methods="".join(methods))
+
+
+def main() -> None:
+    """Read the command line, write the modules and name them."""
+    parser = argparse.ArgumentParser(description="Make the Python modules of the .proto files.")
+    parser.add_argument("--out", type=Path, default=ROOT, help="folder (default: beside the .proto files)")
+    for path in generate(parser.parse_args().out):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Generated code; see `musicgen_serving.proto.generate`."""
