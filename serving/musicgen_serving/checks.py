@@ -1,0 +1,214 @@
+"""From the fields of a call to a checked `GenerationRequest`: limits, seeds and the fingerprint of a repeat.
+
+Both edges use it, so that HTTP and gRPC accept the same requests and give the same audio for them. Knows no transport
+and no models: what depends on the model (its window, whether it follows a melody) the service checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import secrets
+from dataclasses import dataclass
+
+from musicgen.errors import InvalidRequestError
+from musicgen.inputs import resolve_seeds
+from musicgen.types import MAX_SEED, ChunkPolicy, SamplingParams
+from musicgen_serving.admission import Tenant
+from musicgen_serving.errors import TooLargeError
+from musicgen_serving.settings import LimitSettings
+from musicgen_serving.types import GenerationRequest, Piece
+
+MAX_IDEMPOTENCY_KEY_CHARS = 255
+MIN_LOUDNESS_LUFS, MAX_LOUDNESS_LUFS = -70.0, 0.0
+_MAX_NUMBER = 1e4
+"""No field means anything beyond it; keeps float32 arithmetic finite."""
+_MAX_COUNT = 2**31 - 1
+_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_TRACE_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class TooLargeFieldError(TooLargeError):
+    """More than the service takes, in a field that has a name."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RequestFields:
+    """A call as it came in, in plain types. Set by an edge; nothing in it is checked yet."""
+
+    request_id: str
+    model: str
+    """Name of a served model; the edge has put the default in."""
+    prompts: tuple[str | None, ...] = (None,)
+    """One text each, or None for none; each gives `num_samples` pieces, next to each other."""
+    duration_s: float = 10.0
+    num_samples: int = 1
+    seed: int | None = None
+    """Piece i is drawn with seed + i. None: derived from tenant and idempotency key if there is one, else random."""
+    temperature: float = 1.0
+    top_k: int = 250
+    top_p: float = 0.0
+    greedy: bool = False
+    guidance_scale: float = 3.0
+    melody_guidance: float | None = None
+    melody: bytes | None = None
+    """Content of a file that `recordings.check_recording` has seen."""
+    prompt_audio: bytes | None = None
+    """As `melody`."""
+    stems: bool = False
+    extend_stride_s: float = 18.0
+    loudness_lufs: float | None = None
+    """Level that the edge brings whole pieces to; None: as generated."""
+    chunks: ChunkPolicy | None = None
+    """How a stream is cut; None: the caller does not listen meanwhile."""
+    first_sample: int = 0
+    deadline_s: float | None = None
+    idempotency_key: str | None = None
+    trace_parent: str | None = None
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a caller's own request id can be used: up to 128 letters, digits, '.', '_', ':' or '-'."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+def new_request_id() -> str:
+    return secrets.token_hex(16)
+
+
+def well_formed_trace_parent(text: str | None) -> str | None:
+    """A W3C traceparent that can be passed on, or None; a broken one is ignored, as the standard says."""
+    return text if text and _TRACE_PARENT.fullmatch(text) else None
+
+
+def build_request(fields: RequestFields, tenant: Tenant, limits: LimitSettings) -> GenerationRequest:
+    """The checked request.
+
+    Raises:
+        InvalidRequestError: a field out of its range; it names the field.
+        TooLargeError: a text beyond the limits.
+    """
+    _check_texts(fields, limits)
+    _check_numbers(fields, tenant, limits)
+    sampling = SamplingParams(
+        greedy=fields.greedy,
+        temperature=fields.temperature,
+        top_k=fields.top_k,
+        top_p=fields.top_p,
+        guidance_scale=fields.guidance_scale,
+        melody_guidance=fields.melody_guidance,
+    )
+    if fields.stems and fields.melody is None:
+        raise InvalidRequestError("a melody with stems", "none", "send a melody, or leave stems out", param="stems")
+    texts = [prompt for prompt in fields.prompts for _ in range(fields.num_samples)]
+    seeds = resolve_seeds(_first_seed(fields, tenant.name), len(texts))
+    return GenerationRequest(
+        request_id=fields.request_id,
+        model=fields.model,
+        pieces=tuple(Piece(text, seed) for text, seed in zip(texts, seeds, strict=True)),
+        duration_s=float(fields.duration_s),
+        sampling=sampling,
+        melody=fields.melody,
+        prompt_audio=fields.prompt_audio,
+        stems=fields.stems,
+        extend_stride_s=float(fields.extend_stride_s),
+        chunks=fields.chunks,
+        deadline_s=fields.deadline_s,
+        first_sample=fields.first_sample,
+        idempotency_key=fields.idempotency_key,
+        fingerprint=_fingerprint(fields, seeds) if fields.idempotency_key is not None else "",
+        trace_parent=well_formed_trace_parent(fields.trace_parent),
+    )
+
+
+def _check_texts(fields: RequestFields, limits: LimitSettings) -> None:
+    if not is_request_id(fields.request_id):
+        expected = "1 to 128 letters, digits, '.', '_', ':' or '-', a letter or digit first"
+        raise InvalidRequestError(expected, "something else", param="request_id")
+    key = fields.idempotency_key
+    if key is not None and not (0 < len(key) <= MAX_IDEMPOTENCY_KEY_CHARS and key.isascii() and key.isprintable()):
+        expected = f"1 to {MAX_IDEMPOTENCY_KEY_CHARS} printable ASCII characters"
+        raise InvalidRequestError(expected, "something else", param="idempotency_key")
+    if not fields.prompts:
+        hint = "leave it out to make music without a text"
+        raise InvalidRequestError("at least one prompt", "an empty list", hint, param="prompt")
+    for prompt in fields.prompts:
+        if prompt is None:
+            continue
+        if len(prompt) > limits.max_prompt_chars:
+            message = f"prompt: expected at most {limits.max_prompt_chars} characters, got {len(prompt)}"
+            raise TooLargeFieldError(message, "prompt")
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise InvalidRequestError("Unicode text", "half of a surrogate pair", param="prompt")
+
+
+def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings) -> None:
+    longest_s = min(limits.max_duration_s, tenant.max_duration_s or limits.max_duration_s)
+    _check_range("duration_s", fields.duration_s, 0, longest_s, "seconds", above=True)
+    _check_range("extend_stride_s", fields.extend_stride_s, 0, _MAX_NUMBER, "seconds", above=True)
+    _check_range("temperature", fields.temperature, 0, _MAX_NUMBER)
+    _check_range("top_k", fields.top_k, 0, _MAX_COUNT)
+    _check_range("num_samples", fields.num_samples, 1, _MAX_COUNT)
+    _check_range("first_sample", fields.first_sample, 0, 2**53)
+    if fields.loudness_lufs is not None:
+        _check_range("loudness", fields.loudness_lufs, MIN_LOUDNESS_LUFS, MAX_LOUDNESS_LUFS, "LUFS")
+    if fields.deadline_s is not None and not fields.deadline_s > 0:
+        raise InvalidRequestError("a deadline in the future", f"{fields.deadline_s:g} s", param="deadline")
+    num_pieces = len(fields.prompts) * fields.num_samples
+    if num_pieces > limits.max_pieces:
+        expected = f"at most {limits.max_pieces} pieces (prompts × num_samples)"
+        raise InvalidRequestError(expected, str(num_pieces), "send several requests", param="num_samples")
+
+
+def _check_range(param: str, value: float, low: float, high: float, unit: str = "", *, above: bool = False) -> None:
+    """`low ≤ value ≤ high`, or `low < value` where `above`; NaN is in no range."""
+    if (low < value if above else low <= value) and value <= high:
+        return
+    bounds = f"more than {low:g} and at most {high:g}" if above else f"{low:g} to {high:.17g}"
+    raise InvalidRequestError(f"{bounds} {unit}".rstrip(), _shown(value), param=param)
+
+
+def _shown(value: float) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"a number of {len(text)} digits"
+
+
+def _first_seed(fields: RequestFields, tenant: str) -> int:
+    if fields.seed is not None:
+        _check_range("seed", fields.seed, 0, MAX_SEED)
+        return fields.seed
+    if fields.idempotency_key is None:
+        return secrets.randbelow(MAX_SEED + 1)
+    text = json.dumps(["musicgen seed", tenant, fields.idempotency_key])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
+
+
+def _fingerprint(fields: RequestFields, seeds: list[int]) -> str:
+    """SHA-256, in hex, of everything that decides the samples; not of how and from where on they are sent."""
+    values: dict[str, object] = {
+        "model": fields.model,
+        "prompts": fields.prompts,
+        "seeds": seeds,
+        "greedy": fields.greedy,
+        "top_k": fields.top_k,
+        "stems": fields.stems,
+    }
+    for name in ("duration_s", "temperature", "top_p", "guidance_scale", "extend_stride_s", "loudness_lufs"):
+        values[name] = _canonical(getattr(fields, name))
+    values["melody_guidance"] = _canonical(fields.melody_guidance)
+    for name in ("melody", "prompt_audio"):
+        content: bytes | None = getattr(fields, name)
+        values[name] = None if content is None else hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _canonical(number: float | None) -> str | None:
+    """One text for 1, 1.0 and -0.0's like."""
+    assert number is None or math.isfinite(number)
+    return None if number is None else (float(number) + 0.0).hex()

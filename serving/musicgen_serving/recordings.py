@@ -1,0 +1,86 @@
+"""Whether a caller's recording may go further: what it is, how big, how long. Shared by both edges.
+
+Looks at the content only, never at a name or a content type, and opens no path. Reads headers, decodes nothing: a file
+of 1 kB that says it holds ten hours is refused here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+
+import soundfile
+
+from musicgen.errors import InvalidRequestError
+from musicgen.waveform import MAX_CHANNELS, MAX_SAMPLE_RATE, MIN_SAMPLE_RATE
+from musicgen_serving.checks import TooLargeFieldError
+from musicgen_serving.settings import LimitSettings
+
+_CONTAINERS = {"wav": ("WAV", "WAVEX", "RF64"), "flac": ("FLAC",), "mp3": ("MP3",), "ogg": ("OGG",), "aiff": ("AIFF",)}
+"""What the first bytes say → what libsndfile may find in it."""
+_EXPECTED = "a wav, flac, mp3, ogg, opus or aiff file"
+
+
+class _Content(io.BytesIO):
+    """A file in memory. A damaged header can make libsndfile seek before its beginning; that is no error of ours."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: len(self.getbuffer())}[whence]
+        return super().seek(min(max(0, base + offset), 2**62))
+
+
+def sniff(content: bytes) -> str | None:
+    """Kind of audio file by its first bytes: `wav`, `flac`, `mp3`, `ogg` or `aiff`; None: none of these."""
+    head = content[:12]
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
+        return "wav"
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return "aiff"
+    if head[:4] == b"fLaC":
+        return "flac"
+    if head[:4] == b"OggS":
+        return "ogg"
+    # MPEG audio: 11 set bits, then a version and a layer that are not the reserved ones.
+    is_frame = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x18 != 8 and head[1] & 6
+    return "mp3" if head[:3] == b"ID3" or is_frame else None
+
+
+async def check_recording(content: bytes, param: str, limits: LimitSettings) -> None:
+    """Refuse what is not a recording within the limits. Reads its header in a thread.
+
+    Args:
+        param: name of the field, for the error.
+    Raises:
+        TooLargeError: more bytes than `limits.max_file_bytes`.
+        InvalidRequestError: no audio file, or none that can be read, is empty, too long, or has too many channels.
+    """
+    if len(content) > limits.max_file_bytes:
+        message = f"{param}: expected at most {limits.max_file_bytes} bytes, got {len(content)}; cut or compress it"
+        raise TooLargeFieldError(message, param)
+    kind = sniff(content)
+    if kind is None:
+        got = "no bytes" if not content else "something else"
+        raise InvalidRequestError(_EXPECTED, got, param=param)
+    await asyncio.to_thread(_check_header, content, kind, param, limits.max_recording_s)
+
+
+def _check_header(content: bytes, kind: str, param: str, max_recording_s: float) -> None:
+    try:
+        with soundfile.SoundFile(_Content(content)) as file:
+            container, frames = str(file.format), int(file.frames)
+            rate, channels = int(file.samplerate), int(file.channels)
+    except (soundfile.LibsndfileError, OSError, ValueError, OverflowError, TypeError) as error:
+        raise InvalidRequestError(_EXPECTED, "one that cannot be read", "is it damaged?", param=param) from error
+    if container not in _CONTAINERS[kind]:
+        raise InvalidRequestError(_EXPECTED, "something else", param=param)
+    if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
+        expected = f"a sample rate of {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz"
+        raise InvalidRequestError(expected, f"{rate} Hz", param=param)
+    if not 1 <= channels <= MAX_CHANNELS:
+        expected = f"at most {MAX_CHANNELS} channels"
+        raise InvalidRequestError(expected, str(channels), "mix it to stereo first", param=param)
+    if frames <= 0:
+        raise InvalidRequestError("at least one sample", "a recording without any", param=param)
+    if frames > max_recording_s * rate:
+        got = f"{frames / rate:.0f} s" if frames < 2**50 else "one of unknown length"
+        raise InvalidRequestError(f"at most {max_recording_s:g} s of audio", got, "cut it first", param=param)
