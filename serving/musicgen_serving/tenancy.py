@@ -1,0 +1,120 @@
+"""API keys → tenants.
+
+Owns how keys are made, hashed and looked up, and which lists of tenants are accepted. Knows no transport and no
+allowance. A key itself is kept nowhere: only its SHA-256, which is enough for keys of 256 random bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from musicgen.errors import InvalidRequestError
+from musicgen_serving.admission import Tenant
+from musicgen_serving.errors import UnauthenticatedError
+from musicgen_serving.settings import AccessSettings, TenantSettings
+
+KEY_PREFIX = "mg-"
+KEY_BYTES = 32
+
+
+def new_key() -> str:
+    """A new API key of 256 random bits."""
+    return KEY_PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def hash_key(key: str) -> str:
+    """SHA-256 of an API key in lower-case hex: what settings hold in its place."""
+    return hashlib.sha256(key.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+class Tenancy:
+    """Who may use the service.
+
+    Raises:
+        InvalidRequestError: the list of tenants cannot be used: unreadable, an unknown field, a name or key twice.
+    """
+
+    def __init__(self, access: AccessSettings) -> None:
+        listed = [*access.tenants, *(_from_file(access.tenants_file) if access.tenants_file else ())]
+        if access.open:
+            if access.anonymous.key_sha256:
+                raise InvalidRequestError("no keys for whoever has no key", "some", param="access.anonymous")
+            listed.append(access.anonymous)
+        elif not any(tenant.key_sha256 for tenant in listed):
+            raise InvalidRequestError("a tenant with a key, or open: true", "none", param="access")
+        self._settings = {tenant.name: tenant for tenant in listed}
+        if len(self._settings) < len(listed):
+            names = [tenant.name for tenant in listed]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise InvalidRequestError("different names of tenants", f"{twice} more than once", param="access.tenants")
+        self._keys = [(key, _tenant(settings)) for settings in listed for key in settings.key_sha256]
+        if len({key for key, _ in self._keys}) < len(self._keys):
+            raise InvalidRequestError(
+                "each key for one tenant only", "one that is listed twice", param="access.tenants"
+            )
+        self._anonymous = _tenant(access.anonymous) if access.open else None
+
+    def authenticate(self, api_key: str | None) -> Tenant:
+        """The tenant of an API key; None or an empty one is no key.
+
+        All hashes are compared, whichever fits, so that the time taken says nothing about them.
+
+        Raises:
+            UnauthenticatedError: no key where one is needed, or an unknown one.
+        """
+        if not api_key or (self._anonymous is not None and not self._keys):
+            if self._anonymous is None:
+                raise UnauthenticatedError("expected an API key, got none; send it as `Authorization: Bearer KEY`")
+            return self._anonymous
+        given, found = hash_key(api_key), None
+        for known, tenant in self._keys:
+            if hmac.compare_digest(known, given):
+                found = tenant
+        if found is None:
+            raise UnauthenticatedError("expected a known API key, got another; ask the operator for one")
+        return found
+
+    def settings_of(self, name: str) -> TenantSettings:
+        """Settings of a tenant.
+
+        Raises:
+            UnauthenticatedError: no such tenant (any more).
+        """
+        settings = self._settings.get(name)
+        if settings is None:
+            raise UnauthenticatedError("expected a tenant of this service, got one it does not know")
+        return settings
+
+
+def _tenant(settings: TenantSettings) -> Tenant:
+    return Tenant(
+        name=settings.name,
+        tenant_class=settings.tenant_class,
+        weight=settings.weight,
+        priority=settings.priority,
+        max_duration_s=settings.max_duration_s,
+        models=None if settings.models is None else frozenset(settings.models),
+    )
+
+
+def _from_file(path: Path) -> list[TenantSettings]:
+    """Tenants of a YAML list."""
+    param = "access.tenants_file"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidRequestError("a readable YAML file", f"{path} ({type(error).__name__})", param=param) from error
+    if not isinstance(values, list):
+        raise InvalidRequestError("a list of tenants", f"{type(values).__name__} in {path}", param=param)
+    try:
+        return TypeAdapter(list[TenantSettings]).validate_python(values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        # From None: the cause would print the values, and someone may have pasted a key where its hash belongs.
+        raise InvalidRequestError("valid tenants", f"{problems} in {path}", param=param) from None
