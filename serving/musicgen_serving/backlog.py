@@ -29,6 +29,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypedDict
 
 from musicgen.errors import OverloadedError
 
@@ -38,6 +39,18 @@ PRIOR_S = 5.0
 """Seconds of work that the initial speed counts for."""
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 """Bounds of what a refusal tells the caller. By the upper one the speed will have been measured anew."""
+
+
+class ModelLoad(TypedDict):
+    """One model at this moment."""
+
+    quoted_wait_s: float
+    """Of a request behind all others."""
+    speed: float
+    """Seconds of audio a second, all replicas."""
+    left_s: float
+    """Seconds of audio that running requests still have to give out."""
+    num_requests: int
 
 
 @dataclass(slots=True)
@@ -99,15 +112,6 @@ class Backlog:
         """Seconds of audio a second, all replicas."""
         return max(self._any.value, self._full.value)
 
-    @property
-    def num_requests(self) -> int:
-        return len(self._works)
-
-    @property
-    def left_s(self) -> float:
-        """Seconds of audio still to be given out."""
-        return math.fsum(work.left_s for work in self._works.values())
-
     def set_capacity(self, num_replicas: int) -> None:
         """The number of replicas has changed: so has the speed, in proportion. None at all counts as one, which is
         being replaced."""
@@ -152,12 +156,21 @@ class Backlog:
             ahead.append(work)
         return self._wait_s(running, ahead)
 
-    @property
-    def longest_wait_s(self) -> float:
-        """Seconds that a request would wait behind everything that is there."""
-        if self._num_pieces < self._slots:
-            return 0.0
-        return self._wait_s(*self._split())
+    def end_s(self, request_id: str) -> float:
+        """Seconds until a running request may have ended, if it runs now and moves like the others."""
+        work = self._works[request_id]
+        num_moving = max(work.num_pieces, min(self._num_pieces, self._slots))
+        return work.left_s / work.num_pieces * num_moving / self.speed if self.speed > 0 else math.inf
+
+    def load(self) -> ModelLoad:
+        """The model at this moment."""
+        full = self._num_pieces >= self._slots
+        return ModelLoad(
+            quoted_wait_s=self._wait_s(*self._split()) if full else 0.0,
+            speed=self.speed,
+            left_s=math.fsum(work.left_s for work in self._works.values()),
+            num_requests=len(self._works),
+        )
 
     def add(
         self, request_id: str, tenant: str, weight: float, priority: int, audio_s: float, num_pieces: int = 1

@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO
+from typing import IO, TypedDict
 
 from musicgen.errors import InvalidRequestError
 from musicgen.types import FinishReason
+from musicgen_serving.admission import Settlement, Ticket
+from musicgen_serving.backlog import ModelLoad
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,22 @@ class UsageLine:
     num_failovers: int
     error_code: str | None
 
+    @classmethod
+    def of(cls, ticket: Ticket, model: str, asked_s: float, settlement: Settlement, billed_s: float) -> UsageLine:
+        return cls(
+            request_id=ticket.request_id,
+            tenant=ticket.tenant,
+            tenant_class=ticket.tenant_class,
+            model=model,
+            reason=settlement.reason,
+            asked_s=asked_s,
+            billed_s=billed_s,
+            time_to_first_audio_s=settlement.time_to_first_audio_s,
+            total_s=settlement.total_s,
+            num_failovers=settlement.num_failovers,
+            error_code=settlement.error_code,
+        )
+
     def to_json(self, time: float) -> str:
         """One line, without its end. `time`: seconds of the epoch."""
         return json.dumps(
@@ -58,6 +76,20 @@ class UsageLine:
                 "error_code": self.error_code,
             }
         )
+
+
+class Counts(TypedDict):
+    """Everything counted since the start. Keys begin with the tenant's class and the model."""
+
+    admitted: dict[TenantModel, int]
+    finished: dict[TenantModel, int]
+    cancelled: dict[TenantModel, int]
+    failed: dict[TenantModel, int]
+    rejected: dict[tuple[str, str, str], int]
+    """Third: the code of the error, as in `errors.report`."""
+    running: dict[TenantModel, int]
+    models: dict[str, ModelLoad]
+    usage_lines_lost: int
 
 
 class Ledger:
@@ -104,6 +136,23 @@ class Ledger:
         for (tenant_class, model, _), count in self.ended.items():
             running[tenant_class, model] -= count
         return running
+
+    def counts(self, models: dict[str, ModelLoad]) -> Counts:
+        """A copy of all counts, with the load of each model beside them."""
+
+        def by(reason: FinishReason) -> dict[TenantModel, int]:
+            return {(kind, model): count for (kind, model, value), count in self.ended.items() if value == reason.value}
+
+        return Counts(
+            admitted=dict(self.admitted),
+            finished=by(FinishReason.FINISHED),
+            cancelled=by(FinishReason.CANCELLED),
+            failed=by(FinishReason.FAILED),
+            rejected=dict(self.rejected),
+            running=dict(self.num_running()),
+            models=models,
+            usage_lines_lost=self.num_lines_lost,
+        )
 
     def check(self, running: Counter[TenantModel]) -> None:
         """admitted = finished + cancelled + failed + running, for each class and model.

@@ -41,14 +41,17 @@ class Tenancy:
     """
 
     def __init__(self, access: AccessSettings) -> None:
-        listed = [*access.tenants, *(_from_file(access.tenants_file) if access.tenants_file else ())]
+        listed: list[TenantSettings] = [
+            *access.tenants,
+            *(_from_file(access.tenants_file) if access.tenants_file else ()),
+        ]
         if access.open:
             if access.anonymous.key_sha256:
                 raise InvalidRequestError("no keys for whoever has no key", "some", param="access.anonymous")
             listed.append(access.anonymous)
         elif not any(tenant.key_sha256 for tenant in listed):
             raise InvalidRequestError("a tenant with a key, or open: true", "none", param="access")
-        self._settings = {tenant.name: tenant for tenant in listed}
+        self._settings: dict[str, TenantSettings] = {tenant.name: tenant for tenant in listed}
         if len(self._settings) < len(listed):
             names = [tenant.name for tenant in listed]
             twice = sorted({name for name in names if names.count(name) > 1})

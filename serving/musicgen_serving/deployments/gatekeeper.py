@@ -1,0 +1,315 @@
+"""The gatekeeper: admission, allowances, registry of requests, ledger. Implements `admission.Gatekeeper`.
+
+One process, one event loop. Owns the life of a request between admission and settlement, as counted; knows nothing of
+audio, transports or Ray. Everything that must agree (registry, backlog, ledger) changes in one go, without an await
+in between; only allowances may be counted elsewhere.
+
+**A repeat takes over.** A client repeats a request because its connection broke, so the repeat of a running one (same
+tenant, same fingerprint, and the same idempotency key or request id) is not an error: the older one is cancelled and
+the newer admitted. It waits for the older to be settled, so that one id never runs twice and the older's allowance is
+back; if the older's edge has been silent for `takeover_s`, or does not settle within that time, the gatekeeper settles
+it itself. The newest repeat wins. A repeat after the end is a request like any other, and charged like any other. The
+same key or running id with another fingerprint is a conflict.
+
+**An edge that died.** Its requests stop being reported; after `edge_silence_s`, found silent again `GRACE_S` later,
+they are settled as cancelled with what they had given out. The second look is there because a gatekeeper that was
+held up itself has a queue of reports to read first. The same end comes to a ticket that its edge never received.
+
+**A gatekeeper that was replaced** learns of running requests from the edges' reports. It does not know what they were
+charged or their idempotency keys: nothing is refunded for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from musicgen.errors import MusicGenError, QuotaExceededError
+from musicgen.types import FinishReason
+from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Tenant, Ticket
+from musicgen_serving.backlog import MAX_RETRY_S, MIN_RETRY_S, Backlog
+from musicgen_serving.errors import NotFoundError, UnauthenticatedError, report
+from musicgen_serving.ledger import Counts, Ledger, UsageLine
+from musicgen_serving.quotas import Quotas
+from musicgen_serving.registry import Record, Registry
+from musicgen_serving.settings import ServeSettings, TenantSettings
+from musicgen_serving.tenancy import Tenancy
+from musicgen_serving.types import GenerationStatus
+
+log = logging.getLogger(__name__)
+
+SWEEP_S = 1.0
+"""How often silent edges are looked for, when anybody calls."""
+GRACE_S = 2.0
+STALE_S = 1.0
+"""A settlement that is older than its request by more than this is that of an earlier one of the same id."""
+EDGE_LOST, SUPERSEDED = "edge_lost", "superseded"
+"""Codes in the ledger of requests that the gatekeeper settled itself."""
+
+
+class LocalGatekeeper:
+    """The gatekeeper, in this process.
+
+    Args:
+        edge_silence_s: a request that no edge has reported for so long is settled as cancelled.
+        takeover_s: longest wait of a repeat for the end of the request whose place it takes.
+        cancel_wait_s: longest wait of `cancel` for the end it brings about.
+        poll_s: longest wait of `wait_cancelled`.
+        remember_s, max_remembered: for how long, and how many, ended requests are remembered.
+        clock: seconds, monotonic.
+        wall_clock: seconds of the epoch, for allowances and the usage file.
+
+    Raises:
+        InvalidRequestError: tenants, storage or usage file cannot be used.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        *,
+        edge_silence_s: float = 10.0,
+        takeover_s: float = 3.0,
+        cancel_wait_s: float = 1.0,
+        poll_s: float = 5.0,
+        remember_s: float = 600.0,
+        max_remembered: int = 10_000,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._edge_silence_s, self._takeover_s = edge_silence_s, takeover_s
+        self._cancel_wait_s, self._poll_s = cancel_wait_s, poll_s
+        self._clock, self._wall_clock = clock, wall_clock
+        self._tenancy = Tenancy(settings.access)
+        self._quotas = Quotas(settings.access.limits_storage, wall_clock)
+        self._ledger = Ledger(settings.access.usage_file)
+        self._registry = Registry(remember_s, max_remembered)
+        self._backlogs = {
+            model.name: Backlog(
+                num_replicas=model.language_model.min_replicas,
+                num_slots=model.max_requests,
+                initial_speed=settings.admission.initial_speed,
+                max_wait_s=settings.admission.max_wait_s,
+                clock=clock,
+            )
+            for model in settings.models
+        }
+        self._news = asyncio.Event()
+        """Set, and replaced, when somebody wants the end of a request."""
+        self._swept_at = clock()
+
+    async def authenticate(self, api_key: str | None) -> Tenant:
+        """See `admission.Gatekeeper`."""
+        try:
+            return self._tenancy.authenticate(api_key)
+        except UnauthenticatedError as error:
+            self._ledger.reject("", "", report(error).code)
+            raise
+
+    async def admit(self, request: AdmissionRequest) -> Ticket:
+        """See `admission.Gatekeeper`. A repeat of a running request takes its place."""
+        tenant = self._tenancy.settings_of(request.tenant)
+        model = request.model if request.model in self._backlogs else ""
+        try:
+            if not model:
+                raise NotFoundError("expected the name of a served model, got another; list the models to see them")
+            return await self._admit(request, tenant)
+        except MusicGenError as error:
+            self._ledger.reject(tenant.tenant_class, model, report(error).code)
+            raise
+
+    async def _admit(self, request: AdmissionRequest, tenant: TenantSettings) -> Ticket:
+        called_at = self._clock()
+        await self._sweep()
+        key, fingerprint = request.idempotency_key, request.fingerprint
+        while (holder := self._registry.holder(tenant.name, request.request_id, key, fingerprint)) is not None:
+            await self._take_over(holder)
+        self._check_concurrent(tenant)
+        backlog = self._backlogs[request.model]
+        wait_s = backlog.check(tenant.name, tenant.weight, tenant.priority)
+        ticket = Ticket(
+            request.request_id, tenant.name, tenant.tenant_class, tenant.weight, tenant.priority, quoted_wait_s=wait_s
+        )
+        record = Record(ticket, request.model, request.audio_s, called_at, self._clock(), key, fingerprint)
+        # Listed before its allowances are taken: others that are being admitted meanwhile must see it.
+        self._registry.add(record)
+        backlog.add(ticket.request_id, tenant.name, tenant.weight, tenant.priority, request.audio_s)
+        try:
+            record.charge = await self._quotas.take(tenant, request.audio_s)
+        except BaseException:
+            self._registry.withdraw(record)
+            backlog.withdraw(ticket.request_id)
+            raise
+        record.admitted, record.seen_at = True, self._clock()
+        self._ledger.admit(tenant.tenant_class, request.model)
+        return ticket
+
+    def _check_concurrent(self, tenant: TenantSettings) -> None:
+        """Raises: QuotaExceededError: as many requests as allowed; retry when the first of them may be done."""
+        limit = tenant.max_concurrent
+        if limit is None or self._registry.num_running(tenant.name) < limit:
+            return
+        ends = (
+            self._backlogs[record.model].end_s(record.request_id)
+            for record in self._registry
+            if record.ticket.tenant == tenant.name
+        )
+        retry_after_s = min(MAX_RETRY_S, max(MIN_RETRY_S, min(ends)))
+        raise QuotaExceededError(
+            f"expected at most {limit} requests at the same time, got one more; retry in {math.ceil(retry_after_s)} s",
+            retry_after_s=retry_after_s,
+        )
+
+    async def _take_over(self, record: Record) -> None:
+        """See that a running request ends, so that its repeat can begin."""
+        self._want_end(record)
+        if self._clock() - record.seen_at <= self._takeover_s:
+            await _wait(record.ended, self._takeover_s)
+        if record.reason is None:
+            await self._end_here(record, SUPERSEDED)
+
+    async def settle(self, settlement: Settlement) -> None:
+        """See `admission.Gatekeeper`."""
+        record = self._registry.running(settlement.request_id)
+        if record is None or not record.admitted:
+            if not self._registry.has_ended(settlement.request_id):
+                log.warning("request %s: settled, but not known here", settlement.request_id)
+            return
+        if record.reused and settlement.total_s > self._clock() - record.admitted_at + STALE_S:
+            return
+        await self._end(record, settlement)
+
+    async def report(self, edge: str, running: list[Progress]) -> list[str]:
+        """See `admission.Gatekeeper`."""
+        now = self._clock()
+        unwanted = [progress.ticket.request_id for progress in running if not self._note(edge, progress, now)]
+        await self._sweep()
+        return unwanted
+
+    def _note(self, edge: str, progress: Progress, now: float) -> bool:
+        """Take in how far one request is; returns whether it shall go on."""
+        ticket = progress.ticket
+        record = self._registry.running(ticket.request_id)
+        if record is None:
+            if self._registry.has_ended(ticket.request_id):
+                return False
+            record = self._adopt(edge, progress, now)
+            if record is None:
+                return True
+        if not record.admitted:
+            return True
+        if record.edge != edge:
+            if record.edge is not None and record.edge != record.former_edge:
+                return False
+            record.edge = edge
+        record.seen_at, record.suspect_since = now, None
+        record.done_s = max(record.done_s, progress.done_s)
+        self._backlogs[record.model].progress(ticket.request_id, record.done_s)
+        return not record.cancelled
+
+    def _adopt(self, edge: str, progress: Progress, now: float) -> Record | None:
+        """Take over a request that an earlier gatekeeper admitted; None: of a model that is not served any more."""
+        ticket, backlog = progress.ticket, self._backlogs.get(progress.model)
+        if backlog is None:
+            log.warning("request %s: of a model that is not served here", ticket.request_id)
+            return None
+        record = Record(ticket, progress.model, progress.audio_s, now, now, admitted=True, edge=edge)
+        self._registry.add(record)
+        backlog.add(ticket.request_id, ticket.tenant, ticket.weight, ticket.priority, progress.audio_s)
+        backlog.progress(ticket.request_id, progress.done_s, counts=False)
+        self._ledger.admit(ticket.tenant_class, progress.model)
+        return record
+
+    async def wait_cancelled(self, edge: str) -> list[str]:
+        """See `admission.Gatekeeper`. A request that no edge has reported yet is named to all: others ignore it."""
+        until = self._clock() + self._poll_s
+        while True:
+            found = [r for r in self._registry if r.cancelled and r.edge in (None, edge) and edge not in r.told]
+            left_s = until - self._clock()
+            if found or left_s <= 0:
+                for record in found:
+                    record.told.add(edge)
+                return [record.request_id for record in found]
+            if not await _wait(self._news, left_s):
+                return []
+
+    async def cancel(self, tenant: str, request_id: str) -> GenerationStatus:
+        """See `admission.Gatekeeper`. Waits a moment for the end, so that the answer usually says `cancelled`."""
+        record = self._registry.find(tenant, request_id)
+        if record.reason is None:
+            self._want_end(record)
+            await _wait(record.ended, self._cancel_wait_s)
+        return record.status(self._clock())
+
+    async def status(self, tenant: str, request_id: str) -> GenerationStatus:
+        """See `admission.Gatekeeper`."""
+        await self._sweep()
+        return self._registry.find(tenant, request_id).status(self._clock())
+
+    async def set_capacity(self, model: str, num_replicas: int) -> None:
+        """The number of a model's language-model replicas that take requests has changed, or may have."""
+        self._backlogs[model].set_capacity(num_replicas)
+
+    async def counts(self) -> Counts:
+        """What was counted, and the load of each model."""
+        await self._sweep()
+        return self._ledger.counts({name: backlog.load() for name, backlog in self._backlogs.items()})
+
+    async def check(self) -> None:
+        """Raises: RuntimeError: admitted = finished + cancelled + failed + running does not hold."""
+        running = [record for record in self._registry if record.admitted]
+        self._ledger.check(Counter((record.ticket.tenant_class, record.model) for record in running))
+
+    def _want_end(self, record: Record) -> None:
+        """Tell the edges that somebody wants the end of a request."""
+        if not record.cancelled:
+            record.cancelled = True
+            self._news.set()
+            self._news = asyncio.Event()
+
+    async def _sweep(self) -> None:
+        """Settle requests that no edge reports any more. Cheap: it looks at most once in `SWEEP_S`."""
+        now = self._clock()
+        if now - self._swept_at < SWEEP_S:
+            return
+        self._swept_at = now
+        self._registry.forget(now)
+        for record in self._registry:
+            if not record.admitted or now - record.seen_at <= self._edge_silence_s:
+                continue
+            if record.suspect_since is None:
+                record.suspect_since = now
+            elif now - record.suspect_since >= GRACE_S and record.reason is None:
+                log.warning("request %s: its edge is gone", record.request_id)
+                await self._end_here(record, EDGE_LOST)
+
+    async def _end_here(self, record: Record, error_code: str) -> None:
+        """End a request whose edge does not: what it has given out counts."""
+        total_s = self._clock() - record.admitted_at
+        billed_s = record.done_s
+        await self._end(
+            record,
+            Settlement(record.request_id, FinishReason.CANCELLED, billed_s, None, total_s, 0, error_code),
+        )
+
+    async def _end(self, record: Record, settlement: Settlement) -> None:
+        """The one end of an admitted request."""
+        ticket, billed_s = record.ticket, min(max(0.0, settlement.billed_s), record.audio_s)
+        record.done_s = max(record.done_s, billed_s)
+        self._registry.end(record, settlement.reason, settlement.error_code, self._clock())
+        self._backlogs[record.model].remove(ticket.request_id, record.done_s)
+        line = UsageLine.of(ticket, record.model, record.audio_s, settlement, billed_s)
+        self._ledger.end(line, self._wall_clock())
+        await self._quotas.give_back(record.charge, math.ceil(record.audio_s) - math.ceil(billed_s))
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event, but not longer; returns whether it came."""
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return False
+    return True
