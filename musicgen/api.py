@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from musicgen.codec_stream import StreamingCodec, decode_audio
+from musicgen.codec_stream import StreamingCodec, StreamPiece, decode_audio, decode_on_grid, grid_floor
 from musicgen.conditioning import Melody, condition
 from musicgen.config import EngineConfig, WeightDtype
 from musicgen.engine.packing import KINDS, pack_decoder
@@ -24,6 +24,7 @@ from musicgen.inputs import (
     as_list,
     checked_descriptions,
     checked_melodies,
+    checked_prompt,
     checked_weights,
     resolve_seeds,
 )
@@ -31,7 +32,6 @@ from musicgen.local_engine import LocalEngine
 from musicgen.model import Model
 from musicgen.progress import Progress, ProgressCallback
 from musicgen.types import AudioChunk, ChunkPolicy, CodesRequest, SamplingParams
-from musicgen.waveform import check_sample_rate, convert_audio, validate_waveform
 from musicgen.weights import load_model, packed
 
 MAX_DURATION_S = 3600.0
@@ -315,7 +315,7 @@ class MusicGen:
         if melody_wavs is not None:
             melodies = checked_melodies(melody_wavs, melody_sample_rate, len(wavs))
         self._check_melodies_fit(melodies)
-        checked = [self._checked_prompt(wav, prompt_sample_rate) for wav in wavs]
+        checked = [checked_prompt(wav, prompt_sample_rate, self.model.config, self.duration) for wav in wavs]
         codes = [self.model.codec_encoder.encode(wav) for wav in checked]
         items = [_Item(*item) for item in zip(texts, melodies, codes, strict=True)]
         return self._generate(items, progress, return_tokens, seed, num_samples)
@@ -338,7 +338,7 @@ class MusicGen:
 
         Args:
             melody_wav, prompt: `[C, N]`.
-            chunks: how large the chunks are.
+            chunks: how large the chunks are, as far as the codec's grid (`codec_stream.GRID`) allows.
         Raises:
             InvalidRequestError: from the call itself, before any work is done.
         """
@@ -350,7 +350,9 @@ class MusicGen:
         (value,) = resolve_seeds(seed, 1)
         codes = None
         if prompt is not None:
-            codes = self.model.codec_encoder.encode(self._checked_prompt(prompt, prompt_sample_rate))
+            codes = self.model.codec_encoder.encode(
+                checked_prompt(prompt, prompt_sample_rate, self.model.config, self.duration)
+            )
         num_frames = self.model.config.num_frames(self.duration)
         request = self._request(_Item(text, melody, codes), num_frames).with_seed(value)
         return self._stream(request, chunks or ChunkPolicy())
@@ -358,30 +360,16 @@ class MusicGen:
     def _stream(self, request: CodesRequest, chunks: ChunkPolicy) -> Iterator[AudioChunk]:
         codec = StreamingCodec(self.model.codec, self.audio_channels)
         state = codec.initial_state()
+        waiting = torch.empty(self.model.config.decoder.num_codebooks, 0, dtype=torch.int32)
         for codes in self._engine.stream(request, chunks):
-            offset = state.num_samples
-            last = state.num_frames + codes.shape[-1] == request.num_frames
-            samples, state = codec.decode(codes, state, last=last)
+            waiting = torch.cat((waiting, codes), dim=-1)
+            offset, num_frames = state.num_samples, state.num_frames + waiting.shape[-1]
+            last = num_frames == request.num_frames
+            num_ready = waiting.shape[-1] if last else grid_floor(num_frames) - state.num_frames
+            ready, waiting = waiting[:, :num_ready], waiting[:, num_ready:]
+            samples, state = decode_on_grid(codec, StreamPiece(ready, state, last))
             if samples.shape[-1]:
                 yield AudioChunk(samples.cpu(), offset, self.sample_rate)
-
-    def _checked_prompt(self, wav: Tensor | None, sample_rate: int | None) -> Tensor:
-        """A prompt at the codec's rate and channels, shorter than the piece."""
-        samples = validate_waveform(wav, "prompt")
-        if sample_rate is None:
-            raise InvalidRequestError("the prompt's rate in Hz", "none", param="prompt_sample_rate")
-        check_sample_rate(sample_rate, "prompt_sample_rate")
-        self._check_prompt_length(samples.shape[-1] / sample_rate)
-        return convert_audio(samples, sample_rate, self.sample_rate, self.audio_channels)
-
-    def _check_prompt_length(self, prompt_s: float) -> None:
-        if prompt_s >= self.duration - 1 / self.frame_rate:
-            raise InvalidRequestError(
-                f"a prompt shorter than the duration ({self.duration:g} s)",
-                f"{prompt_s:.2f} s",
-                "raise the duration, which includes the prompt, or cut the prompt",
-                param="prompt",
-            )
 
     def _check_melodies_fit(self, melodies: Sequence[Melody | None]) -> None:
         if self.model.chroma is None and any(melody is not None for melody in melodies):

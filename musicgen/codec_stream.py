@@ -7,6 +7,7 @@ and the batching of streams; knows no requests, no schedule and no transport.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from musicgen.errors import InvalidRequestError
 from musicgen.models.encodec import DecoderState, EncodecDecoder
+from musicgen.types import ChunkPolicy
 
 _HEADER = struct.Struct("<4sBBHIQQ")
 _MAGIC, _VERSION = b"MGCS", 1
@@ -40,11 +42,53 @@ def split_channels(codes: Tensor, audio_channels: int) -> Tensor:
 def decode_audio(decoder: EncodecDecoder, codes: Tensor, audio_channels: int) -> Tensor:
     """Decode whole pieces of one length: `[B, C · K, T]` codes → `[B, C, T · hop_length]` float32 samples.
 
+    What a stream of the same codes gives, to the bit if that has as many threads (see `decode_on_grid`).
+
     Raises:
         InvalidRequestError: codes of a wrong shape or range.
     """
-    samples = decoder.decode_whole(split_channels(codes, audio_channels))
-    return samples.view(codes.shape[0], audio_channels, samples.shape[-1])
+    codec = StreamingCodec(decoder, audio_channels)
+    return torch.stack([decode_on_grid(codec, StreamPiece(c, codec.initial_state(), last=True))[0] for c in codes])
+
+
+GRID = ChunkPolicy()
+"""The cells in which a piece is decoded: small ones first, so that a stream can begin early."""
+
+
+def grid_floor(num_frames: int) -> int:
+    """The last boundary of the grid up to which `num_frames` frames suffice."""
+    boundary = cell = 0
+    while True:
+        cell = GRID.next_frames(cell)
+        if cell == GRID.max_frames:  # from here on all cells are equal
+            return boundary + max(0, num_frames - boundary) // cell * cell
+        if boundary + cell > num_frames:
+            return boundary
+        boundary += cell
+
+
+def decode_on_grid(codec: StreamingCodec, piece: StreamPiece) -> tuple[Tensor, StreamState]:
+    """Decode the next codes of one stream cell by cell, so that rounding does not depend on how they were cut.
+
+    Float sums come out differently in passes of different lengths or batches; with every frame in its own cell of a
+    grid that depends on its place in the piece alone, a piece has one audio: streamed, whole, or taken up by another
+    process (with as many threads).
+
+    Args:
+        piece: begins at a boundary, and ends at one unless it is the last.
+    Raises:
+        InvalidRequestError: as `StreamingCodec.decode`, or codes off the grid.
+    """
+    start, end = piece.state.num_frames, piece.state.num_frames + piece.codes.shape[-1]
+    if grid_floor(start) != start or not (piece.last or grid_floor(end) == end):
+        raise InvalidRequestError("codes between boundaries of the grid", f"frames {start} to {end}", param="codes")
+    state, samples = piece.state, []
+    boundaries = [frame for frame in range(start + 1, end) if grid_floor(frame) == frame]
+    for first, after in itertools.pairwise([start, *boundaries, end]):
+        part = StreamPiece(piece.codes[:, first - start : after - start], state, piece.last and after == end)
+        ((out, state),) = codec.decode_batch([part])
+        samples.append(out)
+    return torch.cat(samples, dim=-1), state
 
 
 @dataclass(frozen=True, slots=True, eq=False)

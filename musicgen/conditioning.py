@@ -5,13 +5,16 @@ Each item is computed on its own, so that nothing depends on its batch mates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from musicgen.config import ModelConfig
 from musicgen.errors import InvalidRequestError
 from musicgen.model import Model
+from musicgen.models.chroma import ChromaExtractor
 from musicgen.types import Conditioning, Window
 
 
@@ -43,20 +46,26 @@ def condition(
             param="melody",
         )
     text = model.text_encoder.encode(prompt)
-    conditioned = []
-    for window in windows:
-        chroma = None
-        if melody is not None:
-            assert model.chroma is not None
-            part = melody if len(windows) == 1 else _from_offset(melody, window.start, model)
-            (chroma,) = model.chroma([(part.wav, part.sample_rate)])
-        conditioned.append((window, Conditioning(text, chroma)))
-    return tuple(conditioned)
+    chroma: list[Tensor] | list[None] = [None] * len(windows)
+    if melody is not None:
+        assert model.chroma is not None
+        chroma = window_chroma(model.chroma, melody, windows, model.config)
+    return tuple((w, Conditioning(text, c)) for w, c in zip(windows, chroma, strict=True))
 
 
-def _from_offset(melody: Melody, start_frame: int, model: Model) -> Melody:
+def window_chroma(
+    extractor: ChromaExtractor, melody: Melody, windows: Sequence[Window], config: ModelConfig
+) -> list[Tensor]:
+    """The chroma `[num_frames, num_chroma]` that each window sees; see `condition`."""
+    if len(windows) == 1:
+        return extractor.forward([(melody.wav, melody.sample_rate)])
+    parts = [_from_offset(melody, window.start, config) for window in windows]
+    return extractor.forward([(part.wav, part.sample_rate) for part in parts])
+
+
+def _from_offset(melody: Melody, start_frame: int, config: ModelConfig) -> Melody:
     """One window's length of the melody from `start_frame` on, starting again at its end."""
-    first = int(start_frame / model.config.frame_rate_hz * melody.sample_rate)
-    num_samples = int(model.config.max_duration_s * melody.sample_rate)
+    first = int(start_frame / config.frame_rate_hz * melody.sample_rate)
+    num_samples = int(config.max_duration_s * melody.sample_rate)
     positions = torch.arange(first, first + num_samples) % melody.wav.shape[-1]
     return Melody(melody.wav[..., positions], melody.sample_rate)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from musicgen.conditioning import Melody
-from musicgen.config import WeightDtype
+from musicgen.config import ModelConfig, WeightDtype
 from musicgen.errors import InvalidRequestError
 from musicgen.types import MAX_SEED, SamplingParams
-from musicgen.waveform import check_sample_rate, validate_waveform
+from musicgen.waveform import check_sample_rate, convert_audio, validate_waveform
 
 Waveforms = Tensor | Sequence[Tensor | None]
 """`[B, C, N]`, `[C, N]` for a single one, or a list of `[C, N]`."""
@@ -54,6 +54,27 @@ def checked_melodies(wavs: Waveforms, sample_rate: int | None, num_items: int) -
             param="melody_wavs",
         )
     return [None if wav is None else Melody(validate_waveform(wav, "melody_wavs"), sample_rate) for wav in listed]
+
+
+def checked_prompt(wav: Tensor | None, sample_rate: int | None, config: ModelConfig, duration_s: float) -> Tensor:
+    """A recording to go on from: `[C, N]` at the codec's rate and channels, shorter than the piece.
+
+    Raises:
+        InvalidRequestError: no audio, or nothing would be left to make.
+    """
+    samples = validate_waveform(wav, "prompt")
+    if sample_rate is None:
+        raise InvalidRequestError("the prompt's rate in Hz", "none", param="prompt_sample_rate")
+    check_sample_rate(sample_rate, "prompt_sample_rate")
+    prompt_s = samples.shape[-1] / sample_rate
+    if prompt_s >= duration_s - 1 / config.frame_rate_hz:
+        raise InvalidRequestError(
+            f"a prompt shorter than the duration ({duration_s:g} s)",
+            f"{prompt_s:.2f} s",
+            "raise the duration, which includes the prompt, or cut the prompt",
+            param="prompt",
+        )
+    return convert_audio(samples, sample_rate, config.sample_rate, config.audio_channels)
 
 
 def checked_weights(weights: object) -> WeightDtype:

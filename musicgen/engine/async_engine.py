@@ -85,6 +85,7 @@ class AsyncStream:
         self._thread = thread
         self._events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self._ended = False
+        self._next: asyncio.Task[EngineEvent] | None = None
 
     def put(self, events: list[EngineEvent]) -> None:
         """Called on the loop's thread."""
@@ -95,16 +96,26 @@ class AsyncStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self._next is not None:
+            self._next.cancel()
         if not self._ended:
             self._thread.abort(self.request_id)
 
-    def __aiter__(self) -> AsyncIterator[EngineEvent]:
-        return self._iterate()
+    async def next_event(self, timeout_s: float | None = None) -> EngineEvent | None:
+        """The next event, or None if there is none for `timeout_s`. A wait that is cut short loses no event."""
+        if self._next is None:
+            self._next = asyncio.ensure_future(self._events.get())
+        done, _ = await asyncio.wait({self._next}, timeout=timeout_s)
+        if not done:
+            return None
+        event, self._next = self._next.result(), None
+        self._ended = isinstance(event, EndOfRequest)
+        return event
 
-    async def _iterate(self) -> AsyncIterator[EngineEvent]:
+    async def __aiter__(self) -> AsyncIterator[EngineEvent]:
         while not self._ended:
-            event = await self._events.get()
-            self._ended = isinstance(event, EndOfRequest)
+            event = await self.next_event()
+            assert event is not None
             yield event
 
 

@@ -42,6 +42,8 @@ class EngineStats:
     pages_total: int
     waiting_frames: float
     """Frames still to be decoded for waiting requests, guidance rows counted apart."""
+    running_frames: float
+    """The same for requests that run."""
     step_s: float
     """Running mean of the time of a step."""
 
@@ -143,6 +145,7 @@ class EngineCore:
             pages_held=self.allocator.num_held,
             pages_total=self.allocator.num_pages,
             waiting_frames=sum(s.cost for s in waiting),
+            running_frames=sum(s.num_steps_left * s.num_rows for s in self.scheduler.running),
             step_s=self._step_s,
         )
 

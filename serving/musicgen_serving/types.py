@@ -89,6 +89,7 @@ class PieceAudio:
 class PieceReport:
     """How one piece went. Set by the pipeline."""
 
+    piece: int
     num_samples: int
     """Samples a channel given out, those before `first_sample` not counted."""
     checksum: str

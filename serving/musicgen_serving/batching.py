@@ -1,0 +1,56 @@
+"""Calls that come while a batch is computed make up the next one. No waiting for company: when idle, it starts at once.
+
+Ray Serve's own `@serve.batch` does the same inside a replica only; this one also runs in a test and in one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Batcher(Generic[Item, Result]):
+    """Runs a function of several items on a thread, one batch at a time.
+
+    Args:
+        compute: a result, or an error, for each item, in order; it must not raise.
+    """
+
+    def __init__(self, compute: Callable[[Sequence[Item]], Sequence[Result | Exception]], max_batch: int) -> None:
+        self._compute, self._max_batch = compute, max_batch
+        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._worker: asyncio.Task[None] | None = None
+        self.num_calls = 0
+        """Waiting and under way."""
+
+    async def __call__(self, item: Item) -> Result:
+        """The result of one item. Raises: what `compute` gave for it."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        self.num_calls += 1
+        try:
+            return await future
+        finally:
+            self.num_calls -= 1
+
+    async def _work(self) -> None:
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
+            wanted = [(item, future) for item, future in batch if not future.cancelled()]
+            if not wanted:
+                continue
+            results = await asyncio.to_thread(self._compute, [item for item, _ in wanted])
+            for (_, future), result in zip(wanted, results, strict=True):
+                if future.cancelled():
+                    continue
+                if isinstance(result, Exception):
+                    future.set_exception(result)
+                else:
+                    future.set_result(result)

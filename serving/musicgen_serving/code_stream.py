@@ -1,0 +1,136 @@
+"""The codes of one piece, from whichever language model lives.
+
+Keeps the codes that came, and when a language model is lost asks another to go on after them. Knows no audio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from musicgen.errors import OverloadedError
+from musicgen.types import CodeChunk, CodesRequest, EndOfRequest, EngineRequest, FinishReason, Usage
+from musicgen_serving.deployments.language_model import Accepted, Alive, LanguageModelEvent
+from musicgen_serving.patience import Patience
+from musicgen_serving.settings import FailoverSettings
+from musicgen_serving.spokes import LostError, Spokes
+
+
+@dataclass(frozen=True, slots=True)
+class CodesStarted:
+    """A language model has taken the piece; comes once, first."""
+
+    quoted_start_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CodesEnd:
+    """All codes are there; comes once, last."""
+
+    num_frames: int
+    """Frames that were decoded, over all attempts that told."""
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+    num_failovers: int
+
+
+CodesEvent = CodesStarted | Tensor | CodesEnd
+"""A tensor is the next codes `[K, T]`; known ones are not repeated."""
+
+
+class CodeStream:
+    """One piece's codes.
+
+    Args:
+        request: for the first attempt; later ones differ in their id, which gets a number, and in what is known.
+    """
+
+    def __init__(self, spokes: Spokes, request: EngineRequest, settings: FailoverSettings) -> None:
+        self._spokes, self._request, self._settings = spokes, request, settings
+        self._patience = Patience(settings, f"request {request.request_id}: language model")
+        known = request.codes.known_codes
+        self._made: list[Tensor] = [] if known is None else [known]
+        self._num_made = request.codes.num_known_frames
+        self._started = False
+        self._usages: list[Usage] = []
+
+    async def events(self) -> AsyncGenerator[CodesEvent, None]:
+        """`CodesStarted`, codes, `CodesEnd`.
+
+        Raises:
+            InvalidRequestError, OverloadedError: refused; before the first event.
+            ReplicaLostError: the attempts are used up.
+        """
+        while self._num_made < self._request.codes.num_frames:
+            try:
+                async for event in self._attempt():
+                    yield event
+            except (LostError, TimeoutError) as error:
+                await self._patience.lost(error)
+            except OverloadedError as error:
+                if not self._started:
+                    raise
+                await self._patience.lost(error)
+        yield self._end()
+
+    async def _attempt(self) -> AsyncIterator[CodesStarted | Tensor]:
+        async with self._spokes.generate(self._next_request()) as events:
+            async for event in _timed(events, self._settings):
+                if isinstance(event, Accepted):
+                    if not self._started:
+                        self._started = True
+                        yield CodesStarted(event.quoted_start_s)
+                elif isinstance(event, CodeChunk):
+                    if event.frame_offset != self._num_made:
+                        raise LostError(f"expected frame {self._num_made}, got {event.frame_offset}")
+                    self._made.append(event.codes)
+                    self._num_made += event.codes.shape[-1]
+                    self._patience.progress()
+                    yield event.codes
+                elif isinstance(event, EndOfRequest):
+                    self._usages.append(event.usage)
+                    if event.reason is not FinishReason.FINISHED:
+                        raise LostError(event.error or f"the engine {event.reason.value} it")
+                    return
+        raise LostError("the stream ended early")
+
+    def _next_request(self) -> EngineRequest:
+        """The same piece, from where it stands. The deadline was promised once, at the first attempt."""
+        attempt = self._patience.num_failures
+        if attempt == 0:
+            return self._request
+        codes: CodesRequest = self._request.codes
+        if self._made:
+            codes = replace(codes, known_codes=torch.cat(self._made, dim=-1))
+        name = f"{self._request.request_id}/{attempt}"
+        return replace(self._request, request_id=name, codes=codes, deadline_s=None)
+
+    def _end(self) -> CodesEnd:
+        num_new = self._request.codes.num_frames - self._request.codes.num_known_frames
+        return CodesEnd(
+            num_new,
+            sum(usage.queue_s for usage in self._usages),
+            sum(usage.prefill_s for usage in self._usages),
+            sum(usage.decode_s for usage in self._usages),
+            self._patience.num_failures,
+        )
+
+
+async def _timed(
+    events: AsyncIterator[LanguageModelEvent], settings: FailoverSettings
+) -> AsyncIterator[LanguageModelEvent]:
+    """The events, except signs of life. Raises: TimeoutError: a silence that is too long."""
+    limit_s = settings.first_answer_s
+    while True:
+        try:
+            event = await asyncio.wait_for(anext(events), limit_s)
+        except StopAsyncIteration:
+            return
+        limit_s = settings.silence_s
+        if not isinstance(event, Alive):
+            yield event

@@ -1,0 +1,55 @@
+"""Two habits of asyncio that the pipeline needs: receiving ahead of the consumer, and waiting for several at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+MAX_WAITING = 64
+"""Items that may wait for the consumer of `ahead`."""
+
+
+async def ahead(events: AsyncGenerator[T, None]) -> AsyncGenerator[list[T], None]:
+    """The events, received while the consumer works; those that came meanwhile are handed over together."""
+    queue: asyncio.Queue[T | BaseException | None] = asyncio.Queue(MAX_WAITING)
+
+    async def receive() -> None:
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    await queue.put(event)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    receiver = asyncio.create_task(receive())
+    try:
+        while True:
+            batch = [await queue.get()]
+            while not queue.empty():
+                batch.append(queue.get_nowait())
+            ready = [event for event in batch if not (event is None or isinstance(event, BaseException))]
+            if ready:
+                yield ready
+            if batch[-1] is None:
+                return
+            if isinstance(batch[-1], BaseException):
+                raise batch[-1]
+    finally:
+        receiver.cancel()
+        await asyncio.wait({receiver})
+
+
+async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    """All results, or the first error, after which nothing goes on."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -1,0 +1,103 @@
+"""The melody features of one replica: a recording's bytes → the chroma that each window of a piece sees.
+
+Recordings that wait at the same time are taken together; what was made of a recording is kept by its hash.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from musicgen.audio import load_audio
+from musicgen.conditioning import Melody, window_chroma
+from musicgen.errors import InvalidRequestError
+from musicgen.stems import MelodyStems
+from musicgen.types import Window
+from musicgen.weights import load_model
+from musicgen_serving.batching import Batcher
+from musicgen_serving.settings import LimitSettings, ModelSettings
+
+MAX_BATCH = 8
+CACHE_ENTRIES = 256
+"""Chroma of so many recordings (some 100 kB each) are kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A melody as a caller gave it. Set by the pipeline."""
+
+    content: bytes
+    """Of an audio file."""
+    windows: tuple[Window, ...]
+    stems: bool
+    """Take drums and bass out first."""
+
+    @property
+    def key(self) -> str:
+        return f"{hashlib.sha256(self.content).hexdigest()} {self.windows} {self.stems}"
+
+
+class ChromaExtractor:
+    """Raises: InvalidRequestError, WeightsError: the settings' model cannot be loaded."""
+
+    def __init__(self, settings: ModelSettings, limits: LimitSettings) -> None:
+        model = load_model(settings.checkpoint, settings.device)
+        self._config, self._extractor, self._limits = model.config, model.chroma, limits
+        self._stems = MelodyStems(model.config.sample_rate)
+        self._extract = Batcher(self._extract_all, MAX_BATCH)
+        self._cache: OrderedDict[str, list[Tensor]] = OrderedDict()
+
+    async def warm_up(self) -> None:
+        """The first Fourier transform is slow."""
+        if self._extractor is not None:
+            await asyncio.to_thread(
+                self._extractor, [(torch.zeros(self._config.sample_rate), self._config.sample_rate)]
+            )
+
+    async def extract(self, recording: Recording) -> list[Tensor]:
+        """The chroma `[num_frames, num_chroma]` of each window.
+
+        Raises:
+            InvalidRequestError: not readable audio, too long, or the model takes no melody.
+            MissingDependencyError: stems were asked for and cannot be separated here.
+        """
+        return await self._extract(recording)
+
+    def _extract_all(self, recordings: Sequence[Recording]) -> list[list[Tensor] | Exception]:
+        """Only ever on one thread at a time: batches do not overlap."""
+        results: list[list[Tensor] | Exception] = []
+        for recording in recordings:
+            try:
+                results.append(self._extract_one(recording))
+            except Exception as error:
+                results.append(error)
+        return results
+
+    def _extract_one(self, recording: Recording) -> list[Tensor]:
+        if self._extractor is None:
+            hint = "choose a melody model"
+            raise InvalidRequestError(f"no melody for model {self._config.name!r}", "a melody", hint, param="melody")
+        key = recording.key
+        if key not in self._cache:
+            wav, sample_rate = load_audio(recording.content, max_duration_s=self._limits.max_recording_s)
+            if recording.stems:
+                wav, sample_rate = self._stems(wav, sample_rate), self._stems.sample_rate
+            melody = Melody(wav, sample_rate)
+            self._cache[key] = window_chroma(self._extractor, melody, recording.windows, self._config)
+            while len(self._cache) > CACHE_ENTRIES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    async def num_calls(self) -> int:
+        """Calls waiting and under way: the load."""
+        return self._extract.num_calls
+
+    def check_health(self) -> None:
+        """An extractor that answers is well."""

@@ -1,0 +1,93 @@
+"""The codec of one replica: codes to samples for any stream of any replica, and recordings to codes.
+
+Holds no stream: its state travels with each call. Calls that wait at the same time are taken together, each decoded by
+itself on the codec's grid, so that a stream sounds the same to the bit whatever else is decoded, and where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from musicgen.audio import load_audio
+from musicgen.codec_stream import StreamingCodec, StreamPiece, StreamState, decode_on_grid
+from musicgen.inputs import checked_prompt
+from musicgen.weights import load_model
+from musicgen_serving.batching import Batcher
+from musicgen_serving.settings import LimitSettings, ModelSettings
+
+MAX_BATCH = 16
+"""Calls that are taken together at most; more would only make each wait longer."""
+
+
+class CodecDecoder:
+    """Decodes chunks of streams, in batches.
+
+    Raises:
+        InvalidRequestError, WeightsError: the settings' model cannot be loaded.
+    """
+
+    def __init__(self, settings: ModelSettings, limits: LimitSettings) -> None:
+        model = load_model(settings.checkpoint, settings.device)
+        self._config, self._limits = model.config, limits
+        self._codec = StreamingCodec(model.codec, model.config.audio_channels)
+        self._encoder = model.codec_encoder
+        self._decode = Batcher(self._decode_batch, MAX_BATCH)
+
+    async def warm_up(self) -> None:
+        """Decode a little silence."""
+        codes = torch.zeros(self._config.decoder.num_codebooks, 8, dtype=torch.int32)
+        await self.decode(StreamPiece(codes, self._codec.initial_state(), last=True))
+
+    async def initial_state(self) -> StreamState:
+        """The state of a stream before its first codes."""
+        return self._codec.initial_state()
+
+    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
+        """The next samples `[C, N]` of a stream, and its state after them.
+
+        Raises:
+            InvalidRequestError: codes or a state that do not fit the codec.
+        """
+        return await self._decode(piece)
+
+    @torch.inference_mode()
+    def _decode_batch(self, pieces: Sequence[StreamPiece]) -> list[tuple[Tensor, StreamState] | Exception]:
+        results: list[tuple[Tensor, StreamState] | Exception] = []
+        for piece in pieces:
+            try:
+                results.append(_on_host(*decode_on_grid(self._codec, piece)))
+            except Exception as error:
+                results.append(error)
+        return results
+
+    async def encode(self, content: bytes, duration_s: float) -> Tensor:
+        """A recording to go on from → codes `[K, P]`.
+
+        Args:
+            content: of an audio file.
+            duration_s: of the piece that begins with it.
+        Raises:
+            InvalidRequestError: not readable audio, too long, or nothing left to make.
+        """
+        return await asyncio.to_thread(self._encode, content, duration_s)
+
+    def _encode(self, content: bytes, duration_s: float) -> Tensor:
+        wav, sample_rate = load_audio(content, max_duration_s=self._limits.max_recording_s)
+        return self._encoder.encode(checked_prompt(wav, sample_rate, self._config, duration_s)).cpu()
+
+    async def num_calls(self) -> int:
+        """Decode calls under way: the load."""
+        return self._decode.num_calls
+
+    def check_health(self) -> None:
+        """A codec that answers is well."""
+
+
+def _on_host(samples: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+    """Ordinary tensors of their own, as another process can take them."""
+    values = state.values.cpu().clone()
+    return samples.cpu().clone(), StreamState(values, state.num_frames, state.num_samples, state.finished)

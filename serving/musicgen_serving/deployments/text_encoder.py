@@ -1,0 +1,70 @@
+"""The text encoder of one replica.
+
+Prompts that wait at the same time are taken together, each computed by itself, so that its states do not depend on its
+neighbours; repeated ones are computed once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from musicgen.weights import load_model
+from musicgen_serving.batching import Batcher
+from musicgen_serving.settings import ModelSettings
+
+MAX_BATCH = 32
+CACHE_BYTES = 64 * 2**20
+"""For states of prompts seen before."""
+
+
+class TextEncoder:
+    """Raises: InvalidRequestError, WeightsError: the settings' model cannot be loaded."""
+
+    def __init__(self, settings: ModelSettings) -> None:
+        self._encoder = load_model(settings.checkpoint, settings.device).text_encoder
+        self._encode = Batcher(self._encode_all, MAX_BATCH)
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cached_bytes = 0
+
+    async def warm_up(self) -> None:
+        await self.encode("music")
+
+    async def encode(self, prompt: str) -> Tensor:
+        """The states `[L, text_dim]` of a prompt.
+
+        Raises:
+            InvalidRequestError: too long a prompt.
+        """
+        return await self._encode(prompt)
+
+    def _encode_all(self, prompts: Sequence[str]) -> list[Tensor | Exception]:
+        return [self._encode_one(prompt) for prompt in prompts]
+
+    @torch.inference_mode()
+    def _encode_one(self, prompt: str) -> Tensor | Exception:
+        """Only ever on one thread at a time: batches do not overlap."""
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        try:
+            states = self._encoder.encode(prompt)
+        except Exception as error:
+            return error
+        assert states is not None  # only None has none
+        result = states.cpu().clone()
+        self._cache[prompt] = result
+        self._cached_bytes += result.nbytes
+        while self._cached_bytes > CACHE_BYTES:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return result
+
+    async def num_calls(self) -> int:
+        """Calls waiting and under way: the load."""
+        return self._encode.num_calls
+
+    def check_health(self) -> None:
+        """An encoder that answers is well."""

@@ -1,0 +1,78 @@
+"""The pieces of one request, made side by side in tasks of their own; their events in one stream.
+
+A request can be stopped from outside at any moment, for a reason that its consumer then gets as an error. A consumer
+that takes nothing holds the pieces up: little waits for it. Knows no admission.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from musicgen.config import ModelConfig
+from musicgen.errors import MusicGenError
+from musicgen_serving.admission import Ticket
+from musicgen_serving.concurrency import together
+from musicgen_serving.pipeline import PieceEvent, Pipeline, Prepared
+from musicgen_serving.types import GenerationRequest
+
+EVENTS_A_PIECE = 2
+"""That may wait for the consumer."""
+
+
+class Maker:
+    """Starts to make a request when made."""
+
+    def __init__(self, pipeline: Pipeline, request: GenerationRequest, ticket: Ticket, config: ModelConfig) -> None:
+        self._pipeline, self._request, self._ticket, self._config = pipeline, request, ticket, config
+        self._waiting: deque[Prepared | PieceEvent] = deque()
+        self._room = asyncio.Semaphore(EVENTS_A_PIECE * len(request.pieces))
+        self._news = asyncio.Event()
+        self._reason: MusicGenError | None = None
+        self._task = asyncio.create_task(self._make())
+        self._task.add_done_callback(lambda _: self._news.set())
+
+    def stop(self, reason: MusicGenError) -> None:
+        """Make nothing more; the consumer gets `reason`. Only the first call counts."""
+        if self._reason is None and not self._task.done():
+            self._reason = reason
+            self._task.cancel()
+
+    async def events(self) -> AsyncGenerator[Prepared | PieceEvent, None]:
+        """`Prepared`, then the events of all pieces. Leaving early stops everything.
+
+        Raises:
+            MusicGenError: as `Pipeline.prepare` and `Pipeline.run`, or the reason given to `stop`.
+        """
+        try:
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                while self._waiting and self._reason is None:
+                    self._room.release()
+                    yield self._waiting.popleft()
+                if self._reason is not None:
+                    raise self._reason
+                if self._task.done():
+                    self._task.result()
+                    return
+        finally:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _put(self, event: Prepared | PieceEvent) -> None:
+        await self._room.acquire()
+        self._waiting.append(event)
+        self._news.set()
+
+    async def _make(self) -> None:
+        prepared = await self._pipeline.prepare(self._request, self._config)
+        await self._put(prepared)
+        await together(*(self._make_piece(prepared, piece) for piece in range(len(self._request.pieces))))
+
+    async def _make_piece(self, prepared: Prepared, piece: int) -> None:
+        async with aclosing(self._pipeline.run(prepared, piece, self._request, self._ticket)) as events:
+            async for event in events:
+                await self._put(event)

@@ -1,0 +1,65 @@
+"""How often and how long to try again when a replica is lost. Knows nothing of what is tried."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from musicgen_serving.errors import ReplicaLostError
+from musicgen_serving.settings import FailoverSettings
+from musicgen_serving.spokes import LostError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Patience:
+    """The attempts that one piece of work has left. Progress fills them up again.
+
+    Args:
+        what: the work, for the log.
+    """
+
+    def __init__(self, settings: FailoverSettings, what: str) -> None:
+        self._settings, self._what = settings, what
+        self._num_in_a_row = 0
+        self.num_failures = 0
+
+    def progress(self) -> None:
+        """The work got on: failures before this count no more."""
+        self._num_in_a_row = 0
+
+    async def lost(self, error: BaseException) -> None:
+        """An attempt failed: wait before the next.
+
+        Raises:
+            ReplicaLostError: that was the last one.
+        """
+        self.num_failures += 1
+        self._num_in_a_row += 1
+        logger.warning("%s: attempt %d lost: %s", self._what, self._num_in_a_row, _first_line(error))
+        if self._num_in_a_row >= self._settings.max_attempts:
+            raise ReplicaLostError("the service lost a part of itself and could not replace it in time; retry later")
+        wait_s = self._settings.backoff_s * 2 ** (self._num_in_a_row - 1)
+        await asyncio.sleep(min(wait_s, self._settings.max_backoff_s))
+
+
+async def insist(settings: FailoverSettings, what: str, call: Callable[[], Awaitable[T]]) -> tuple[T, int]:
+    """Call, and again while replicas are lost. Returns the result and how often one was lost.
+
+    Raises:
+        ReplicaLostError: the attempts are used up. Other errors are passed on.
+    """
+    patience = Patience(settings, what)
+    while True:
+        try:
+            return await asyncio.wait_for(call(), settings.call_s), patience.num_failures
+        except (LostError, TimeoutError) as error:
+            await patience.lost(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,203 @@
+"""One request through the parts of its model: text and melody → conditions → codes → samples. The only orchestrator.
+
+Keeps the codes that it has received, so that a language model which dies is replaced by any other and goes on with the
+same codes; the codec's state travels, so any codec can take the next chunk. Knows no transport, tenant or quota.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from musicgen.codec_stream import StreamPiece, grid_floor
+from musicgen.config import ModelConfig
+from musicgen.errors import InvalidRequestError
+from musicgen.generation import plan_windows
+from musicgen.types import ChunkPolicy, CodesRequest, Conditioning, EngineRequest, Window
+from musicgen_serving.admission import Ticket
+from musicgen_serving.code_stream import CodesEnd, CodesStarted, CodeStream
+from musicgen_serving.concurrency import ahead, together
+from musicgen_serving.deployments.chroma import Recording
+from musicgen_serving.patience import insist
+from musicgen_serving.settings import FailoverSettings
+from musicgen_serving.sound import Sound
+from musicgen_serving.spokes import Spokes
+from musicgen_serving.types import GenerationRequest, PieceAudio, PieceReport
+
+WHOLE = ChunkPolicy(first_frames=150, max_frames=500, growth=1.5)
+"""For callers that do not listen meanwhile: few messages, and the codec works beside the language model."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PieceStarted:
+    """A language model has taken the piece. Set by the pipeline."""
+
+    piece: int
+    quoted_start_s: float
+
+
+PieceEvent = PieceStarted | PieceAudio | PieceReport
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A request with everything that its pieces share. Set by `Pipeline.prepare`."""
+
+    config: ModelConfig
+    codes: tuple[CodesRequest, ...]
+    """One for each piece."""
+    num_failovers: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples a channel of each piece."""
+        return self.codes[0].num_frames * self.config.codec.hop_length
+
+
+class Pipeline:
+    """The way of a request through one model."""
+
+    def __init__(self, spokes: Spokes, settings: FailoverSettings) -> None:
+        self.spokes, self._settings = spokes, settings
+
+    async def prepare(self, request: GenerationRequest, config: ModelConfig) -> Prepared:
+        """Condition every piece; texts, melody and prompt recording at the same time.
+
+        Raises:
+            InvalidRequestError: a recording that cannot be read or used, a prompt that is too long.
+            MissingDependencyError: stems cannot be separated here.
+            ReplicaLostError: a part of the model cannot be reached.
+        """
+        check_fits(request, config)
+        lost = _Counter()
+        texts = list({piece.prompt for piece in request.pieces})
+        *states, known = await together(*(self._text(text, lost) for text in texts), self._known_codes(request, lost))
+        by_text = dict(zip(texts, states, strict=True))
+        windows = plan_windows(
+            config.num_frames(request.duration_s),
+            0 if known is None else known.shape[-1],
+            config.num_frames(config.max_duration_s),
+            config.num_frames(request.extend_stride_s),
+        )
+        chroma = await self._chroma(request, tuple(windows), lost)
+        codes = tuple(
+            CodesRequest(
+                tuple((w, Conditioning(by_text[p.prompt], c)) for w, c in zip(windows, chroma, strict=True)),
+                replace(request.sampling, seed=p.seed),
+                known,
+            )
+            for p in request.pieces
+        )
+        return Prepared(config, codes, lost.count)
+
+    async def run(
+        self, prepared: Prepared, piece: int, request: GenerationRequest, ticket: Ticket
+    ) -> AsyncGenerator[PieceEvent, None]:
+        """`PieceStarted`, the audio of one piece, then its `PieceReport`. Leaving early cancels it.
+
+        Raises:
+            OverloadedError: refused by the engine; before the first event.
+            ReplicaLostError: a part of the model is gone for too long.
+        """
+        codes = prepared.codes[piece]
+        engine_request = EngineRequest(
+            f"{request.request_id}/{piece}",
+            codes,
+            tenant=ticket.tenant,
+            weight=ticket.weight,
+            priority=ticket.priority,
+            chunks=request.chunks or WHOLE,
+            deadline_s=request.deadline_s,
+            lease_s=self._settings.lease_s,
+        )
+        stream = CodeStream(self.spokes, engine_request, self._settings)
+        waiting = codes.known_codes
+        if waiting is None:
+            waiting = torch.empty(prepared.config.decoder.num_codebooks, 0, dtype=torch.int32)
+        sound = Sound(prepared.num_samples, request.first_sample)
+        state, num_failovers = await self._insist_on(request, "codec", self.spokes.initial_state)
+        async with aclosing(ahead(stream.events())) as events:
+            async for batch in events:
+                if isinstance(batch[0], CodesStarted):
+                    yield PieceStarted(piece, batch[0].quoted_start_s)
+                waiting = torch.cat([waiting, *(event for event in batch if isinstance(event, Tensor))], dim=-1)
+                num_frames = state.num_frames + waiting.shape[-1]
+                last = num_frames == codes.num_frames
+                num_ready = waiting.shape[-1] if last else grid_floor(num_frames) - state.num_frames
+                if num_ready > 0:
+                    part = StreamPiece(waiting[:, :num_ready], state, last)
+                    waiting = waiting[:, num_ready:]
+                    (samples, state), lost = await self._insist_on(
+                        request,
+                        "codec",
+                        lambda part=part: self.spokes.decode(part),  # type: ignore[misc]
+                    )
+                    num_failovers += lost
+                    audio = sound.take(piece, samples)
+                    if audio is not None:
+                        yield audio
+                if isinstance(batch[-1], CodesEnd):
+                    yield sound.report(piece, batch[-1], num_failovers + prepared.num_failovers)
+
+    async def _text(self, text: str | None, lost: _Counter) -> Tensor | None:
+        return None if text is None else await self._insist(lost, "text encoder", lambda: self.spokes.encode_text(text))
+
+    async def _known_codes(self, request: GenerationRequest, lost: _Counter) -> Tensor | None:
+        content = request.prompt_audio
+        if content is None:
+            return None
+        return await self._insist(lost, "codec", lambda: self.spokes.encode_prompt(content, request.duration_s))
+
+    async def _chroma(
+        self, request: GenerationRequest, windows: tuple[Window, ...], lost: _Counter
+    ) -> Sequence[Tensor | None]:
+        if request.melody is None:
+            return [None] * len(windows)
+        recording = Recording(request.melody, windows, request.stems)
+        return await self._insist(lost, "chroma extractor", lambda: self.spokes.extract_chroma(recording))
+
+    async def _insist(self, lost: _Counter, what: str, call: Callable[[], Awaitable[T]]) -> T:
+        result, num_lost = await insist(self._settings, what, call)
+        lost.count += num_lost
+        return result
+
+    async def _insist_on(
+        self, request: GenerationRequest, what: str, call: Callable[[], Awaitable[T]]
+    ) -> tuple[T, int]:
+        return await insist(self._settings, f"request {request.request_id}: {what}", call)
+
+
+class _Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+def check_fits(request: GenerationRequest, config: ModelConfig) -> None:
+    """Refuse what the model cannot make, before any work.
+
+    Raises:
+        InvalidRequestError: it names the argument.
+    """
+    if config.chroma is None:
+        for name, value in (("melody", request.melody), ("melody_guidance", request.sampling.melody_guidance)):
+            if value is not None:
+                expected = f"none for model {request.model!r}, which takes no melody"
+                raise InvalidRequestError(expected, f"a {name}", "choose a melody model", param=name)
+    if request.melody is None and request.stems:
+        raise InvalidRequestError("a melody to take the stems of", "none", param="stems")
+    num_frames = config.num_frames(request.duration_s)
+    if num_frames < 1:
+        got = f"{request.duration_s!r} s"
+        raise InvalidRequestError(f"at least one frame ({1 / config.frame_rate_hz:g} s)", got, param="duration_s")
+    if config.num_frames(request.extend_stride_s) < 1 or request.extend_stride_s >= config.max_duration_s:
+        expected = f"seconds in (0, {config.max_duration_s:g})"
+        raise InvalidRequestError(expected, repr(request.extend_stride_s), param="extend_stride_s")
+    num_samples = num_frames * config.codec.hop_length
+    if not 0 <= request.first_sample < num_samples:
+        raise InvalidRequestError(f"a sample in [0, {num_samples})", str(request.first_sample), param="first_sample")

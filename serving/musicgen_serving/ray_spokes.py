@@ -1,0 +1,189 @@
+"""The parts of a model, and the gatekeeper, as Ray Serve deployments: calls through handles, every loss told as one.
+
+Owns what Ray's errors mean, that whatever is left early is cancelled there, and the renewal of leases. Ray's text never
+gets out: it names nodes and paths.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from torch import Tensor
+
+from musicgen.codec_stream import StreamPiece, StreamState
+from musicgen.errors import EngineDeadError, MusicGenError
+from musicgen.types import EngineRequest
+from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Tenant, Ticket
+from musicgen_serving.deployments.chroma import Recording
+from musicgen_serving.deployments.language_model import LanguageModelEvent, ModelCard
+from musicgen_serving.errors import ReplicaLostError
+from musicgen_serving.spokes import LostError
+from musicgen_serving.types import GenerationStatus
+
+Handle = DeploymentHandle[Any]
+
+logger = logging.getLogger(__name__)
+
+GATEKEEPER_WAIT_S = 10.0
+"""Longest wait for a gatekeeper that is being replaced."""
+
+
+def translated(error: BaseException) -> BaseException:
+    """What an error of a handle means: the project's own error, or `LostError`."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, MusicGenError) and not isinstance(cause, EngineDeadError):
+        return cause
+    return LostError(f"{type(cause).__name__}: {cause}")
+
+
+async def call(method: Any, *arguments: object) -> Any:
+    """Call a deployment's method; a caller that is cancelled cancels the call.
+
+    Raises:
+        LostError: the replica is gone or broken. MusicGenError: what the method raised.
+    """
+    response = method.remote(*arguments)
+    try:
+        return await response
+    except (RayError, RayServeException, MusicGenError) as error:
+        raise translated(error) from None
+    finally:
+        response.cancel()
+
+
+class RaySpokes:
+    """One model's parts in replicas.
+
+    Args:
+        lease_s: of requests to the language model; they are renewed several times as often.
+    """
+
+    def __init__(
+        self,
+        language_model: Handle,
+        codec: Handle,
+        text_encoder: Handle,
+        chroma: Handle,
+        lease_s: float,
+    ) -> None:
+        self._language_model, self._codec = language_model, codec
+        self._text_encoder, self._chroma = text_encoder, chroma
+        self._lease_s = lease_s
+        self._leased: set[str] = set()
+        self._renewer: asyncio.Task[None] | None = None
+
+    async def describe(self) -> ModelCard:
+        card = await call(self._language_model.describe)
+        assert isinstance(card, ModelCard)
+        return card
+
+    async def encode_text(self, prompt: str) -> Tensor:
+        states: Tensor = await call(self._text_encoder.encode, prompt)
+        return states
+
+    async def extract_chroma(self, recording: Recording) -> list[Tensor]:
+        chroma: list[Tensor] = await call(self._chroma.extract, recording)
+        return chroma
+
+    async def encode_prompt(self, content: bytes, duration_s: float) -> Tensor:
+        codes: Tensor = await call(self._codec.encode, content, duration_s)
+        return codes
+
+    async def initial_state(self) -> StreamState:
+        state = await call(self._codec.initial_state)
+        assert isinstance(state, StreamState)
+        return state
+
+    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
+        result: tuple[Tensor, StreamState] = await call(self._codec.decode, piece)
+        return result
+
+    @asynccontextmanager
+    async def generate(self, request: EngineRequest) -> AsyncIterator[AsyncIterator[LanguageModelEvent]]:
+        self._leased.add(request.request_id)
+        if self._renewer is None:
+            self._renewer = asyncio.create_task(self._renew_forever())
+        try:
+            async with aclosing(self._generate(request)) as events:
+                yield events
+        finally:
+            self._leased.discard(request.request_id)
+
+    async def _generate(self, request: EngineRequest) -> AsyncGenerator[LanguageModelEvent, None]:
+        stream: Any = self._language_model.options(stream=True).generate.remote(request)
+        try:
+            async for event in stream:
+                yield event
+        except (RayError, RayServeException, MusicGenError) as error:
+            raise translated(error) from None
+        finally:
+            stream.cancel()
+
+    async def _renew_forever(self) -> None:
+        """A replica does not learn that this process died; its leases run out then."""
+        while True:
+            if self._leased:
+                with suppress(Exception):  # the next renewal comes well before the lease runs out
+                    response = self._language_model.broadcast("renew", list(self._leased))
+                    await response.results_async(timeout_s=self._lease_s / 4, return_exceptions=True)
+            await asyncio.sleep(self._lease_s / 4)
+
+    async def close(self) -> None:
+        if self._renewer is not None:
+            self._renewer.cancel()
+
+
+class RayGatekeeper:
+    """The gatekeeper in its replica; `admission.Gatekeeper`. Waits a while for one that is being replaced."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+
+    async def authenticate(self, api_key: str | None) -> Tenant:
+        tenant = await self._call("authenticate", api_key)
+        assert isinstance(tenant, Tenant)
+        return tenant
+
+    async def admit(self, request: AdmissionRequest) -> Ticket:
+        ticket = await self._call("admit", request)
+        assert isinstance(ticket, Ticket)
+        return ticket
+
+    async def settle(self, settlement: Settlement) -> None:
+        await self._call("settle", settlement)
+
+    async def report(self, edge: str, running: list[Progress]) -> list[str]:
+        return list(await self._call("report", edge, running))
+
+    async def wait_cancelled(self, edge: str) -> list[str]:
+        return list(await self._call("wait_cancelled", edge))
+
+    async def cancel(self, tenant: str, request_id: str) -> GenerationStatus:
+        status = await self._call("cancel", tenant, request_id)
+        assert isinstance(status, GenerationStatus)
+        return status
+
+    async def status(self, tenant: str, request_id: str) -> GenerationStatus:
+        status = await self._call("status", tenant, request_id)
+        assert isinstance(status, GenerationStatus)
+        return status
+
+    async def _call(self, method: str, *arguments: object) -> Any:
+        """Raises: ReplicaLostError: there is none for too long."""
+        deadline = asyncio.get_running_loop().time() + GATEKEEPER_WAIT_S
+        while True:
+            left_s = deadline - asyncio.get_running_loop().time()
+            try:
+                return await asyncio.wait_for(call(getattr(self._handle, method), *arguments), left_s)
+            except (LostError, TimeoutError) as error:
+                logger.warning("gatekeeper.%s: %s", method, str(error).splitlines()[:1])
+                if left_s < 0.5:
+                    raise ReplicaLostError("the service is being restored; retry in some seconds") from None
+                await asyncio.sleep(0.2)

@@ -1,0 +1,167 @@
+"""The requests that run in this replica: reported to the gatekeeper, stopped when it says so, settled once each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from musicgen.config import ModelConfig
+from musicgen.errors import MusicGenError, RequestCancelledError
+from musicgen.types import FinishReason
+from musicgen_serving import errors
+from musicgen_serving.admission import Gatekeeper, Progress, Settlement, Ticket
+from musicgen_serving.maker import Maker
+from musicgen_serving.types import GenerationEnd, GenerationRequest, PieceAudio, PieceReport
+from musicgen_serving.watch import RequestWatch
+
+logger = logging.getLogger(__name__)
+
+REPORT_S = 1.0
+"""Between two reports to the gatekeeper."""
+RETRY_S = 0.5
+"""After the gatekeeper could not be reached."""
+SETTLE_ATTEMPTS = 60
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A request of this replica, from admission to settlement. Mutated by its own generator only."""
+
+    request: GenerationRequest
+    ticket: Ticket
+    config: ModelConfig
+    maker: Maker
+    watch: RequestWatch
+    reports: dict[int, PieceReport] = field(default_factory=dict)
+    num_given: dict[int, int] = field(default_factory=dict)
+    """Samples a channel given out, by piece."""
+    reason: FinishReason = FinishReason.CANCELLED
+    """Until it ends otherwise: a consumer that leaves cancels it."""
+    error: BaseException | None = None
+    settled: bool = False
+
+    def give(self, audio: PieceAudio) -> PieceAudio:
+        """Audio goes to the caller."""
+        num_new = audio.samples.shape[-1]
+        self.num_given[audio.piece] = self.num_given.get(audio.piece, 0) + num_new
+        last = audio.sample_offset + num_new == self.num_samples
+        self.watch.audio(audio.piece, num_new / self.config.sample_rate, last=last)
+        return audio
+
+    @property
+    def num_samples(self) -> int:
+        """Samples a channel of each piece."""
+        return self.config.num_frames(self.request.duration_s) * self.config.codec.hop_length
+
+    @property
+    def done_s(self) -> float:
+        """Seconds of audio given out, all pieces together."""
+        return sum(self.num_given.values()) / self.config.sample_rate
+
+    def end(self) -> GenerationEnd:
+        """The terminal event."""
+        reports = tuple(self.reports[piece] for piece in sorted(self.reports))
+        return GenerationEnd(self.request.request_id, self.reason, reports, self.done_s, self.error)
+
+
+class Register:
+    """Every running request of one replica."""
+
+    def __init__(self, gatekeeper: Gatekeeper) -> None:
+        self._gatekeeper = gatekeeper
+        self._edge = uuid.uuid4().hex
+        self._running: set[Running] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to report, and to listen for cancellations."""
+        if not self._loops:
+            self._loops = [asyncio.create_task(self._report_forever()), asyncio.create_task(self._listen_forever())]
+
+    async def close(self) -> None:
+        """Stop every request, and reporting."""
+        for running in list(self._running):
+            running.maker.stop(RequestCancelledError("the service is shutting down"))
+        for loop in self._loops:
+            loop.cancel()
+        if waiting := [*self._tasks, *self._loops]:
+            await asyncio.wait(waiting, timeout=5)
+
+    def stop(self, request_id: str) -> None:
+        """Stop a request, if it runs here."""
+        for running in self._running:
+            if running.request.request_id == request_id:
+                running.maker.stop(RequestCancelledError("the request was cancelled"))
+
+    @asynccontextmanager
+    async def holding(self, running: Running) -> AsyncIterator[None]:
+        """The request is in the register while in this context, and settled at its end."""
+        self._running.add(running)
+        try:
+            yield
+        finally:
+            self._running.discard(running)
+            running.maker.stop(RequestCancelledError("the caller left"))
+            self._settle_soon(running)
+
+    async def settle(self, running: Running) -> None:
+        """Settle now; goes on if the caller is cancelled."""
+        task = self._settle_soon(running)
+        if task is not None:
+            await asyncio.shield(task)
+
+    def _settle_soon(self, running: Running) -> asyncio.Task[None] | None:
+        if running.settled:
+            return None
+        running.settled = True
+        end = running.end()
+        code = None if running.error is None else errors.report(running.error).code
+        running.watch.ended(end, running.done_s, code)
+        settlement = Settlement(
+            running.request.request_id,
+            running.reason,
+            end.billed_s,
+            running.watch.first_audio_s,
+            running.watch.total_s,
+            sum(report.num_failovers for report in end.pieces),
+            code,
+        )
+        return self._spawn(self._settle(settlement))
+
+    async def _settle(self, settlement: Settlement) -> None:
+        for _ in range(SETTLE_ATTEMPTS):
+            try:
+                await self._gatekeeper.settle(settlement)
+            except MusicGenError:
+                await asyncio.sleep(RETRY_S)
+            else:
+                return
+        logger.error("request %s: the gatekeeper could not be told of its end", settlement.request_id)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _report_forever(self) -> None:
+        while True:
+            progress = [Progress(r.ticket, r.request.model, r.request.audio_s, r.done_s) for r in self._running]
+            with suppress(MusicGenError):
+                for request_id in await self._gatekeeper.report(self._edge, progress):
+                    self.stop(request_id)
+            await asyncio.sleep(REPORT_S)
+
+    async def _listen_forever(self) -> None:
+        while True:
+            try:
+                for request_id in await self._gatekeeper.wait_cancelled(self._edge):
+                    self.stop(request_id)
+            except MusicGenError:
+                await asyncio.sleep(RETRY_S)

@@ -1,0 +1,96 @@
+"""The four parts of a model as the pipeline calls them, wherever they run: protocols, and the parts in this process.
+
+A call that fails raises an error of the project if the caller is at fault, and `LostError` if the replica is: it died,
+fell silent, or broke inside. Then another may do the same call. `ray_spokes.py` has the parts in replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from musicgen.codec_stream import StreamPiece, StreamState
+from musicgen.errors import EngineDeadError
+from musicgen.types import EngineRequest
+from musicgen_serving.deployments.chroma import ChromaExtractor, Recording
+from musicgen_serving.deployments.codec import CodecDecoder
+from musicgen_serving.deployments.language_model import LanguageModel, LanguageModelEvent, ModelCard
+from musicgen_serving.deployments.text_encoder import TextEncoder
+
+
+class LostError(Exception):
+    """A replica is gone, silent or broken; never seen outside."""
+
+
+class Spokes(Protocol):
+    """One model's parts."""
+
+    async def describe(self) -> ModelCard:
+        """Raises: LostError."""
+
+    async def encode_text(self, prompt: str) -> Tensor:
+        """Raises: InvalidRequestError, LostError."""
+
+    async def extract_chroma(self, recording: Recording) -> list[Tensor]:
+        """Raises: InvalidRequestError, MissingDependencyError, LostError."""
+
+    async def encode_prompt(self, content: bytes, duration_s: float) -> Tensor:
+        """Raises: InvalidRequestError, LostError."""
+
+    async def initial_state(self) -> StreamState:
+        """Raises: LostError."""
+
+    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
+        """Raises: InvalidRequestError, LostError."""
+
+    def generate(self, request: EngineRequest) -> AbstractAsyncContextManager[AsyncIterator[LanguageModelEvent]]:
+        """The events of one request to a language model. Leaving the context cancels it.
+
+        Raises:
+            InvalidRequestError, OverloadedError, LostError: from `anext`.
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalSpokes:
+    """A model's parts in this process: for tests, and to see what replicas cost."""
+
+    language_model: LanguageModel
+    codec: CodecDecoder
+    text_encoder: TextEncoder
+    chroma: ChromaExtractor
+
+    async def describe(self) -> ModelCard:
+        return await self.language_model.describe()
+
+    async def encode_text(self, prompt: str) -> Tensor:
+        return await self.text_encoder.encode(prompt)
+
+    async def extract_chroma(self, recording: Recording) -> list[Tensor]:
+        return await self.chroma.extract(recording)
+
+    async def encode_prompt(self, content: bytes, duration_s: float) -> Tensor:
+        return await self.codec.encode(content, duration_s)
+
+    async def initial_state(self) -> StreamState:
+        return await self.codec.initial_state()
+
+    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
+        return await self.codec.decode(piece)
+
+    @asynccontextmanager
+    async def generate(self, request: EngineRequest) -> AsyncIterator[AsyncIterator[LanguageModelEvent]]:
+        async with aclosing(self._generate(request)) as events:
+            yield events
+
+    async def _generate(self, request: EngineRequest) -> AsyncGenerator[LanguageModelEvent, None]:
+        try:
+            async with aclosing(self.language_model.generate(request)) as events:
+                async for event in events:
+                    yield event
+        except EngineDeadError as error:
+            raise LostError(str(error)) from error

@@ -1,0 +1,105 @@
+"""What the service tells of its requests: counters, timings and log lines. Never a prompt, a key or a tenant's name.
+
+`Watch` measures; `Recorder` is where the numbers go (Ray's metrics in a cluster, a list in tests).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from musicgen.types import FinishReason
+from musicgen_serving.player import Player
+from musicgen_serving.types import GenerationEnd
+
+logger = logging.getLogger(__name__)
+
+CONTINUITY_LIMIT_S = 0.1
+"""A stream whose player was silent for less counts as continuous."""
+
+
+class Recorder(Protocol):
+    """Takes numbers under the names of `metrics.METRICS`."""
+
+    def count(self, name: str, amount: float, labels: Mapping[str, str]) -> None: ...
+
+    def observe(self, name: str, value: float, labels: Mapping[str, str]) -> None: ...
+
+
+class Watch:
+    """Measures requests.
+
+    Args:
+        buffer_s: of the simulated player.
+        clock: seconds.
+    """
+
+    def __init__(self, recorder: Recorder, buffer_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.recorder, self.buffer_s, self.clock = recorder, buffer_s, clock
+
+    def rejected(self, model: str, tenant_class: str, code: str) -> None:
+        """A request was not admitted."""
+        labels = {"model": model, "tenant_class": tenant_class, "reason": code}
+        self.recorder.count("requests_rejected", 1, labels)
+
+    def admitted(self, request_id: str, model: str, tenant_class: str, *, is_stream: bool) -> RequestWatch:
+        """A request was admitted; `ended` must be called on what is returned."""
+        self.recorder.count("requests_admitted", 1, {"model": model, "tenant_class": tenant_class})
+        return RequestWatch(self, request_id, model, tenant_class, is_stream=is_stream)
+
+
+class RequestWatch:
+    """One request, from admission to its end."""
+
+    def __init__(self, watch: Watch, request_id: str, model: str, tenant_class: str, *, is_stream: bool) -> None:
+        self._watch, self._request_id, self._is_stream = watch, request_id, is_stream
+        self._labels = {"model": model, "tenant_class": tenant_class}
+        self._began = watch.clock()
+        self._players: dict[int, Player] = {}
+        self.first_audio_s: float | None = None
+        """Seconds from admission to the first audio."""
+
+    def audio(self, piece: int, audio_s: float, *, last: bool) -> None:
+        """Audio goes to the caller."""
+        now = self._watch.clock()
+        if self.first_audio_s is None:
+            self.first_audio_s = now - self._began
+            self._watch.recorder.observe("time_to_first_audio_seconds", self.first_audio_s, self._labels)
+        player = self._players.setdefault(piece, Player(self._watch.buffer_s))
+        player.receive(now, audio_s, last=last)
+
+    @property
+    def total_s(self) -> float:
+        return self._watch.clock() - self._began
+
+    def ended(self, end: GenerationEnd, audio_s: float, error_code: str | None) -> None:
+        """The terminal event: `audio_s` seconds were given out."""
+        recorder, labels, total_s = self._watch.recorder, self._labels, self.total_s
+        reason = {**labels, "reason": error_code or end.reason.value}
+        name = {"finished": "requests_finished", "cancelled": "requests_cancelled", "failed": "requests_failed"}
+        recorder.count(name[end.reason.value], 1, reason)
+        recorder.count("audio_seconds", audio_s, labels)
+        recorder.count("failovers", sum(piece.num_failovers for piece in end.pieces), labels)
+        for piece in end.pieces:
+            recorder.observe("queue_seconds", piece.queue_s, labels)
+        if end.reason is FinishReason.FINISHED and audio_s:
+            recorder.observe("real_time_factor", total_s / audio_s, labels)
+            if self._is_stream:
+                self._continuity()
+        logger.info(
+            "request %s %s: %.2f s of audio in %.2f s, first after %s, %s",
+            self._request_id,
+            end.reason.value,
+            audio_s,
+            total_s,
+            "-" if self.first_audio_s is None else f"{self.first_audio_s:.2f} s",
+            error_code or "ok",
+        )
+
+    def _continuity(self) -> None:
+        underrun_s = sum(player.underrun_s for player in self._players.values())
+        self._watch.recorder.count("underrun_seconds", underrun_s, self._labels)
+        ok = "yes" if underrun_s <= CONTINUITY_LIMIT_S else "no"
+        self._watch.recorder.count("streams_played", 1, {**self._labels, "continuous": ok})
