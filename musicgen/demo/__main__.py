@@ -12,16 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TRAIN_SEED, HELD_OUT_SEED = 1, 900
-TRAIN_CLIPS, HELD_OUT_CLIPS = 512, 80
+TRAIN_CLIPS, GROUPED_CLIPS, HELD_OUT_CLIPS = 512, 700, 80
+"""Training clips of their own, training clips of melodies that come in every style, held-out clips."""
 
 
 def steps(out: Path, codec: Path | None, codec_minutes: float, lm_minutes: float) -> list[list[str]]:
     """The commands of the recipe in order, each a module of this package with its arguments."""
     train, held, run = str(out / "train"), str(out / "held"), str(out / "run")
     made_codec = str(codec or out / "codec-run" / "codec")
+
+    def render(seed: int, num_clips: int, folder: str, name: str, *options: str) -> list[str]:
+        return ["render", "--seed", str(seed), "--clips", str(num_clips), "--out", folder, "--name", name, *options]
+
     commands = [
-        ["render", "--seed", str(TRAIN_SEED), "--clips", str(TRAIN_CLIPS), "--out", train, "--name", "train"],
-        ["render", "--seed", str(HELD_OUT_SEED), "--clips", str(HELD_OUT_CLIPS), "--out", held, "--name", "held"],
+        render(TRAIN_SEED, TRAIN_CLIPS, train, "train"),
+        render(TRAIN_SEED, GROUPED_CLIPS, train, "pair", "--grouped"),
+        render(HELD_OUT_SEED, HELD_OUT_CLIPS, held, "held"),
     ]
     if codec is None:
         codec_run = str(out / "codec-run")
@@ -31,8 +37,10 @@ def steps(out: Path, codec: Path | None, codec_minutes: float, lm_minutes: float
         ["tokenise", "--data", held, "--codec", made_codec],
         ["train_lm", "--data", str(out), "--codec", made_codec, "--run", run, "--minutes", str(lm_minutes)],
         ["plot", "--run", run, "--out", str(out / "loss.png")],
-        ["evaluate", "--checkpoint", f"{run}/checkpoint", "--data", str(out), "--out", str(out / "figures.json")],
     ]
+    for module, name in (("evaluate", "figures"), ("quantisation", "quantisation")):
+        file = str(out / f"{name}.json")
+        commands.append([module, "--checkpoint", f"{run}/checkpoint", "--data", str(out), "--out", file])
     return commands
 
 

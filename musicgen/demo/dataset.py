@@ -18,19 +18,25 @@ from musicgen.demo.model import CHROMA_LEN, CODEBOOK_SIZE, NUM_CODEBOOKS
 from musicgen.demo.score import Label, describe
 
 SPECIAL = CODEBOOK_SIZE
-HIDDEN_RUN_LEN = 12
+HIDDEN_SHARE, HIDDEN_RUN_LEN = 0.3, 12
+FOREIGN_SHARE, FOREIGN_RUN_LEN = 0.4, 100
+"""Share of a batch's rows whose past is hidden or foreign in runs of so many steps."""
 MIN_MELODY_FRAMES = 40
 """Shortest melody, in chroma frames, that a crop is conditioned on before it is repeated: 5 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clips:
-    """``sequences`` int16 ``[N, K, T + 4]`` (delayed, column 0 special); ``chroma`` int8 ``[N, 235]``; ``labels`` N."""
+    """``sequences`` int16 ``[N, K, T + 4]`` (delayed, column 0 special); ``chroma`` int8 ``[N, 235]``; ``labels`` N.
+
+    ``groups`` holds the indices of the clips that play one melody, by the name of their group.
+    """
 
     sequences: Tensor
     chroma: Tensor
     chroma_original: Tensor
     labels: tuple[Label, ...]
+    groups: dict[str, list[int]]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -78,7 +84,11 @@ def load_clips(folder: Path) -> Clips:
             decoded.append(torch.from_numpy(cache["chroma_decoded"]))
             original.append(torch.from_numpy(cache["chroma"]))
         labels += [Label(**fields) for fields in json.loads(path.with_suffix(".json").read_text())]
-    return Clips(delay(torch.cat(codes)), torch.cat(decoded), torch.cat(original), tuple(labels))
+    groups: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        if label.group is not None:
+            groups.setdefault(label.group, []).append(index)
+    return Clips(delay(torch.cat(codes)), torch.cat(decoded), torch.cat(original), tuple(labels), groups)
 
 
 def repeat_melody(chroma: Tensor, num_frames: int) -> Tensor:
@@ -107,23 +117,41 @@ def sample_batch(
             chroma[row] = 0
     texts = [describe(clips.labels[index], rng) for index in chosen]
     batch = _crop(clips, tokenizer, chosen, texts, chroma, text_mask, num_steps, offset)
-    return replace(batch, inputs=hide_inputs(batch.inputs, rng))
+    return replace(batch, inputs=disturb_past(clips, chosen, batch.inputs, offset, rng))
 
 
-def hide_inputs(inputs: Tensor, rng: random.Random) -> Tensor:
-    """Hides runs of past codes in half of the rows of ``[B, K, S]`` (new tensor); targets stay.
+def disturb_past(clips: Clips, chosen: list[int], inputs: Tensor, offset: int, rng: random.Random) -> Tensor:
+    """Hides runs of the past, or puts another style's codes there, in some rows of ``[B, K, S]`` (new tensor).
 
     Codes repeat from frame to frame, so the past alone predicts most of them and a model need not listen to melody or
-    words.  Where the past is hidden, it must.
+    words.  Where the past is hidden, it must.  A foreign past plays the same melody in another style where the clip has
+    such a partner: it stands for music that has drifted away from its prompt, and the targets lead back.
     """
-    num_runs = -(-inputs.shape[-1] // HIDDEN_RUN_LEN)
-    hidden = torch.zeros(inputs.shape[0], num_runs, dtype=torch.bool)
-    for row in range(inputs.shape[0]):
-        if rng.random() < 0.5:
-            share = rng.uniform(0.3, 1.1)
-            hidden[row] = torch.tensor([rng.random() < share for _ in range(num_runs)])
-    columns = hidden.repeat_interleave(HIDDEN_RUN_LEN, dim=1)[:, None, : inputs.shape[-1]]
-    return inputs.masked_fill(columns, SPECIAL)
+    out, num_steps = inputs.clone(), inputs.shape[-1]
+    for row, index in enumerate(chosen):
+        kind = rng.random()
+        if kind < HIDDEN_SHARE:
+            out[row, :, _runs(num_steps, HIDDEN_RUN_LEN, rng)] = SPECIAL
+        elif kind < HIDDEN_SHARE + FOREIGN_SHARE:
+            foreign = clips.sequences[_foreign_clip(clips, index, rng), :, offset : offset + num_steps].long()
+            columns = _runs(num_steps, FOREIGN_RUN_LEN, rng)
+            out[row, :, columns] = foreign[:, columns]
+    return out
+
+
+def _runs(num_steps: int, run_len: int, rng: random.Random) -> Tensor:
+    """Which steps are disturbed: bool ``[num_steps]``, in runs, from a third of them to all."""
+    share = rng.uniform(0.3, 1.1)
+    chosen = torch.tensor([rng.random() < share for _ in range(-(-num_steps // run_len))])
+    return chosen.repeat_interleave(run_len)[:num_steps]
+
+
+def _foreign_clip(clips: Clips, index: int, rng: random.Random) -> int:
+    """A clip of another style: one that plays the same melody, or any if there is none."""
+    label = clips.labels[index]
+    rows = range(len(clips)) if label.group is None else clips.groups[label.group]
+    others = [row for row in rows if clips.labels[row].style != label.style]
+    return rng.choice(others) if others else index
 
 
 def held_out_batch(

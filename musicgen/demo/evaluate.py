@@ -9,7 +9,7 @@ never saw, rendered and tokenised like the training data.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, EncodecModel, MusicgenMelodyForConditionalGeneration, PreTrainedTokenizerFast
 
 from musicgen.demo import checkpoint_path
-from musicgen.demo.dataset import load_clips
+from musicgen.demo.dataset import SPECIAL, Clips, held_out_batch, load_clips
+from musicgen.demo.forward import codebook_losses
 from musicgen.demo.generate import generate
 from musicgen.demo.plot import plot_chroma
+from musicgen.demo.score import STYLES, Label
 from musicgen.demo.style import StyleClassifier, features, fit_classifier
+from musicgen.demo.text import build_tokenizer
 from musicgen.demo.tokenise import HOP_LEN, decode, encode
+from musicgen.demo.train_lm import CONDITIONS
 from musicgen.demo.train_lm import evaluate as evaluate_losses
 from musicgen.metrics import chroma_cosine_similarity, chromagram, spectral_distance
 
@@ -31,6 +35,8 @@ SAMPLE_RATE_HZ = 32000
 SILENT_RMS = 0.01
 ONE_NOTE_SHARE = 0.9
 CARD_PROMPTS = ("happy rock", "energetic EDM", "sad jazz")
+NEXT_CLIP = 1
+"""Prompts are those of the next clip: the melody must come from the melody, the style from the words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,24 @@ def similarities(references: Tensor, others: Tensor, num_shifts: int = 8) -> Sim
 
     wrong = [float(np.mean([mean(argmax, shift) for shift in shifts])) for argmax in (True, False)]
     return Similarities(mean(True, 0), wrong[0], mean(False, 0), wrong[1])
+
+
+@torch.no_grad()
+def losses_without_past(model: MusicgenMelodyForConditionalGeneration, clips: Clips) -> dict[str, list[float]]:
+    """Held-out loss of each codebook in nats a code when all past codes are hidden: what the conditions alone tell.
+
+    Over the first 8 s of each clip, in float32.
+    """
+    tokenizer, result = build_tokenizer(), {}
+    for name, keywords in CONDITIONS:
+        parts = []
+        for start in range(0, len(clips), 8):
+            rows = list(range(start, min(start + 8, len(clips))))
+            batch = held_out_batch(clips, tokenizer, rows, 400, **keywords)
+            hidden = replace(batch, inputs=torch.full_like(batch.inputs, SPECIAL))
+            parts.append(len(rows) * codebook_losses(model, hidden, torch.float32))
+        result[name] = [round(value, 4) for value in (torch.stack(parts).sum(dim=0) / len(clips)).tolist()]
+    return result
 
 
 def codec_figures(codec: EncodecModel, wav: Tensor) -> dict[str, Any]:
@@ -170,22 +194,21 @@ def all_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     codec = model.audio_encoder
     num_samples = int(arguments.duration * SAMPLE_RATE_HZ) // HOP_LEN * HOP_LEN
     held = load_clips(arguments.data / "held")
-    shards = sorted((arguments.data / "held").glob("*.npy"))
-    wav = torch.cat([torch.from_numpy(np.load(path)[:, :num_samples].astype(np.float32)) / 32767 for path in shards])
+    wav = load_held_out_audio(arguments.data / "held", arguments.duration)
     figures: dict[str, Any] = {"codec": codec_figures(codec, wav[:32]), "codec_recordings": {}}
     print(figures, flush=True)
     for path in arguments.recordings:
         figures["codec_recordings"][path.stem] = codec_figures(codec, load_recording(path, num_samples))
     figures["losses"] = evaluate_losses(model, held, len(held))
-    print(figures["losses"], flush=True)
+    figures["losses_without_past"] = losses_without_past(model, held)
+    print(figures["losses"], figures["losses_without_past"], flush=True)
     classifier = train_classifier(codec, arguments.data / "train", 160, num_samples)
     decoded = decode(codec, encode(codec, wav[: arguments.melodies]))
     guesses = classifier.predict(decoded)
     truth = [label.style for label in held.labels[: arguments.melodies]]
     figures["classifier_accuracy_on_held_out"] = float(np.mean([a == b for a, b in zip(truth, guesses, strict=True)]))
-    styles = [held.labels[(index + 1) % arguments.melodies] for index in range(arguments.melodies)]
-    # Prompts of the next clip: the melody must come from the melody, the style from the words.
-    prompts = [(label.style, _prompt(label.mood, label.style)) for label in styles]
+    styles = [held.labels[(index + NEXT_CLIP) % arguments.melodies] for index in range(arguments.melodies)]
+    prompts = [(label.style, prompt_of(label)) for label in styles]
     figures["generation"] = generation_figures(
         model, tokenizer, classifier, wav[: arguments.melodies], prompts, arguments.duration, arguments.batch
     )
@@ -211,10 +234,16 @@ def recording_figures(melody: Tensor, out: Tensor, classifier: StyleClassifier) 
     }
 
 
-def _prompt(mood: str, style: str) -> str:
-    from musicgen.demo.score import STYLES
+def prompt_of(label: Label) -> str:
+    """Mood and style in words, such as "sad jazz"."""
+    return f"{label.mood} {STYLES[label.style].names[0]}"
 
-    return f"{mood} {STYLES[style].names[0]}"
+
+def load_held_out_audio(folder: Path, duration_s: float) -> Tensor:
+    """The beginnings of a folder's clips, float32 ``[N, samples]``, whole code frames."""
+    num_samples = int(duration_s * SAMPLE_RATE_HZ) // HOP_LEN * HOP_LEN
+    shards = [np.load(path, mmap_mode="r")[:, :num_samples] for path in sorted(folder.glob("*.npy"))]
+    return torch.cat([torch.from_numpy(shard.astype(np.float32)) / 32767 for shard in shards])
 
 
 if __name__ == "__main__":

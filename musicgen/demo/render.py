@@ -31,6 +31,7 @@ from musicgen.demo.score import (
     STYLES,
     Score,
     compose,
+    compose_in_every_style,
 )
 
 SAMPLE_RATE_HZ = 32000
@@ -111,13 +112,23 @@ def render(scores: Sequence[Score], sound_font: str = DEFAULT_SOUND_FONT) -> NDA
     return clips
 
 
-def render_shard(seed: int, index: int, out: Path, name: str, num_clips: int = CLIPS_A_SHARD) -> Path:
-    """Writes shard ``index`` of a seed unless it is there already; returns the path of its ``.npy``."""
+def render_shard(
+    seed: int, index: int, out: Path, name: str, num_clips: int = CLIPS_A_SHARD, *, grouped: bool = False
+) -> Path:
+    """Writes shard ``index`` of a seed unless it is there already; returns the path of its ``.npy``.
+
+    ``grouped``: melodies come in every style, and the shard holds the whole groups that fit into ``num_clips``.
+    """
     path = out / f"{name}_{index:04d}.npy"
     if path.exists():
         return path
-    rng = random.Random(f"{seed}/{index}")
-    scores = [compose(rng) for _ in range(num_clips)]
+    if grouped:
+        rng = random.Random(f"{seed}/grouped/{index}")
+        names = [f"{seed}/{index}/{number}" for number in range(num_clips // len(STYLES))]
+        scores = [score for group in names for score in compose_in_every_style(rng, group)]
+    else:
+        rng = random.Random(f"{seed}/{index}")
+        scores = [compose(rng) for _ in range(num_clips)]
     clips = render(scores)
     path.with_suffix(".json").write_text(json.dumps([asdict(score.label) for score in scores]))
     temporary = out / f".{name}_{index:04d}.npy"
@@ -129,13 +140,16 @@ def render_shard(seed: int, index: int, out: Path, name: str, num_clips: int = C
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, required=True, help="held-out data takes another seed than training data")
-    parser.add_argument("--clips", type=int, required=True, help=f"rounded up to shards of {CLIPS_A_SHARD}")
+    parser.add_argument("--clips", type=int, required=True, help="rounded up to whole shards")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default="train")
+    parser.add_argument("--grouped", action="store_true", help="every melody in every style")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for index in range(-(-arguments.clips // CLIPS_A_SHARD)):
-        print(render_shard(arguments.seed, index, arguments.out, arguments.name), flush=True)
+    num_a_shard = CLIPS_A_SHARD // len(STYLES) * len(STYLES) if arguments.grouped else CLIPS_A_SHARD
+    for index in range(-(-arguments.clips // num_a_shard)):
+        path = render_shard(arguments.seed, index, arguments.out, arguments.name, grouped=arguments.grouped)
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

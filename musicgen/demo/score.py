@@ -14,6 +14,9 @@ LEAD_CHANNEL, COMP_CHANNEL, BASS_CHANNEL = 0, 1, 2
 MIN_NOTE_S = 0.28
 """Shorter notes blur in a chroma window of 512 ms."""
 
+SHARED_BPM = (72.0, 132.0)
+"""Tempi of a melody that is played in every style."""
+
 LEAD_RANGE = (70, 83)
 """MIDI pitches of the lead: in this register the demo's codec keeps pitch best."""
 
@@ -63,13 +66,14 @@ STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a clip is, in words of this module's tables."""
+    """What a clip is, in words of this module's tables; clips of one ``group`` play the same melody."""
 
     style: str
     mood: str
     bpm: float
     lead: int
     arrangement: str
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +126,42 @@ def compose(rng: random.Random) -> Score:
         if mood == "happy"
         else rng.uniform(low, middle + 0.1 * (high - low))
     )
-    arrangement = rng.choices(("solo", "simple", "full"), (0.3, 0.4, 0.3))[0]
+    arrangement = _draw_arrangement(rng)
     label = Label(style_name, mood, round(bpm, 2), rng.choice(style.leads), arrangement)
-    beat_s = 60.0 / bpm
+    return _play(label, 60.0 / bpm, rng)
+
+
+def compose_in_every_style(rng: random.Random, group: str) -> tuple[Score, ...]:
+    """One melody with its harmony and tempo, arranged in each style: only style and lead differ between the clips.
+
+    Neither the melody nor the tempo then says which style is meant; the words do.
+    """
+    mood, bpm = rng.choice(("happy", "sad")), rng.uniform(*SHARED_BPM)
+    arrangement, melody_seed = _draw_arrangement(rng), rng.random()
+    return tuple(
+        _play(
+            Label(name, mood, round(bpm, 2), rng.choice(style.leads), arrangement, group),
+            60.0 / bpm,
+            random.Random(melody_seed),
+        )
+        for name, style in STYLES.items()
+    )
+
+
+def _draw_arrangement(rng: random.Random) -> str:
+    return rng.choices(("solo", "simple", "full"), (0.3, 0.4, 0.3))[0]
+
+
+def _play(label: Label, beat_s: float, rng: random.Random) -> Score:
+    """A clip in sections of about 10 s, each in a key of its own."""
     num_bars = int(CLIP_S / (4 * beat_s)) + 1
     bars_a_section = max(2, round(10.0 / (4 * beat_s)))
     notes: list[Note] = []
     for first_bar in range(0, num_bars, bars_a_section):
         bars = range(first_bar, min(num_bars, first_bar + bars_a_section))
-        tonic, progression = rng.randrange(12), rng.choice(PROGRESSIONS[mood])
+        tonic, progression = rng.randrange(12), rng.choice(PROGRESSIONS[label.mood])
         notes += _lead(label, bars, tonic, progression, beat_s, rng)
-        if arrangement != "solo":
+        if label.arrangement != "solo":
             notes += _accompaniment(label, bars, tonic, progression, beat_s)
     return Score(label, tuple(note for note in notes if note.start_s < CLIP_S))
 

@@ -1,12 +1,13 @@
 """Batches: delay pattern, crops, conditions."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
 
-from musicgen.demo.dataset import SPECIAL, delay, held_out_batch, load_clips, repeat_melody, sample_batch
+from musicgen.demo.dataset import SPECIAL, delay, disturb_past, held_out_batch, load_clips, repeat_melody, sample_batch
 from musicgen.demo.evaluate import undelay
 from musicgen.demo.text import TEXT_LEN, build_tokenizer
 
@@ -34,10 +35,13 @@ def test_training_batches(cached: Path) -> None:
     for offset in (0, 160):
         batch = sample_batch(clips, tokenizer, random.Random(1), 64, 40, offset)
         assert batch.inputs.shape == batch.targets.shape == (64, 4, 40)
-        seen = (batch.inputs[:, :, 1:] != SPECIAL).any(dim=1)
-        assert torch.equal(batch.inputs[:, :, 1:].transpose(1, 2)[seen], batch.targets[:, :, :-1].transpose(1, 2)[seen])
-        whole = seen[:, 8:].all(dim=1)
-        assert 10 < whole.sum() < 54
+        same = (batch.inputs[:, :, 1:] == batch.targets[:, :, :-1]).all(dim=1)
+        hidden = (batch.inputs[:, :, 1:] == SPECIAL).all(dim=1)
+        # A row's past is true, hidden in part, or another clip's in part; all three occur.
+        assert 8 < same.all(dim=1).sum() < 36
+        assert 8 < hidden[:, 8:].any(dim=1).sum() < 36
+        assert 8 < (~same & ~hidden).any(dim=1).sum() < 44
+        assert not ((~same & ~hidden).any(dim=1) & hidden[:, 8:].any(dim=1)).any()
         assert batch.text_ids.shape == (64, TEXT_LEN)
         assert batch.chroma.shape == (64, 235)
         first = (batch.inputs[:, :, 0] == SPECIAL).all(dim=1)
@@ -50,6 +54,33 @@ def test_training_batches(cached: Path) -> None:
     kept = (batch.chroma != 0).any(dim=1)
     frames = (torch.arange(40) + 160) * 10 // 64
     assert torch.equal(batch.chroma[kept][:, frames], codes[kept])
+
+
+def test_a_foreign_past_plays_the_same_melody_in_another_style(cached: Path) -> None:
+    labels = cached / "train_0000.json"
+    fields = json.loads(labels.read_text())
+    for index, one in enumerate(fields):
+        one["style"], one["group"] = ("rock", "edm", "jazz")[index % 3], f"1/0/{index // 3}"
+    labels.write_text(json.dumps(fields))
+    clips = load_clips(cached)
+    assert clips.groups == {"1/0/0": [0, 1, 2], "1/0/1": [3, 4, 5]}
+    chosen = [0, 4] * 40
+    inputs = clips.sequences[chosen, :, 300:500].long()
+    disturbed = disturb_past(clips, chosen, inputs, 300, random.Random(0))
+    assert torch.equal(inputs, clips.sequences[chosen, :, 300:500].long())
+    donors = set()
+    for row, index in enumerate(chosen):
+        changed = (disturbed[row] != inputs[row]).any(dim=0) & (disturbed[row] != SPECIAL).any(dim=0)
+        columns = changed.nonzero().flatten()
+        if len(columns) == 0:
+            continue
+        partners = [other for other in clips.groups[clips.labels[index].group or ""] if other != index]
+        partners = [
+            o for o in partners if torch.equal(clips.sequences[o, :, 300 + columns].long(), disturbed[row][:, columns])
+        ]
+        assert len(partners) == 1
+        donors.add((index, partners[0]))
+    assert donors == {(0, 1), (0, 2), (4, 3), (4, 5)}
 
 
 def test_held_out_conditions(cached: Path) -> None:

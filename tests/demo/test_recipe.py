@@ -15,7 +15,10 @@ def test_every_step_is_a_module_and_takes_its_options(
 ) -> None:
     commands = steps(Path("out"), None, 1.0, 2.0)
     names = [command[0] for command in commands]
-    assert names == ["render", "render", "train_codec", "tokenise", "tokenise", "train_lm", "plot", "evaluate"]
+    assert names == [
+        *("render", "render", "render", "train_codec", "tokenise", "tokenise"),
+        *("train_lm", "plot", "evaluate", "quantisation"),
+    ]
     assert [c[0] for c in steps(Path("out"), Path("codec"), 1.0, 2.0)].count("train_codec") == 0
     for name, *options in commands:
         module = importlib.import_module(f"musicgen.demo.{name}")

@@ -1,9 +1,11 @@
 """Scores are determined by their seed and stay within what the recipe promises; the MIDI file says the same."""
 
+import json
 import random
 import shutil
 import struct
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +43,20 @@ def test_scales_follow_the_mood() -> None:
         assert any(first <= {(tonic + step) % 12 for step in scale} for tonic in range(12))
 
 
+def test_one_melody_in_every_style() -> None:
+    rng = random.Random(2)
+    for number in range(6):
+        made = score.compose_in_every_style(rng, f"group-{number}")
+        assert [one.label.style for one in made] == list(score.STYLES)
+        leads = [[(n.pitch, n.start_s, n.end_s) for n in one.notes if n.channel == score.LEAD_CHANNEL] for one in made]
+        assert all(lead == leads[0] for lead in leads)
+        assert len({(one.label.mood, one.label.bpm, one.label.arrangement, one.label.group) for one in made}) == 1
+        assert all(one.label.lead in score.STYLES[one.label.style].leads for one in made)
+        # Where there is an accompaniment it is the style's own.
+        others = {tuple((n.channel, n.pitch, n.start_s) for n in one.notes if n.channel) for one in made}
+        assert len(others) == 1 if made[0].label.arrangement == "solo" else len(others) >= 5
+
+
 def test_midi_file_holds_every_note() -> None:
     scores = [score.compose(random.Random(seed)) for seed in (1, 2)]
     data = render.midi_file(scores)
@@ -76,6 +92,17 @@ def test_midi_file_holds_every_note() -> None:
         for note in made.notes
     )
     assert sorted(ons) == expected
+
+
+def test_a_shard_holds_whole_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "render", lambda scores: np.zeros((len(scores), 4), np.int16))
+    path = render.render_shard(1, 3, tmp_path, "pair", grouped=True)
+    labels = json.loads(path.with_suffix(".json").read_text())
+    assert len(np.load(path)) == len(labels) == 14
+    assert [label["style"] for label in labels] == 2 * list(score.STYLES)
+    assert [label["group"] for label in labels] == 7 * ["1/3/0"] + 7 * ["1/3/1"]
+    single = render.render_shard(1, 3, tmp_path, "train", num_clips=2)
+    assert [label["group"] for label in json.loads(single.with_suffix(".json").read_text())] == [None, None]
 
 
 @pytest.mark.skipif(shutil.which("fluidsynth") is None, reason="needs fluidsynth and fluid-soundfont-gm")
