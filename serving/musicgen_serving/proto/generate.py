@@ -1,6 +1,6 @@
 """`python -m musicgen_serving.proto.generate`: the Python modules of the .proto files, beside them.
 
-Owns how generated code is made: protoc, then one changed import. protoc names modules by the folders of the .proto
+Owns how generated code is made: protoc, then small changes. protoc names modules by the folders of the .proto
 package (`musicgen.v1`), which is another package here, so `musicgen_serving.proto.` is put before it; the name that
 travels in descriptors and reflection stays `musicgen/v1/…`. Also writes the types of the gRPC stubs, which protoc
 leaves out. Needs the package grpcio-tools; nothing else imports this module.
@@ -53,9 +53,11 @@ def generate(out: Path = ROOT) -> list[Path]:
     if text.count(before) != 1:
         raise RuntimeError(f"expected one line {before!r} in {stubs.name}, got {text.count(before)}")
     stubs.write_text(text.replace(before, after))
+    messages = out / f"{_STEM}.pyi"
+    messages.write_text(messages.read_text().replace("_Mapping]", "_Mapping[str, object]]"))  # strict checkers want it
     types = stubs.with_suffix(".pyi")
     types.write_text(_stub_types(files.file[0].service[0]))
-    return [out / f"{_STEM}.py", out / f"{_STEM}.pyi", stubs, types]
+    return [out / f"{_STEM}.py", messages, stubs, types]
 
 
 def run_protoc(*flags: str) -> None:
@@ -64,7 +66,7 @@ def run_protoc(*flags: str) -> None:
     Raises:
         RuntimeError: it failed; it has said why on stderr.
     """
-    from grpc_tools import protoc
+    from grpc_tools import protoc  # type: ignore[import-untyped]
 
     included = importlib.resources.files("grpc_tools") / "_proto"
     code = protoc.main(["protoc", f"--proto_path={ROOT}", f"--proto_path={included}", *flags, SOURCE])

@@ -79,7 +79,7 @@ class GenerationSpec(_message.Message):
     sampling: SamplingOptions
     extend_stride_s: float
     first_sample: int
-    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., num_samples: _Optional[int] = ..., melody: _Optional[bytes] = ..., prompt_audio: _Optional[bytes] = ..., stems: _Optional[bool] = ..., duration_s: _Optional[float] = ..., seed: _Optional[int] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., extend_stride_s: _Optional[float] = ..., first_sample: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., num_samples: _Optional[int] = ..., melody: _Optional[bytes] = ..., prompt_audio: _Optional[bytes] = ..., stems: _Optional[bool] = ..., duration_s: _Optional[float] = ..., seed: _Optional[int] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping[str, object]]] = ..., extend_stride_s: _Optional[float] = ..., first_sample: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("spec", "request_id", "idempotency_key", "audio_format")
@@ -91,7 +91,7 @@ class GenerateRequest(_message.Message):
     request_id: str
     idempotency_key: str
     audio_format: AudioFormat
-    def __init__(self, spec: _Optional[_Union[GenerationSpec, _Mapping]] = ..., request_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., audio_format: _Optional[_Union[AudioFormat, str]] = ...) -> None: ...
+    def __init__(self, spec: _Optional[_Union[GenerationSpec, _Mapping[str, object]]] = ..., request_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., audio_format: _Optional[_Union[AudioFormat, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "pieces", "billed_s")
@@ -101,7 +101,7 @@ class GenerateResponse(_message.Message):
     started: GenerationStarted
     pieces: _containers.RepeatedCompositeFieldContainer[GeneratedPiece]
     billed_s: float
-    def __init__(self, started: _Optional[_Union[GenerationStarted, _Mapping]] = ..., pieces: _Optional[_Iterable[_Union[GeneratedPiece, _Mapping]]] = ..., billed_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, started: _Optional[_Union[GenerationStarted, _Mapping[str, object]]] = ..., pieces: _Optional[_Iterable[_Union[GeneratedPiece, _Mapping[str, object]]]] = ..., billed_s: _Optional[float] = ...) -> None: ...
 
 class GeneratedPiece(_message.Message):
     __slots__ = ("audio", "report")
@@ -109,7 +109,7 @@ class GeneratedPiece(_message.Message):
     REPORT_FIELD_NUMBER: _ClassVar[int]
     audio: bytes
     report: PieceReport
-    def __init__(self, audio: _Optional[bytes] = ..., report: _Optional[_Union[PieceReport, _Mapping]] = ...) -> None: ...
+    def __init__(self, audio: _Optional[bytes] = ..., report: _Optional[_Union[PieceReport, _Mapping[str, object]]] = ...) -> None: ...
 
 class StreamGenerateRequest(_message.Message):
     __slots__ = ("spec", "request_id", "idempotency_key", "audio_format")
@@ -121,7 +121,7 @@ class StreamGenerateRequest(_message.Message):
     request_id: str
     idempotency_key: str
     audio_format: AudioFormat
-    def __init__(self, spec: _Optional[_Union[GenerationSpec, _Mapping]] = ..., request_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., audio_format: _Optional[_Union[AudioFormat, str]] = ...) -> None: ...
+    def __init__(self, spec: _Optional[_Union[GenerationSpec, _Mapping[str, object]]] = ..., request_id: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., audio_format: _Optional[_Union[AudioFormat, str]] = ...) -> None: ...
 
 class StreamGenerateResponse(_message.Message):
     __slots__ = ("started", "audio", "finished")
@@ -131,7 +131,7 @@ class StreamGenerateResponse(_message.Message):
     started: GenerationStarted
     audio: AudioChunk
     finished: GenerationFinished
-    def __init__(self, started: _Optional[_Union[GenerationStarted, _Mapping]] = ..., audio: _Optional[_Union[AudioChunk, _Mapping]] = ..., finished: _Optional[_Union[GenerationFinished, _Mapping]] = ...) -> None: ...
+    def __init__(self, started: _Optional[_Union[GenerationStarted, _Mapping[str, object]]] = ..., audio: _Optional[_Union[AudioChunk, _Mapping[str, object]]] = ..., finished: _Optional[_Union[GenerationFinished, _Mapping[str, object]]] = ...) -> None: ...
 
 class GenerationStarted(_message.Message):
     __slots__ = ("request_id", "model", "seeds", "sample_rate", "channels", "num_samples", "quoted_start_s")
@@ -169,7 +169,7 @@ class GenerationFinished(_message.Message):
     pieces: _containers.RepeatedCompositeFieldContainer[PieceReport]
     billed_s: float
     state: GenerationState
-    def __init__(self, pieces: _Optional[_Iterable[_Union[PieceReport, _Mapping]]] = ..., billed_s: _Optional[float] = ..., state: _Optional[_Union[GenerationState, str]] = ...) -> None: ...
+    def __init__(self, pieces: _Optional[_Iterable[_Union[PieceReport, _Mapping[str, object]]]] = ..., billed_s: _Optional[float] = ..., state: _Optional[_Union[GenerationState, str]] = ...) -> None: ...
 
 class PieceReport(_message.Message):
     __slots__ = ("seed", "num_samples", "checksum", "num_frames", "queue_s", "prefill_s", "decode_s")
@@ -217,7 +217,7 @@ class CancelGenerationResponse(_message.Message):
     __slots__ = ("status",)
     STATUS_FIELD_NUMBER: _ClassVar[int]
     status: GenerationStatus
-    def __init__(self, status: _Optional[_Union[GenerationStatus, _Mapping]] = ...) -> None: ...
+    def __init__(self, status: _Optional[_Union[GenerationStatus, _Mapping[str, object]]] = ...) -> None: ...
 
 class GetGenerationRequest(_message.Message):
     __slots__ = ("request_id",)
@@ -229,7 +229,7 @@ class GetGenerationResponse(_message.Message):
     __slots__ = ("status",)
     STATUS_FIELD_NUMBER: _ClassVar[int]
     status: GenerationStatus
-    def __init__(self, status: _Optional[_Union[GenerationStatus, _Mapping]] = ...) -> None: ...
+    def __init__(self, status: _Optional[_Union[GenerationStatus, _Mapping[str, object]]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -239,7 +239,7 @@ class ListModelsResponse(_message.Message):
     __slots__ = ("models",)
     MODELS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[ModelInfo]
-    def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping]]] = ...) -> None: ...
+    def __init__(self, models: _Optional[_Iterable[_Union[ModelInfo, _Mapping[str, object]]]] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
     __slots__ = ("name", "license", "sample_rate", "channels", "melody", "max_duration_s", "window_s", "weights")

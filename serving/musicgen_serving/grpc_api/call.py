@@ -1,0 +1,98 @@
+"""What all calls share: who calls, the request id, how an error ends the call, and writing to readers that may stall.
+
+Knows no message of the API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+from google.protobuf.message import Message
+
+from musicgen.errors import RequestCancelledError
+from musicgen_serving.admission import Tenant
+from musicgen_serving.checks import is_request_id, new_request_id
+from musicgen_serving.errors import report
+from musicgen_serving.grpc_api.errors import REQUEST_ID_KEY, abort
+from musicgen_serving.service import MusicService
+
+Context = grpc.aio.ServicerContext[Any, Any]
+ServiceGetter = Callable[[], MusicService]
+"""Gives the service, or raises an error of the project where it is not there yet."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call whose caller is known. Set by `begin`."""
+
+    context: Context
+    service: MusicService
+    tenant: Tenant
+    request_id: str
+    """The caller's own, as it is, else a new one."""
+    trace_parent: str | None
+    """As it came."""
+    deadline_s: float | None
+    """Seconds from the call's beginning to its deadline."""
+
+    async def send_request_id(self) -> None:
+        """The initial metadata; from now on the caller knows that the call was taken."""
+        await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
+
+    async def write(self, message: Message) -> None:
+        """Send a message, as soon as the reader has taken enough of the earlier ones.
+
+        Raises:
+            RequestCancelledError: the reader has taken nothing for too long.
+        """
+        stall_s = self.service.limits.reader_stall_s
+        try:
+            await asyncio.wait_for(self.context.write(message), stall_s)
+        except asyncio.TimeoutError:
+            message_text = f"expected the reader to take audio, got no sign of it for {stall_s:g} s; read faster"
+            raise RequestCancelledError(message_text) from None
+
+
+@asynccontextmanager
+async def begin(context: Context, get_service: ServiceGetter, request_id: str = "") -> AsyncIterator[Call]:
+    """The caller's call; an error of the body ends it with a status that says no more than callers may know.
+
+    Args:
+        request_id: of the message, if it has one.
+    """
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    chosen = request_id or metadata.get(REQUEST_ID_KEY, "")
+    shown_id = chosen if is_request_id(chosen) else new_request_id()
+    try:
+        service = get_service()
+        tenant = await service.authenticate(_api_key(metadata))
+        yield Call(
+            context,
+            service,
+            tenant,
+            chosen or shown_id,
+            metadata.get("traceparent"),
+            context.time_remaining(),
+        )
+    except Exception as error:
+        if context.cancelled() or context.done():
+            _log.info("request %s: the caller has left", shown_id)
+            raise asyncio.CancelledError from error
+        seen = report(error)
+        level = logging.ERROR if seen.grpc_code == "INTERNAL" else logging.INFO
+        _log.log(level, "request %s ends with %s", shown_id, seen.code, exc_info=level == logging.ERROR)
+        await abort(context, error, shown_id)
+
+
+def _api_key(metadata: dict[str, str]) -> str | None:
+    scheme, _, token = metadata.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    return metadata.get("x-api-key")

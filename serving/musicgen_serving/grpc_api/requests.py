@@ -1,0 +1,62 @@
+"""A request message as a checked `GenerationRequest`. The checks are `musicgen_serving.checks`', shared with HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.message import Message
+
+from musicgen.types import ChunkPolicy
+from musicgen_serving.checks import RequestFields, build_request
+from musicgen_serving.errors import NotFoundError
+from musicgen_serving.grpc_api.call import Call
+from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
+from musicgen_serving.recordings import check_recording
+from musicgen_serving.types import GenerationRequest
+
+_OPTIONAL = ("num_samples", "duration_s", "seed", "extend_stride_s", "melody", "prompt_audio")
+_OPTIONAL_SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale", "melody_guidance")
+
+
+async def to_request(
+    message: pb.GenerateRequest | pb.StreamGenerateRequest, call: Call, chunks: ChunkPolicy | None
+) -> GenerationRequest:
+    """The request, with the defaults that the .proto promises for what is absent.
+
+    Raises:
+        InvalidRequestError, TooLargeError: a field out of its range, or a recording that is none; names the field.
+        NotFoundError: no model was named and the tenant may use none.
+    """
+    spec = message.spec
+    fields = RequestFields(
+        request_id=call.request_id,
+        model=spec.model or await _default_model(call),
+        prompts=tuple(prompt or None for prompt in spec.prompts) or (None,),
+        greedy=spec.sampling.greedy,
+        stems=spec.stems,
+        chunks=chunks,
+        first_sample=spec.first_sample,
+        deadline_s=call.deadline_s,
+        idempotency_key=message.idempotency_key or None,
+        trace_parent=call.trace_parent,
+        **_present(spec, _OPTIONAL),
+        **_present(spec.sampling, _OPTIONAL_SAMPLING),
+    )
+    limits = call.service.limits
+    request = build_request(fields, call.tenant, limits)
+    for param in ("melody", "prompt_audio"):
+        content: bytes | None = getattr(fields, param)
+        if content is not None:
+            await check_recording(content, param, limits)
+    return request
+
+
+def _present(message: Message, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+async def _default_model(call: Call) -> str:
+    models = await call.service.models(call.tenant)
+    if not models:
+        raise NotFoundError("expected a model that this key may use, got none")
+    return models[0].name

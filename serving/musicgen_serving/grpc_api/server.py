@@ -1,0 +1,111 @@
+"""The gRPC server of one ingress replica: port, TLS, limits, health, reflection, drain.
+
+An own `grpc.aio` server, because Serve's gRPC proxy has no TLS and no interceptors, and lost cancellations when they
+were counted. Several replicas of a machine share the port. Knows the service only through its getter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_reflection.v1alpha import reflection
+
+from musicgen.errors import InvalidRequestError
+from musicgen_serving.grpc_api.call import ServiceGetter
+from musicgen_serving.grpc_api.health import NAME as HEALTH
+from musicgen_serving.grpc_api.health import Health
+from musicgen_serving.grpc_api.servicer import MusicServicer
+from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
+from musicgen_serving.proto.musicgen.v1 import music_service_pb2_grpc as pb_grpc
+from musicgen_serving.settings import GrpcSettings, LimitSettings
+
+SERVICE = str(pb.DESCRIPTOR.services_by_name["MusicService"].full_name)
+MESSAGE_ROOM_BYTES = 64 * 1024
+"""For all that a request has besides files and prompts."""
+_log = logging.getLogger(__name__)
+
+
+class GrpcServer:
+    """A running server. Set by `start_server`."""
+
+    def __init__(self, server: grpc.aio.Server, port: int, health: Health) -> None:
+        self.server, self.port = server, port
+        self._health = health
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, let those under way end for `grace_s` seconds, then cancel them."""
+        await self._health.close()
+        await self.server.stop(grace_s)
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        await self.server.wait_for_termination()
+
+
+async def start_server(get_service: ServiceGetter, settings: GrpcSettings, limits: LimitSettings) -> GrpcServer:
+    """Listen. Port 0 takes a free one; the result's `port` is the one taken.
+
+    Args:
+        get_service: called in each call.
+    Raises:
+        InvalidRequestError: a port that cannot be had, or files of TLS that cannot be read or used.
+    """
+    server = grpc.aio.server(options=_options(settings, limits))
+    health = Health(server, (SERVICE,))
+    pb_grpc.add_MusicServiceServicer_to_server(MusicServicer(get_service), server)
+    reflection.enable_server_reflection([SERVICE, HEALTH, reflection.SERVICE_NAME], server)
+    address = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+    credentials = _credentials(settings)
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+        await server.start()
+    except RuntimeError as error:
+        got = f"{address}, which cannot be had"
+        raise InvalidRequestError("a free port and usable PEM files", got, param="grpc") from error
+    await health.watch(get_service)
+    _log.info("gRPC listens on %s:%d, %s", settings.host, port, "TLS" if credentials else "plaintext")
+    return GrpcServer(server, port, health)
+
+
+def max_request_bytes(limits: LimitSettings) -> int:
+    """The largest message that can be a valid request: two files, and each prompt of up to four bytes a character."""
+    return 2 * limits.max_file_bytes + limits.max_pieces * (4 * limits.max_prompt_chars + 8) + MESSAGE_ROOM_BYTES
+
+
+def _options(settings: GrpcSettings, limits: LimitSettings) -> Sequence[tuple[str, int]]:
+    """Source of the names: grpc's `channel_arg_names.h`."""
+    keepalive_ms = round(settings.keepalive_s * 1000)
+    return (
+        ("grpc.so_reuseport", 1),
+        ("grpc.max_receive_message_length", max_request_bytes(limits)),
+        ("grpc.max_send_message_length", -1),  # an answer is bounded by the limits of its request
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", min(20_000, keepalive_ms)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    )
+
+
+def _credentials(settings: GrpcSettings) -> grpc.ServerCredentials | None:
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    pair = (_read(settings.tls_key, "tls_key"), _read(settings.tls_certificate, "tls_certificate"))
+    if settings.client_ca is None:
+        return grpc.ssl_server_credentials([pair])
+    return grpc.ssl_server_credentials([pair], _read(settings.client_ca, "client_ca"), require_client_auth=True)
+
+
+def _read(path: Path, param: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        got = f"{path} ({error.strerror})"
+        raise InvalidRequestError("a readable PEM file", got, param=f"grpc.{param}") from error

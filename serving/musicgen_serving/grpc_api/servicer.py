@@ -1,0 +1,124 @@
+"""The calls of `musicgen.v1.MusicService`. Each enters the service's context for as long as it lasts, and leaves it at
+once when its caller leaves: grpc cancels the task of a call, and nothing here shields a task or a generator from that.
+
+The calls are plain coroutines that write to their context. As async generators they would be closed some time after a
+cancellation that meets them between two messages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import torch
+from torch import Tensor
+
+from musicgen.errors import MusicGenError, RequestCancelledError
+from musicgen.types import ChunkPolicy, FinishReason
+from musicgen_serving.grpc_api import convert
+from musicgen_serving.grpc_api.call import Call, Context, ServiceGetter, begin
+from musicgen_serving.grpc_api.requests import to_request
+from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
+from musicgen_serving.proto.musicgen.v1 import music_service_pb2_grpc as pb_grpc
+from musicgen_serving.types import GenerationEnd, GenerationEvent, PieceAudio, Started
+
+
+class MusicServicer(pb_grpc.MusicServiceServicer):
+    """Thin: messages in, messages out."""
+
+    def __init__(self, get_service: ServiceGetter) -> None:
+        self._get_service = get_service
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        async with begin(context, self._get_service, request.request_id) as call:
+            audio_format = convert.checked_format(request.audio_format, stream=False)
+            generation = await to_request(request, call, chunks=None)
+            async with call.service.generate(call.tenant, generation) as events:
+                started, parts, end = await _collect(events)
+            answer = await asyncio.to_thread(_whole, started, parts, end, audio_format)
+            await call.send_request_id()
+        return answer
+
+    async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Context) -> None:
+        async with begin(context, self._get_service, request.request_id) as call:
+            audio_format = convert.checked_format(request.audio_format, stream=True)
+            generation = await to_request(request, call, chunks=ChunkPolicy())
+            async with call.service.generate(call.tenant, generation) as events:
+                await _stream(events, call, audio_format)
+
+    async def CancelGeneration(
+        self, request: pb.CancelGenerationRequest, context: Context
+    ) -> pb.CancelGenerationResponse:
+        async with begin(context, self._get_service) as call:
+            status = convert.from_status(await call.service.cancel(call.tenant, request.request_id))
+            await call.send_request_id()
+        return pb.CancelGenerationResponse(status=status)
+
+    async def GetGeneration(self, request: pb.GetGenerationRequest, context: Context) -> pb.GetGenerationResponse:
+        async with begin(context, self._get_service) as call:
+            status = convert.from_status(await call.service.status(call.tenant, request.request_id))
+            await call.send_request_id()
+        return pb.GetGenerationResponse(status=status)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        async with begin(context, self._get_service) as call:
+            models = [convert.from_model(model) for model in await call.service.models(call.tenant)]
+            await call.send_request_id()
+        return pb.ListModelsResponse(models=models)
+
+
+async def _stream(events: AsyncIterator[GenerationEvent], call: Call, audio_format: pb.AudioFormat) -> None:
+    """Send the events. `started` waits for the first audio, so that a failure before it is a status alone."""
+    started: Started | None = None
+    num_sent = 0
+    async for event in events:
+        if isinstance(event, Started):
+            started = event
+            continue
+        assert started is not None  # the service's first event
+        if isinstance(event, GenerationEnd):
+            _raise_unless_finished(event)
+        if num_sent == 0:
+            await call.send_request_id()
+            await call.write(pb.StreamGenerateResponse(started=convert.from_started(started)))
+        num_sent += 1
+        if isinstance(event, GenerationEnd):
+            await call.write(pb.StreamGenerateResponse(finished=convert.from_end(event, started.seeds)))
+            return
+        for chunk in convert.from_audio(event, audio_format):
+            await call.write(pb.StreamGenerateResponse(audio=chunk))
+    raise RuntimeError("expected an end of the generation, got none")
+
+
+async def _collect(events: AsyncIterator[GenerationEvent]) -> tuple[Started, list[list[Tensor]], GenerationEnd]:
+    """All events of a request: its start, the samples of each piece, its end."""
+    started: Started | None = None
+    parts: list[list[Tensor]] = []
+    async for event in events:
+        if isinstance(event, Started):
+            started, parts = event, [[] for _ in event.seeds]
+        elif isinstance(event, PieceAudio):
+            parts[event.piece].append(event.samples)
+        else:
+            _raise_unless_finished(event)
+            assert started is not None  # the service's first event
+            return started, parts, event
+    raise RuntimeError("expected an end of the generation, got none")
+
+
+def _whole(
+    started: Started, parts: list[list[Tensor]], end: GenerationEnd, audio_format: pb.AudioFormat
+) -> pb.GenerateResponse:
+    reports = convert.from_end(end, started.seeds)
+    answer = pb.GenerateResponse(started=convert.from_started(started), billed_s=end.billed_s)
+    for piece, (samples, report) in enumerate(zip(parts, reports.pieces, strict=True)):
+        whole = torch.cat(samples, dim=-1) if samples else torch.zeros(started.channels, 0)
+        answer.pieces.add(audio=convert.file_bytes(whole, audio_format, started, piece), report=report)
+    return answer
+
+
+def _raise_unless_finished(end: GenerationEnd) -> None:
+    if end.reason is FinishReason.CANCELLED:
+        raise end.error or RequestCancelledError("the request was cancelled")
+    if end.reason is FinishReason.FAILED:
+        raise end.error or MusicGenError("failed without a reason")
