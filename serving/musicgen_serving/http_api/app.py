@@ -1,0 +1,153 @@
+"""The FastAPI application: all routes over one `MusicService`. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from importlib import metadata
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from musicgen.errors import MusicGenError, OverloadedError
+from musicgen_serving.errors import NotFoundError, report
+from musicgen_serving.http_api.errors import error_object, error_response, on_http_error, on_project_error
+from musicgen_serving.http_api.generations import api_key, generations_router
+from musicgen_serving.http_api.middleware import EdgeMiddleware
+from musicgen_serving.http_api.openapi import ERRORS, MusicApi
+from musicgen_serving.http_api.schemas import LiveBody, ModelBody, ModelList, NotReadyBody, ReadyBody
+from musicgen_serving.service import MusicService, Readiness
+from musicgen_serving.settings import LimitSettings
+from musicgen_serving.types import ModelInfo
+
+Metrics = Callable[[], Awaitable[bytes]]
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_DESCRIPTION = """Text and melody to music.
+
+A failure is always `{"error": {"message", "type", "param", "code"}}`. A status is sent once the first audio exists;
+a stream without its proper end was cut, and what came is incomplete."""
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(service: MusicService | Callable[[], MusicService], *, metrics: Metrics | None = None) -> MusicApi:
+    """The application.
+
+    Args:
+        service: the service, or what gives it once requests come: the application may be built, and pickled, first.
+        metrics: gives the text of `/metrics`, in Prometheus' format; without it there is no such route.
+    """
+    get_service: Callable[[], MusicService] = service if callable(service) else lambda: service
+
+    def limits() -> LimitSettings:
+        return get_service().limits
+
+    app = MusicApi(
+        title="musicgen-serve",
+        version=_version(),
+        description=_DESCRIPTION,
+        redirect_slashes=False,
+    )
+    app.add_middleware(EdgeMiddleware, limits=limits)
+    app.add_exception_handler(MusicGenError, on_project_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.include_router(generations_router(get_service))
+    app.include_router(_models_router(get_service))
+    app.include_router(_health_router(get_service, metrics))
+    return app
+
+
+def _version() -> str:
+    try:
+        return metadata.version("musicgen-serve")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def _models_router(get_service: Callable[[], MusicService]) -> APIRouter:
+    router = APIRouter(prefix="/v1/models", tags=["models"])
+
+    @router.get("", response_model=ModelList, responses=_without(404), operation_id="list_models")
+    async def list_models(request: Request) -> ModelList:
+        """The models that the key may use, the default one first."""
+        return ModelList(data=[_model(info) for info in await _models(get_service(), request)])
+
+    @router.get("/{id}", response_model=ModelBody, responses=ERRORS, operation_id="get_model")
+    async def get_model(id: str, request: Request) -> ModelBody:
+        """One model."""
+        for info in await _models(get_service(), request):
+            if info.name == id:
+                return _model(info)
+        raise NotFoundError("expected the name of a served model, got another; see /v1/models")
+
+    return router
+
+
+def _health_router(get_service: Callable[[], MusicService], metrics: Metrics | None) -> APIRouter:
+    router = APIRouter(tags=["operations"])
+
+    @router.get("/healthz", response_model=LiveBody, operation_id="live")
+    async def live() -> LiveBody:
+        """The process answers."""
+        return LiveBody()
+
+    not_ready: dict[int | str, dict[str, Any]] = {
+        503: {"model": NotReadyBody, "description": "Not yet; `details` says what is missing."}
+    }
+
+    @router.get("/readyz", response_model=ReadyBody, responses=not_ready, operation_id="ready")
+    async def ready() -> Response:
+        """Whether requests can be taken."""
+        return _readiness(await _look(get_service))
+
+    if metrics is not None:
+        text: dict[int | str, dict[str, Any]] = {
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' format."}
+        }
+
+        @router.get("/metrics", response_class=Response, responses=text, operation_id="metrics")
+        async def get_metrics() -> Response:
+            """What Prometheus reads."""
+            return Response(await metrics(), headers={"Content-Type": _METRICS_TYPE})
+
+    return router
+
+
+async def _look(get_service: Callable[[], MusicService]) -> Readiness:
+    try:
+        return await get_service().readiness()
+    except Exception:  # a service that cannot be asked is not ready
+        logger.warning("the service cannot say whether it is ready", exc_info=True)
+        return Readiness(False, {})
+
+
+def _readiness(readiness: Readiness) -> Response:
+    body = {"ready": readiness.ready, "details": readiness.details}
+    if readiness.ready:
+        return JSONResponse(body)
+    outside = report(OverloadedError("the service is not ready yet; see details"))
+    headers = {"Retry-After": error_response(outside).headers["Retry-After"]}
+    return JSONResponse(body | {"error": error_object(outside)}, outside.http_status, headers)
+
+
+async def _models(service: MusicService, request: Request) -> list[ModelInfo]:
+    return await service.models(await service.authenticate(api_key(request.headers)))
+
+
+def _model(info: ModelInfo) -> ModelBody:
+    return ModelBody(
+        id=info.name,
+        license=info.license,
+        sample_rate=info.sample_rate,
+        channels=info.channels,
+        melody=info.melody,
+        max_duration_s=info.max_duration_s,
+        window_s=info.window_s,
+        weights=info.weights,
+    )
+
+
+def _without(status: int) -> dict[int | str, dict[str, Any]]:
+    return {key: value for key, value in ERRORS.items() if key != status}

@@ -1,0 +1,185 @@
+"""One generation as an ASGI response: opens the service's context, watches the client, cuts off who does not read.
+
+Owns when the context is left: at the end, as soon as the client is gone, or when the server cancels the handler. What
+is sent is decided by a `Delivery` (whole.py, streams.py, sse.py). The status line waits for the first audio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from musicgen.audio_encode import generation_metadata
+from musicgen.errors import InvalidRequestError, MusicGenError, RequestCancelledError
+from musicgen.types import FinishReason
+from musicgen_serving.admission import Tenant
+from musicgen_serving.http_api.errors import ConnectionCutError
+from musicgen_serving.service import MusicService
+from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationRequest, PieceAudio, Started
+
+_MAX_SEND_BYTES = 65536
+"""A larger message would take a slow reader longer than it is given, although it reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How the caller wants the audio. Set by `generations`."""
+
+    response_format: str
+    as_json: bool = False
+    loudness_lufs: float | None = None
+    license: str = ""
+    """Of the model's weights, for the metadata of files."""
+
+
+class Sender:
+    """The sending side of one response; every message must be taken within `stall_s`."""
+
+    def __init__(self, send: Send, stall_s: float) -> None:
+        self._send, self._stall_s = send, stall_s
+
+    async def start(self, headers: Mapping[str, str]) -> None:
+        """Status 200 and the headers."""
+        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": encoded})
+
+    async def write(self, data: bytes, *, last: bool = False) -> None:
+        """Raises: ConnectionCutError: the client takes nothing."""
+        for start in range(0, max(1, len(data)), _MAX_SEND_BYTES):
+            part = data[start : start + _MAX_SEND_BYTES]
+            more = not last or start + _MAX_SEND_BYTES < len(data)
+            if not part and more:
+                continue
+            message = {"type": "http.response.body", "body": part, "more_body": more}
+            try:
+                await asyncio.wait_for(self._send(message), self._stall_s)
+            except asyncio.TimeoutError:
+                raise ConnectionCutError(f"the client took nothing for {self._stall_s:g} s") from None
+
+
+class Delivery(Protocol):
+    """Turns the events of one generation into one response.
+
+    Raises what the client should see as an HTTP error, if that is before `Sender.start`; later only
+    ConnectionCutError, which ends the connection.
+    """
+
+    async def deliver(self, events: AsyncIterator[GenerationEvent], out: Sender) -> None: ...
+
+
+class GenerationResponse(Response):
+    """Runs a request of the service while its response is sent."""
+
+    def __init__(self, service: MusicService, tenant: Tenant, request: GenerationRequest, delivery: Delivery) -> None:
+        super().__init__()
+        self._service, self._tenant, self._request, self._delivery = service, tenant, request, delivery
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(_disconnected(receive))
+        work = asyncio.create_task(self._run(send))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also when the server cancels this handler, as Ray Serve does
+            if not work.done():
+                work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled():
+            work.result()  # raises what it raised
+
+    async def _run(self, send: Send) -> None:
+        out = Sender(send, self._service.limits.reader_stall_s)
+        try:
+            async with self._service.generate(self._tenant, self._request) as events:
+                await self._delivery.deliver(events, out)
+        except OSError as error:  # what some servers raise from `send` when the client is gone
+            raise ClientDisconnect from error
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def next_started(events: AsyncIterator[GenerationEvent], request: GenerationRequest) -> Started:
+    """The first event. Raises: the service's refusal; InvalidRequestError: nothing is left after `first_sample`."""
+    started = await _next(events)
+    if not isinstance(started, Started):
+        raise MusicGenError(f"expected Started first, got {type(started).__name__}")
+    if request.first_sample >= started.num_samples:
+        expected = f"a sample of the piece, 0 to {started.num_samples - 1}"
+        raise InvalidRequestError(expected, str(request.first_sample), param="first_sample")
+    return started
+
+
+async def next_audio(events: AsyncIterator[GenerationEvent]) -> PieceAudio:
+    """The first audio. Raises: the error with which the request ended before it."""
+    event = await _next(events)
+    if isinstance(event, PieceAudio):
+        return event
+    raise error_of(event)
+
+
+async def _next(events: AsyncIterator[GenerationEvent]) -> GenerationEvent:
+    try:
+        return await events.__anext__()
+    except StopAsyncIteration:
+        raise MusicGenError("the events ended without a terminal one") from None
+
+
+def error_of(event: GenerationEvent | None) -> MusicGenError:
+    """Why a request did not end well, as an error that may be shown."""
+    if isinstance(event, GenerationEnd):
+        if isinstance(event.error, MusicGenError):
+            return event.error
+        if event.reason is FinishReason.CANCELLED:
+            return RequestCancelledError("the request was cancelled")
+    failure = MusicGenError(f"expected a finished generation, got {type(event).__name__}")
+    failure.__cause__ = event.error if isinstance(event, GenerationEnd) else None
+    return failure
+
+
+class PieceOrder:
+    """Checks that each piece's audio comes without gaps, to the end."""
+
+    def __init__(self, request: GenerationRequest, started: Started) -> None:
+        self._next = [request.first_sample] * len(request.pieces)
+        self._num_samples = started.num_samples
+
+    def take(self, audio: PieceAudio) -> None:
+        """Raises: MusicGenError: samples are missing or come twice."""
+        expected = self._next[audio.piece]
+        end = expected + audio.samples.shape[-1]
+        if audio.sample_offset != expected or end > self._num_samples:
+            raise MusicGenError(f"expected sample {expected} of piece {audio.piece}, got {audio.sample_offset}")
+        self._next[audio.piece] = end
+
+    def check_complete(self) -> None:
+        """Raises: MusicGenError: the end came too early."""
+        if any(position != self._num_samples for position in self._next):
+            raise MusicGenError(f"expected {self._num_samples} samples of each piece, got {self._next}")
+
+
+def common_headers(request: GenerationRequest, started: Started, media_type: str, sample_rate: int) -> dict[str, str]:
+    """What every response with audio says."""
+    return {
+        "Content-Type": media_type,
+        "Cache-Control": "no-store",
+        "X-Model": started.model,
+        "X-Seed": ",".join(map(str, started.seeds)),
+        "X-Sample-Rate": str(sample_rate),
+        "X-Channels": str(started.channels),
+        "X-Num-Samples": str(started.num_samples),
+        "X-First-Sample": str(request.first_sample),
+    }
+
+
+def file_metadata(started: Started, piece: int, wish: Wish) -> dict[str, str]:
+    """What a file says of itself; never the prompt."""
+    return generation_metadata(started.model, started.seeds[piece], license=wish.license)

@@ -1,0 +1,184 @@
+"""The routes of generations: make music, look at a request, cancel it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from musicgen.errors import InvalidRequestError
+from musicgen.types import ChunkPolicy
+from musicgen_serving.admission import Tenant
+from musicgen_serving.checks import RequestFields, build_request, is_request_id
+from musicgen_serving.errors import NotFoundError, UnauthenticatedError
+from musicgen_serving.http_api.body import parse_body, read_body
+from musicgen_serving.http_api.delivery import Delivery, GenerationResponse, Wish
+from musicgen_serving.http_api.errors import request_id_of
+from musicgen_serving.http_api.formats import EVENT_FORMATS, STREAM_FORMATS
+from musicgen_serving.http_api.openapi import ERRORS, GENERATION_DOCS, GENERATION_RESPONSES
+from musicgen_serving.http_api.schemas import GenerationBody, StatusBody
+from musicgen_serving.http_api.sse import SseDelivery
+from musicgen_serving.http_api.streams import StreamDelivery
+from musicgen_serving.http_api.whole import WholeDelivery
+from musicgen_serving.recordings import check_recording
+from musicgen_serving.service import MusicService
+from musicgen_serving.types import GenerationRequest, GenerationStatus, ModelInfo
+
+_MAX_KEY_CHARS = 512
+
+
+def api_key(headers: Headers) -> str | None:
+    """The key of a request: `Authorization: Bearer KEY`, or `X-API-Key: KEY`.
+
+    Raises:
+        UnauthenticatedError: another scheme, or a key that no key can be.
+    """
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme and scheme.lower() != "bearer":
+        raise UnauthenticatedError("expected Authorization: Bearer KEY or X-API-Key: KEY, got another scheme")
+    key = key.strip() or headers.get("x-api-key", "").strip()
+    if len(key) > _MAX_KEY_CHARS:
+        raise UnauthenticatedError("expected an API key, got something longer than any")
+    return key or None
+
+
+def generations_router(get_service: Callable[[], MusicService]) -> APIRouter:
+    """The routes, over whatever service `get_service` gives at the time of a request."""
+    router = APIRouter(prefix="/v1/music/generations", tags=["music"])
+
+    @router.post("", responses=GENERATION_RESPONSES, openapi_extra=GENERATION_DOCS, operation_id="create_generation")
+    async def create_generation(request: Request) -> Response:
+        """Make music. Whole, as chunked audio (`stream`), or as server-sent events (`stream_format: sse`).
+
+        Closing the connection cancels the request.
+        """
+        service = get_service()
+        tenant = await service.authenticate(api_key(request.headers))
+        content = await read_body(request, service.limits.reader_stall_s)
+        body = await parse_body(request.headers, content)
+        return await _respond(service, tenant, request, body)
+
+    @router.get("/{id}", responses=ERRORS, response_model=StatusBody, operation_id="get_generation")
+    async def get_generation(id: str, request: Request) -> StatusBody:
+        """How far a generation is; its id is the X-Request-Id of the request that began it."""
+        service = get_service()
+        tenant = await service.authenticate(api_key(request.headers))
+        return _status(await service.status(tenant, _known_form(id)))
+
+    @router.delete("/{id}", responses=ERRORS, response_model=StatusBody, operation_id="cancel_generation")
+    async def cancel_generation(id: str, request: Request) -> StatusBody:
+        """Cancel a generation, whoever of the tenant began it; one that has ended stays as it is."""
+        service = get_service()
+        tenant = await service.authenticate(api_key(request.headers))
+        return _status(await service.cancel(tenant, _known_form(id)))
+
+    return router
+
+
+async def _respond(service: MusicService, tenant: Tenant, request: Request, body: GenerationBody) -> Response:
+    for param, content in (("melody", body.melody), ("prompt_audio", body.prompt_audio)):
+        if content is not None:
+            await check_recording(content, param, service.limits)
+    models = await service.models(tenant)
+    model = _model_name(body.model, models)
+    fields = _fields(body, model, request)
+    generation = build_request(fields, tenant, service.limits)
+    license = next((info.license for info in models if info.name == model), "")
+    delivery = _delivery(body, generation, _wants_json(request.headers), license)
+    return GenerationResponse(service, tenant, generation, delivery)
+
+
+def _model_name(wanted: str | None, models: list[ModelInfo]) -> str:
+    if wanted is not None:
+        return wanted
+    if not models:
+        raise NotFoundError("expected a model that this key may use, got none")
+    return models[0].name
+
+
+def _fields(body: GenerationBody, model: str, request: Request) -> RequestFields:
+    prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    is_stream = body.stream or body.stream_format == "sse"
+    return RequestFields(
+        request_id=request_id_of(request.scope),
+        model=model,
+        prompts=tuple(prompts),
+        duration_s=body.duration_s,
+        num_samples=body.num_samples,
+        seed=body.seed,
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        greedy=body.greedy,
+        guidance_scale=body.guidance_scale,
+        melody_guidance=body.melody_guidance,
+        melody=body.melody,
+        prompt_audio=body.prompt_audio,
+        stems=body.stems,
+        extend_stride_s=body.extend_stride_s,
+        loudness_lufs=body.loudness,
+        chunks=ChunkPolicy() if is_stream else None,
+        first_sample=body.first_sample,
+        idempotency_key=request.headers.get("idempotency-key"),
+        trace_parent=request.headers.get("traceparent"),
+    )
+
+
+def _delivery(body: GenerationBody, generation: GenerationRequest, wants_json: bool, license: str) -> Delivery:
+    """How to answer. Raises: InvalidRequestError: a way that cannot be."""
+    is_events = body.stream_format == "sse"
+    format = body.response_format or ("pcm16" if is_events else "wav")
+    if body.loudness is not None and (is_events or body.stream or body.first_sample):
+        raise InvalidRequestError(
+            "loudness only for whole results",
+            "a part of one",
+            "it is measured over the whole piece; leave out stream, stream_format and first_sample",
+            param="loudness",
+        )
+    if is_events:
+        _check_format(format, EVENT_FORMATS, "events")
+        return SseDelivery(generation, Wish(format))
+    if not body.stream:
+        as_json = wants_json or len(generation.pieces) > 1
+        return WholeDelivery(generation, Wish(format, as_json, body.loudness, license))
+    _check_format(format, STREAM_FORMATS, "chunked audio")
+    if len(generation.pieces) > 1:
+        got, hint = f"{len(generation.pieces)}", "use stream_format sse, or leave out stream"
+        raise InvalidRequestError("one piece with stream", got, hint, param="stream")
+    return StreamDelivery(generation, Wish(format, license=license))
+
+
+def _check_format(format: str, possible: tuple[str, ...], way: str) -> None:
+    if format not in possible:
+        hint = "leave out stream and stream_format, or choose one of these"
+        raise InvalidRequestError(f"one of {', '.join(possible)} for {way}", format, hint, param="response_format")
+
+
+def _wants_json(headers: Headers) -> bool:
+    return any(kind.partition(";")[0].strip().lower() == "application/json" for kind in _accepted(headers))
+
+
+def _accepted(headers: Headers) -> list[str]:
+    return ",".join(headers.getlist("accept")).split(",")
+
+
+def _known_form(id: str) -> str:
+    if not is_request_id(id):
+        raise NotFoundError("expected the id of a generation of yours, got another")
+    return id
+
+
+def _status(status: GenerationStatus) -> StatusBody:
+    values: dict[str, Any] = {
+        "id": status.request_id,
+        "model": status.model,
+        "status": status.state,
+        "audio_s": status.audio_s,
+        "done_s": status.done_s,
+        "age_s": status.age_s,
+        "error": status.error,
+    }
+    return StatusBody(**values)

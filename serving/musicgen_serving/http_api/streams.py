@@ -1,0 +1,53 @@
+"""One piece as chunked audio, sent while it is made. It has no words for a failure but a connection that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from musicgen.types import FinishReason
+from musicgen_serving.http_api.delivery import (
+    PieceOrder,
+    Sender,
+    Wish,
+    common_headers,
+    error_of,
+    file_metadata,
+    next_audio,
+    next_started,
+)
+from musicgen_serving.http_api.errors import ConnectionCutError
+from musicgen_serving.http_api.formats import media_type, stream_encoder
+from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationRequest, PieceAudio
+
+
+class StreamDelivery:
+    """Chunks in one of `formats.STREAM_FORMATS`."""
+
+    def __init__(self, request: GenerationRequest, wish: Wish) -> None:
+        self._request, self._wish = request, wish
+
+    async def deliver(self, events: AsyncIterator[GenerationEvent], out: Sender) -> None:
+        started = await next_started(events, self._request)
+        audio: GenerationEvent = await next_audio(events)
+        num_left = started.num_samples - self._request.first_sample
+        format, rate = self._wish.response_format, started.sample_rate
+        metadata = file_metadata(started, 0, self._wish)
+        encoder = stream_encoder(format, rate, started.channels, num_left, metadata)
+        order = PieceOrder(self._request, started)
+        kind = media_type(format, rate, started.channels)
+        await out.start(common_headers(self._request, started, kind, rate))
+        try:
+            while isinstance(audio, PieceAudio):
+                order.take(audio)
+                await out.write(await asyncio.to_thread(encoder.encode, audio.samples))
+                audio = await events.__anext__()
+            if not isinstance(audio, GenerationEnd) or audio.reason is not FinishReason.FINISHED:
+                raise error_of(audio)
+            order.check_complete()
+            rest = await asyncio.to_thread(encoder.finish)
+        except Exception as error:
+            if isinstance(error, (ConnectionCutError, OSError)):
+                raise
+            raise ConnectionCutError("the generation did not finish") from error
+        await out.write(rest, last=True)
