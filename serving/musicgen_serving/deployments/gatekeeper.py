@@ -258,6 +258,10 @@ class LocalGatekeeper:
         await self._sweep()
         return self._ledger.counts({name: backlog.load() for name, backlog in self._backlogs.items()})
 
+    def close(self) -> None:
+        """Close the usage file; nothing may be settled any more."""
+        self._ledger.close()
+
     async def check(self) -> None:
         """Raises: RuntimeError: admitted = finished + cancelled + failed + running does not hold."""
         running = [record for record in self._registry if record.admitted]
