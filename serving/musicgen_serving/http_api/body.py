@@ -87,16 +87,14 @@ async def _form_items(headers: Headers, content: bytes) -> dict[str, object]:
         reason = error.message if isinstance(error, MultiPartException) else "a broken one"
         raise InvalidRequestError("a multipart/form-data body", plain_text(reason, 200)) from None
     fields: dict[str, object] = {}
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile):
-            if name not in RECORDING_FIELDS:
+    try:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile) and name not in RECORDING_FIELDS:
                 expected = f"files only as {' and '.join(RECORDING_FIELDS)}"
                 raise InvalidRequestError(expected, "a file", param=plain_text(name, 100))
-            content_of_file = await value.read()
-            _put(fields, name, content_of_file)
-        else:
-            _put(fields, name, value)
-    await form.close()
+            _put(fields, name, await value.read() if isinstance(value, UploadFile) else value)
+    finally:
+        await form.close()
     return fields
 
 

@@ -12,9 +12,8 @@ import httpx2
 import numpy as np
 import pytest
 import soundfile
-from serving.http_api.fakes import FakeService
-
 from musicgen_serving.http_api import create_app
+from serving.http_api.fakes import FakeService
 
 URL = "/v1/music/generations"
 

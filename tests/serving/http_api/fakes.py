@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from musicgen.types import FinishReason
 from musicgen_serving.admission import Tenant
 from musicgen_serving.errors import NotFoundError, UnauthenticatedError
 from musicgen_serving.service import Readiness
@@ -27,6 +24,9 @@ from musicgen_serving.types import (
     PieceReport,
     Started,
 )
+from torch import Tensor
+
+from musicgen.types import FinishReason
 
 RATE = 32000
 KEY = "key-of-ada"

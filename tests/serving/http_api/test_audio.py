@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from musicgen_serving.http_api.formats import STREAM_FORMATS, stream_encoder
 from serving.http_api.conftest import Client
 from serving.http_api.fakes import RATE, checksum, samples_of
 
 from musicgen.audio_encode import encode_audio, generation_metadata
 from musicgen.loudness import measure_loudness
-from musicgen_serving.http_api.formats import STREAM_FORMATS, stream_encoder
 
 NUM_SAMPLES = RATE // 2
 TYPES = {
