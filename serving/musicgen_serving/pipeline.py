@@ -6,6 +6,7 @@ same codes; the codec's state travels, so any codec can take the next chunk. Kno
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -107,7 +108,7 @@ class Pipeline:
         """
         codes = prepared.codes[piece]
         engine_request = EngineRequest(
-            f"{request.request_id}/{piece}",
+            f"{request.request_id}/{piece}-{secrets.token_hex(4)}",  # a repeat may begin before the first is gone
             codes,
             tenant=ticket.tenant,
             weight=ticket.weight,

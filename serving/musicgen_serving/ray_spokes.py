@@ -62,19 +62,16 @@ class RaySpokes:
     """One model's parts in replicas.
 
     Args:
+        parts: handles of the language model, the codec, the text encoder and the chroma extractor.
         lease_s: of requests to the language model; they are renewed several times as often.
     """
 
     def __init__(
         self,
-        language_model: Handle,
-        codec: Handle,
-        text_encoder: Handle,
-        chroma: Handle,
+        parts: tuple[Handle, Handle, Handle, Handle],
         lease_s: float,
     ) -> None:
-        self._language_model, self._codec = language_model, codec
-        self._text_encoder, self._chroma = text_encoder, chroma
+        self._language_model, self._codec, self._text_encoder, self._chroma = parts
         self._lease_s = lease_s
         self._leased: set[str] = set()
         self._renewer: asyncio.Task[None] | None = None

@@ -36,6 +36,8 @@ class ReplicaSettings(_Section):
     num_gpus: float = Field(0.0, ge=0)
     resources: dict[str, float] = Field(default_factory=dict, description="custom resources, to choose a pool of nodes")
     target_load: Positive = Field(1.0, description="load a replica that autoscaling aims at, in the deployment's unit")
+    upscale_delay_s: float = Field(5.0, ge=0, description="a higher load must last so long before replicas are added")
+    downscale_delay_s: float = Field(120.0, ge=0, description="and a lower one before they are taken away")
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicaSettings:

@@ -1,0 +1,85 @@
+"""Settings → one Ray Serve application. The only place that says how many replicas there are and what each may take.
+
+`serve deploy` finds `build_app` by `musicgen_serving.app:build_app`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+
+from musicgen_serving import replicas
+from musicgen_serving.autoscaling import ByLoad
+from musicgen_serving.settings import ModelSettings, ReplicaSettings, ServeSettings, load_settings
+
+APP_NAME = "musicgen"
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
+MAX_ONGOING = 10_000
+"""Serve's own limits would queue silently; the gatekeeper and the engine say no instead."""
+
+
+def build_app(values: dict[str, Any]) -> Application:
+    """The application of these settings (and of the environment's).
+
+    Raises:
+        InvalidRequestError: invalid settings.
+    """
+    settings = load_settings(values)
+    parts = {model.name: _parts(model, settings) for model in settings.models}
+    gatekeeper = _deployment(replicas.GatekeeperReplica, "Gatekeeper", ReplicaSettings(), settings).bind(settings)
+    others = []
+    if settings.grpc.port:
+        grpc = _deployment(replicas.GrpcIngress, "GrpcIngress", settings.grpc.ingress, settings)
+        others.append(grpc.bind(settings, parts, gatekeeper))
+    http = _deployment(serve.ingress()(replicas.HttpIngress), "HttpIngress", settings.http.ingress, settings)
+    return http.bind(settings, parts, gatekeeper, *others)
+
+
+def _parts(model: ModelSettings, settings: ServeSettings) -> tuple[Application, ...]:
+    """One model's deployments, in the order of `RaySpokes`."""
+    level, limits = settings.observability.log_level, settings.limits
+
+    def name(part: str) -> str:
+        return f"{part}-{model.name}"
+
+    return (
+        _deployment(replicas.LanguageModelReplica, name("LanguageModel"), model.language_model, settings).bind(
+            model, level
+        ),
+        _deployment(replicas.CodecReplica, name("CodecDecoder"), model.codec, settings).bind(model, limits, level),
+        _deployment(replicas.TextEncoderReplica, name("TextEncoder"), model.text_encoder, settings).bind(model, level),
+        _deployment(replicas.ChromaReplica, name("ChromaExtractor"), model.chroma, settings).bind(model, limits, level),
+    )
+
+
+def _deployment(cls: type, name: str, how: ReplicaSettings, settings: ServeSettings) -> serve.Deployment:
+    """A deployment of `cls`: resources, bounds, health, drain."""
+    options: dict[str, Any] = {"num_replicas": how.min_replicas}
+    if how.max_replicas > how.min_replicas:
+        policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+            policy_function=ByLoad, policy_kwargs={"target_load": how.target_load}
+        )
+        options = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=how.min_replicas,
+                max_replicas=how.max_replicas,
+                upscale_delay_s=how.upscale_delay_s,
+                downscale_delay_s=how.downscale_delay_s,
+                policy=policy,
+            )
+        }
+    deployment = serve.deployment(
+        name=name,
+        ray_actor_options={"num_cpus": how.num_cpus, "num_gpus": how.num_gpus, "resources": how.resources},
+        max_ongoing_requests=MAX_ONGOING,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=settings.drain_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        **options,
+    )(cls)
+    assert isinstance(deployment, serve.Deployment)
+    return deployment

@@ -1,0 +1,108 @@
+"""One service on this machine, or on a cluster that is there: start Ray, deploy, wait until ready, drain, stop.
+
+Owns the order of starting and stopping. Ray listens on loopback unless an address says otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve._private.common import ReplicaState
+
+from musicgen.errors import MusicGenError
+from musicgen_serving.app import APP_NAME, build_app
+from musicgen_serving.settings import ServeSettings
+
+POLL_S = 0.5
+LOOPBACK = "127.0.0.1"
+
+OnState = Callable[[dict[str, str]], None]
+"""Called with the state of each deployment, when one changes."""
+
+
+class StartError(MusicGenError):
+    """The service could not be started; the message says which part, and why as far as Ray knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where the service listens."""
+
+    http: str
+    grpc: str | None
+
+
+def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: float = 600.0) -> Endpoints:
+    """Start the service and wait until every part is ready.
+
+    Raises:
+        StartError: a part could not be started, or not in time. What was started is stopped.
+    """
+    _start_ray(settings)
+    try:
+        serve.start(http_options=HTTPOptions(host=settings.http.host, port=settings.http.port))
+        app = build_app(settings.model_dump(mode="json"))
+        with ThreadPoolExecutor(1) as pool:
+            deployed = pool.submit(serve.run, app, name=APP_NAME)
+            _watch(deployed, on_state or (lambda _: None), timeout_s)
+    except BaseException:
+        stop()
+        raise
+    grpc = f"grpc://{settings.grpc.host}:{settings.grpc.port}" if settings.grpc.port else None
+    return Endpoints(f"http://{settings.http.host}:{settings.http.port}", grpc)
+
+
+def stop() -> None:
+    """Let replicas finish what they have, then stop everything that `start` started."""
+    if ray.is_initialized():
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
+
+
+def _start_ray(settings: ServeSettings) -> None:
+    if ray.is_initialized():
+        return
+    if settings.ray_address is not None:
+        ray.init(settings.ray_address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Parts share this machine's cores; what they set aside in Ray's books must not limit how many there are.
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, 4),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _node_ip_address=LOOPBACK,
+    )
+
+
+def _watch(deployed: Future[Any], on_state: OnState, timeout_s: float) -> None:
+    """Tell of every change until it is deployed. Raises: StartError."""
+    deadline = time.monotonic() + timeout_s
+    states: dict[str, str] = {}
+    while not deployed.done():
+        application = serve.status().applications.get(APP_NAME)
+        now = {} if application is None else {n: _state(d.replica_states) for n, d in application.deployments.items()}
+        if now != states:
+            on_state(now)
+            states = now
+        if time.monotonic() > deadline:
+            waiting = ", ".join(name for name, state in states.items() if state != "ready")
+            raise StartError(f"expected the service to be ready within {timeout_s:g} s, still waiting for: {waiting}")
+        wait([deployed], timeout=POLL_S)
+    if (error := deployed.exception()) is not None:
+        raise StartError(f"the service could not be started: {error}") from error
+
+
+def _state(replicas: Mapping[Any, int]) -> str:
+    """One word for a deployment."""
+    return "ready" if replicas and set(replicas) == {ReplicaState.RUNNING} else "starting"
