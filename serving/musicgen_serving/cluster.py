@@ -15,8 +15,8 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
 from ray.serve._private.common import ReplicaState
+from ray.serve.config import HTTPOptions
 
 from musicgen.errors import MusicGenError
 from musicgen_serving.app import APP_NAME, build_app
