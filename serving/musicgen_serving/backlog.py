@@ -12,7 +12,8 @@ falls to it is free: the earliest slot goes to the first that waits, and so on, 
 **Who goes before it.** The engines go by priority, then by weighted fair shares between tenants, in the order of
 arrival within one. So before a new request of tenant `t` go: all that wait with a lower priority number; all of `t`'s
 own that wait, `W_t` seconds; and of each other tenant `u` of the same priority what its weight entitles it to in the
-meantime, the first requests up to `W_t · w_u / w_t` seconds. A tenant that floods the service waits for itself.
+meantime: those that begin within its first `W_t · w_u / w_t` seconds, hence always its oldest, which was there before.
+A tenant that floods the service waits for itself; another waits for one request of the flood.
 
 **The speed** `v` is seconds of audio given out per second, as a ratio of two sums that forget with a time constant, so
 that audio which comes in lumps counts as what it is over time. There are two such ratios. One counts all time with
@@ -105,6 +106,8 @@ class Backlog:
         self._num_pieces = 0
         self._any = _Ratio(initial_speed * num_replicas * PRIOR_S, PRIOR_S)
         self._full = _Ratio(initial_speed * num_replicas * PRIOR_S, PRIOR_S)
+        self._quotes: dict[tuple[str, float, int], float] = {}
+        """Quotes since the last event: in a storm of refusals the same tenants ask again and again."""
         self._since = clock()
 
     @property
@@ -141,6 +144,12 @@ class Backlog:
         """Seconds that a request would wait until its decoding starts."""
         if self._num_pieces < self._slots:
             return 0.0
+        key = tenant, weight, priority
+        if key not in self._quotes:
+            self._quotes[key] = self._new_quote(tenant, weight, priority)
+        return self._quotes[key]
+
+    def _new_quote(self, tenant: str, weight: float, priority: int) -> float:
         running, waiting = self._split()
         own_s = math.fsum(work.left_s for work in waiting if work.tenant == tenant and work.priority == priority)
         passed: dict[str, float] = {}
@@ -150,7 +159,7 @@ class Backlog:
                 continue
             if work.priority == priority and work.tenant != tenant:
                 before_s = passed.get(work.tenant, 0.0)
-                if before_s >= own_s * work.weight / weight:
+                if before_s > own_s * work.weight / weight:
                     continue
                 passed[work.tenant] = before_s + work.left_s
             ahead.append(work)
@@ -208,7 +217,8 @@ class Backlog:
         return self._num_replicas * self._num_slots
 
     def _pass_time(self, made_s: float = 0.0) -> None:
-        """Count the time since the last event, with the state it had, and the audio made in it."""
+        """An event: count the time since the last one, with the state it had, and the audio made in it."""
+        self._quotes.clear()
         now = self._clock()
         past_s, self._since = max(0.0, now - self._since), now
         if self._works:

@@ -95,12 +95,12 @@ def test_more_than_a_slot_each_counts_the_earliest() -> None:
     # Both have begun although there is one slot: what the engine still holds comes first.
     clock = Clock()
     queue = backlog(clock, num_slots=1, speed=1.0)
-    add(queue, "1", 10.0)
+    add(queue, "1", 2.0)
     add(queue, "2", 10.0)
     clock.now += 2.0
     queue.progress("1", 1.0)
     queue.progress("2", 1.0)
-    assert quote(queue) == pytest.approx(9.0)
+    assert quote(queue) == pytest.approx(9.0)  # not 1: that is when the first of the two ends
 
 
 def test_a_tenant_waits_for_its_own_flood_and_others_by_weight() -> None:
@@ -109,13 +109,21 @@ def test_a_tenant_waits_for_its_own_flood_and_others_by_weight() -> None:
     for index in range(10):
         add(queue, str(index), 10.0, "flood")
     assert quote(queue, "flood") == pytest.approx(110.0)
-    assert quote(queue, "quiet") == pytest.approx(10.0)
+    assert quote(queue, "quiet") == pytest.approx(20.0)  # the one that runs, and the flood's oldest
     add(queue, "q", 10.0, "quiet")
-    assert quote(queue, "quiet") == pytest.approx(30.0)  # its own, and as much of the flood's
-    assert quote(queue, "quiet", weight=2.0) == pytest.approx(30.0)  # half as much, but requests are whole
+    assert quote(queue, "quiet") == pytest.approx(40.0)  # its own, and two of the flood's
+    assert quote(queue, "quiet", weight=2.0) == pytest.approx(30.0)  # or one
     add(queue, "q2", 10.0, "quiet")
-    assert quote(queue, "quiet", weight=2.0) == pytest.approx(40.0)
+    assert quote(queue, "quiet", weight=2.0) == pytest.approx(50.0)
     assert quote(queue, "flood") == pytest.approx(130.0)
+
+
+def test_many_quiet_tenants_wait_for_each_other() -> None:
+    queue = backlog(Clock(), num_slots=1, speed=1.0)
+    add(queue, "running", 5.0, "x")
+    for index in range(6):
+        assert quote(queue, f"t{index}") == pytest.approx(5.0 * (index + 1))
+        add(queue, str(index), 5.0, f"t{index}")
 
 
 def test_priority_goes_before_shares() -> None:
