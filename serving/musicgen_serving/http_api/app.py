@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from importlib import metadata
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from musicgen.errors import MusicGenError, OverloadedError
 from musicgen_serving.errors import NotFoundError, report
 from musicgen_serving.http_api.errors import error_object, error_response, on_http_error, on_project_error
-from musicgen_serving.http_api.generations import api_key, generations_router
+from musicgen_serving.http_api.generations import add_generation_routes, api_key
 from musicgen_serving.http_api.middleware import EdgeMiddleware
 from musicgen_serving.http_api.openapi import ERRORS, MusicApi
 from musicgen_serving.http_api.schemas import LiveBody, ModelBody, ModelList, NotReadyBody, ReadyBody
@@ -53,9 +54,9 @@ def create_app(service: MusicService | Callable[[], MusicService], *, metrics: M
     app.add_middleware(EdgeMiddleware, limits=limits)
     app.add_exception_handler(MusicGenError, on_project_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.include_router(generations_router(get_service))
-    app.include_router(_models_router(get_service))
-    app.include_router(_health_router(get_service, metrics))
+    add_generation_routes(app, get_service)
+    _add_model_routes(app, get_service)
+    _add_operations_routes(app, get_service, metrics)
     return app
 
 
@@ -66,15 +67,15 @@ def _version() -> str:
         return "0"
 
 
-def _models_router(get_service: Callable[[], MusicService]) -> APIRouter:
-    router = APIRouter(prefix="/v1/models", tags=["models"])
+def _add_model_routes(app: FastAPI, get_service: Callable[[], MusicService]) -> None:
+    tags: list[str | Enum] = ["models"]
 
-    @router.get("", response_model=ModelList, responses=_without(404), operation_id="list_models")
+    @app.get("/v1/models", tags=tags, response_model=ModelList, responses=_without(404), operation_id="list_models")
     async def list_models(request: Request) -> ModelList:
         """The models that the key may use, the default one first."""
         return ModelList(data=[_model(info) for info in await _models(get_service(), request)])
 
-    @router.get("/{id}", response_model=ModelBody, responses=ERRORS, operation_id="get_model")
+    @app.get("/v1/models/{id}", tags=tags, response_model=ModelBody, responses=ERRORS, operation_id="get_model")
     async def get_model(id: str, request: Request) -> ModelBody:
         """One model."""
         for info in await _models(get_service(), request):
@@ -82,13 +83,11 @@ def _models_router(get_service: Callable[[], MusicService]) -> APIRouter:
                 return _model(info)
         raise NotFoundError("expected the name of a served model, got another; see /v1/models")
 
-    return router
 
+def _add_operations_routes(app: FastAPI, get_service: Callable[[], MusicService], metrics: Metrics | None) -> None:
+    tags: list[str | Enum] = ["operations"]
 
-def _health_router(get_service: Callable[[], MusicService], metrics: Metrics | None) -> APIRouter:
-    router = APIRouter(tags=["operations"])
-
-    @router.get("/healthz", response_model=LiveBody, operation_id="live")
+    @app.get("/healthz", tags=tags, response_model=LiveBody, operation_id="live")
     async def live() -> LiveBody:
         """The process answers."""
         return LiveBody()
@@ -97,7 +96,7 @@ def _health_router(get_service: Callable[[], MusicService], metrics: Metrics | N
         503: {"model": NotReadyBody, "description": "Not yet; `details` says what is missing."}
     }
 
-    @router.get("/readyz", response_model=ReadyBody, responses=not_ready, operation_id="ready")
+    @app.get("/readyz", tags=tags, response_model=ReadyBody, responses=not_ready, operation_id="ready")
     async def ready() -> Response:
         """Whether requests can be taken."""
         return _readiness(await _look(get_service))
@@ -107,12 +106,10 @@ def _health_router(get_service: Callable[[], MusicService], metrics: Metrics | N
             200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' format."}
         }
 
-        @router.get("/metrics", response_class=Response, responses=text, operation_id="metrics")
+        @app.get("/metrics", tags=tags, response_class=Response, responses=text, operation_id="metrics")
         async def get_metrics() -> Response:
             """What Prometheus reads."""
             return Response(await metrics(), headers={"Content-Type": _METRICS_TYPE})
-
-    return router
 
 
 async def _look(get_service: Callable[[], MusicService]) -> Readiness:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
@@ -27,6 +27,7 @@ from musicgen_serving.recordings import check_recording
 from musicgen_serving.service import MusicService
 from musicgen_serving.types import GenerationRequest, GenerationStatus, ModelInfo
 
+_PATH = "/v1/music/generations"
 _MAX_KEY_CHARS = 512
 
 
@@ -45,11 +46,16 @@ def api_key(headers: Headers) -> str | None:
     return key or None
 
 
-def generations_router(get_service: Callable[[], MusicService]) -> APIRouter:
+def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService]) -> None:
     """The routes, over whatever service `get_service` gives at the time of a request."""
-    router = APIRouter(prefix="/v1/music/generations", tags=["music"])
 
-    @router.post("", responses=GENERATION_RESPONSES, openapi_extra=GENERATION_DOCS, operation_id="create_generation")
+    @app.post(
+        _PATH,
+        tags=["music"],
+        responses=GENERATION_RESPONSES,
+        openapi_extra=GENERATION_DOCS,
+        operation_id="create_generation",
+    )
     async def create_generation(request: Request) -> Response:
         """Make music. Whole, as chunked audio (`stream`), or as server-sent events (`stream_format: sse`).
 
@@ -61,21 +67,23 @@ def generations_router(get_service: Callable[[], MusicService]) -> APIRouter:
         body = await parse_body(request.headers, content)
         return await _respond(service, tenant, request, body)
 
-    @router.get("/{id}", responses=ERRORS, response_model=StatusBody, operation_id="get_generation")
+    @app.get(
+        _PATH + "/{id}", tags=["music"], responses=ERRORS, response_model=StatusBody, operation_id="get_generation"
+    )
     async def get_generation(id: str, request: Request) -> StatusBody:
         """How far a generation is; its id is the X-Request-Id of the request that began it."""
         service = get_service()
         tenant = await service.authenticate(api_key(request.headers))
         return _status(await service.status(tenant, _known_form(id)))
 
-    @router.delete("/{id}", responses=ERRORS, response_model=StatusBody, operation_id="cancel_generation")
+    @app.delete(
+        _PATH + "/{id}", tags=["music"], responses=ERRORS, response_model=StatusBody, operation_id="cancel_generation"
+    )
     async def cancel_generation(id: str, request: Request) -> StatusBody:
         """Cancel a generation, whoever of the tenant began it; one that has ended stays as it is."""
         service = get_service()
         tenant = await service.authenticate(api_key(request.headers))
         return _status(await service.cancel(tenant, _known_form(id)))
-
-    return router
 
 
 async def _respond(service: MusicService, tenant: Tenant, request: Request, body: GenerationBody) -> Response:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from jsonschema import Draft202012Validator
 from musicgen_serving.http_api import create_app
 from musicgen_serving.http_api.schemas import GenerationBody
-from ray import cloudpickle
+from ray import cloudpickle, serve
 from serving.http_api.conftest import URL, Client
 from serving.http_api.fakes import FakeService
 
@@ -99,6 +99,10 @@ def _service() -> FakeService:
 
 
 def test_the_application_can_be_pickled() -> None:
+    @serve.ingress(create_app(_service))  # also teaches the pickler what Starlette needs
+    class Ingress: ...
+
+    assert Ingress is not None
     app = cloudpickle.loads(cloudpickle.dumps(create_app(_service)))
     client = Client(FakeService())
     client.app = app
