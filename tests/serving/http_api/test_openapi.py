@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import HealthCheck, Phase, settings
 from jsonschema import Draft202012Validator
 from musicgen_serving.http_api import create_app
 from musicgen_serving.http_api.schemas import GenerationBody
-from ray import cloudpickle, serve
 from serving.http_api.conftest import URL, Client
 from serving.http_api.fakes import FakeService
 
@@ -99,6 +99,10 @@ def _service() -> FakeService:
 
 
 def test_the_application_can_be_pickled() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, of pydantic
+        from ray import cloudpickle, serve
+
     @serve.ingress(create_app(_service))  # also teaches the pickler what Starlette needs
     class Ingress: ...
 
