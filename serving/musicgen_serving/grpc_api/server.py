@@ -15,6 +15,7 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from musicgen.errors import InvalidRequestError
+from musicgen_serving.grpc_api.broken import BrokenMessages
 from musicgen_serving.grpc_api.call import ServiceGetter
 from musicgen_serving.grpc_api.health import NAME as HEALTH
 from musicgen_serving.grpc_api.health import Health
@@ -54,7 +55,7 @@ async def start_server(get_service: ServiceGetter, settings: GrpcSettings, limit
     Raises:
         InvalidRequestError: a port that cannot be had, or files of TLS that cannot be read or used.
     """
-    server = grpc.aio.server(options=_options(settings, limits))
+    server = grpc.aio.server(interceptors=[BrokenMessages(f"/{SERVICE}/")], options=_options(settings, limits))
     health = Health(server, (SERVICE,))
     pb_grpc.add_MusicServiceServicer_to_server(MusicServicer(get_service), server)
     reflection.enable_server_reflection([SERVICE, HEALTH, reflection.SERVICE_NAME], server)

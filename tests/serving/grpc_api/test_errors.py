@@ -124,6 +124,7 @@ def test_a_failure_after_the_start_is_a_status_without_finished(num_chunks: int)
         ({"prompts": ["x" * 2001]}, "prompt"),
         ({"seed": -1}, "seed"),
         ({"first_sample": -1}, "first_sample"),
+        ({"first_sample": 32000}, "first_sample"),
         ({"extend_stride_s": 0.0}, "extend_stride_s"),
         ({"sampling": pb.SamplingOptions(top_k=-1)}, "top_k"),
         ({"sampling": pb.SamplingOptions(top_p=1.5)}, "top_p"),
@@ -151,7 +152,8 @@ def test_bad_fields_are_named(fields: dict[str, object], param: str) -> None:
                 assert details(failure.value)["BadRequest"].field_violations[0].field == param
 
     asyncio.run(main())
-    assert service.entered == 0
+    assert service.num_given == 0
+    assert service.entered == service.left
 
 
 @pytest.mark.parametrize("audio_format", [pb.AUDIO_FORMAT_WAV, 77])
