@@ -1,0 +1,55 @@
+"""What the service said, as the project's own errors. Both protocols name an error by the same code."""
+
+from __future__ import annotations
+
+import re
+
+from musicgen.errors import (
+    InvalidRequestError,
+    MissingDependencyError,
+    MusicGenError,
+    OverloadedError,
+    QuotaExceededError,
+    RequestCancelledError,
+)
+from musicgen_serving.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    ForbiddenError,
+    NotFoundError,
+    TooLargeError,
+    UnauthenticatedError,
+)
+
+_BY_CODE: dict[str, type[MusicGenError]] = {
+    "too_large": TooLargeError,
+    "not_available_here": MissingDependencyError,
+    "invalid_api_key": UnauthenticatedError,
+    "not_allowed": ForbiddenError,
+    "not_found": NotFoundError,
+    "conflict": ConflictError,
+    "cancelled": RequestCancelledError,
+    "deadline_exceeded": DeadlineExceededError,
+}
+_LATER = {
+    "rate_limit_exceeded": QuotaExceededError,
+    "overloaded": OverloadedError,
+    "temporarily_unavailable": OverloadedError,
+}
+_WORDS = re.compile(r"(?:[\w.-]+: )?expected (?P<expected>.+?), got (?P<got>.+?)(?:; (?P<hint>.+))?", re.DOTALL)
+
+
+def error_from(code: str, message: str, param: str | None = None, retry_after_s: float | None = None) -> MusicGenError:
+    """The error that `musicgen_serving.errors.report` showed as this.
+
+    Args:
+        code: as in OpenAI's error object, or a gRPC ErrorInfo's reason in lower case.
+    """
+    if code in _LATER:
+        return _LATER[code](message, retry_after_s=retry_after_s)
+    if code == "invalid_request":
+        words = _WORDS.fullmatch(message)
+        if words is None:
+            return InvalidRequestError("a request that the service takes", message, param=param)
+        return InvalidRequestError(words["expected"], words["got"], words["hint"] or "", param=param)
+    return _BY_CODE.get(code, MusicGenError)(message)
