@@ -33,12 +33,18 @@ a stream without its proper end was cut, and what came is incomplete."""
 logger = logging.getLogger(__name__)
 
 
-def create_app(service: MusicService | Callable[[], MusicService], *, metrics: Metrics | None = None) -> MusicApi:
+def create_app(
+    service: MusicService | Callable[[], MusicService],
+    *,
+    metrics: Metrics | None = None,
+    id_is_echoed: bool = False,
+) -> MusicApi:
     """The application.
 
     Args:
         service: the service, or what gives it once requests come: the application may be built, and pickled, first.
         metrics: gives the text of `/metrics`, in Prometheus' format; without it there is no such route.
+        id_is_echoed: true behind Ray Serve's proxy, which adds X-Request-Id to responses itself.
     """
     get_service: Callable[[], MusicService] = service if callable(service) else lambda: service
 
@@ -51,7 +57,7 @@ def create_app(service: MusicService | Callable[[], MusicService], *, metrics: M
         description=_DESCRIPTION,
         redirect_slashes=False,
     )
-    app.add_middleware(EdgeMiddleware, limits=limits)
+    app.add_middleware(EdgeMiddleware, limits=limits, id_is_echoed=id_is_echoed)
     app.add_exception_handler(MusicGenError, on_project_error)
     app.add_exception_handler(HTTPException, on_http_error)
     add_generation_routes(app, get_service)

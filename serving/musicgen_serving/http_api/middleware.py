@@ -48,11 +48,14 @@ class EdgeMiddleware:
 
     Args:
         limits: asked for at each request with a body, because the service may be made after the application.
+        id_is_echoed: what is in front adds the request's X-Request-Id to the response, as Ray Serve's proxy does: then
+            it is added here only if it was replaced, so that a client does not get it twice.
     """
 
-    def __init__(self, app: ASGIApp, limits: Callable[[], LimitSettings]) -> None:
+    def __init__(self, app: ASGIApp, limits: Callable[[], LimitSettings], id_is_echoed: bool = False) -> None:
         self._app = app
         self._limits = limits
+        self._id_is_echoed = id_is_echoed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,7 +70,8 @@ class EdgeMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                if not (self._id_is_echoed and request_id == given):
+                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:
