@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from musicgen.cli import plugins
 from musicgen.cli.options import build_parser
 from musicgen.errors import InvalidRequestError, MusicGenError
 
@@ -59,6 +60,8 @@ def _run(values: dict[str, object]) -> int:
         from musicgen.cli import models
 
         return models.run(**values)  # type: ignore[arg-type]
+    if (plugin := plugins.commands().get(str(command))) is not None:
+        return plugin.run(values)
     from musicgen.cli import doctor
 
     return doctor.run(**values)  # type: ignore[arg-type]

@@ -6,16 +6,21 @@ Owns the order of the work. Knows no sampling, no codec and no file format: thos
 from __future__ import annotations
 
 import dataclasses
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from musicgen.cli import plugins
 from musicgen.cli.checks import Recording, Recordings, check_inputs, check_loudness, check_with_model
 from musicgen.cli.options import GenerateOptions
 from musicgen.cli.plan import Piece, free_stem, make_folder, plan_pieces
 from musicgen.cli.quiet import quiet_libraries, torch_threads
 from musicgen.cli.report import Bar, Report, Written
 from musicgen.cli.timing import Stopwatch
+
+API_KEY = "MUSICGEN_API_KEY"
+"""Environment variable: the key of `--server`. Not an option, because command lines can be seen by others."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +35,8 @@ def run(values: dict[str, Any]) -> int:
         MusicGenError: bad input (before any work), or a model that cannot be loaded.
     """
     options = GenerateOptions(**values)
+    if options.server is not None:
+        return plugins.generate_remote()(options, options.server, os.environ.get(API_KEY))
     pieces = plan_pieces(options)
     loudness_lufs = check_loudness(options)
     make_folder(options.out)

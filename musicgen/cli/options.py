@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from musicgen import __version__
+from musicgen.cli import plugins
 
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus")
 STRATEGIES = ("loudness", "peak", "rms", "clip")
@@ -82,6 +83,7 @@ class GenerateOptions:
     overwrite: bool
     plot: bool
     json: bool
+    server: str | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,6 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for command in (models, doctor):
         command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    for name, plugin in plugins.commands().items():
+        plugin_parser = commands.add_parser(
+            name, help=plugin.help, description=plugin.description, formatter_class=raw, allow_abbrev=False
+        )
+        plugin.add_arguments(plugin_parser)
     return parser
 
 
@@ -206,6 +213,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="processor threads (default: one a core)",
     )
 
+    add(
+        "--server",
+        metavar="URL",
+        help="let a service make it: http://host:8000 or grpc://host:9000 (an API key is taken from MUSICGEN_API_KEY)",
+    )
     add("--batch", type=int, default=8, metavar="N", help="pieces made at the same time (default: %(default)s)")
 
 

@@ -61,8 +61,21 @@ def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: f
     return Endpoints(f"http://{settings.http.host}:{settings.http.port}", grpc)
 
 
+def drain(on_running: Callable[[int], None], timeout_s: float) -> bool:
+    """Take nothing more in and wait until what runs has ended. Returns whether it has."""
+    gatekeeper = serve.get_deployment_handle("Gatekeeper", APP_NAME)
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        num_running = gatekeeper.drain.remote().result()
+        on_running(num_running)
+        if num_running == 0:
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
 def stop() -> None:
-    """Let replicas finish what they have, then stop everything that `start` started."""
+    """Stop everything that `start` started."""
     if ray.is_initialized():
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()

@@ -172,6 +172,10 @@ class RayGatekeeper:
         assert isinstance(status, GenerationStatus)
         return status
 
+    async def set_capacity(self, model: str, num_replicas: int) -> None:
+        """Tell how many engines a model has."""
+        await self._call("set_capacity", model, num_replicas)
+
     async def _call(self, method: str, *arguments: object) -> Any:
         """Raises: ReplicaLostError: there is none for too long."""
         deadline = asyncio.get_running_loop().time() + GATEKEEPER_WAIT_S

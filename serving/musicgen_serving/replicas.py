@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from contextlib import suppress
 
 import torch
 from fastapi import FastAPI
 from ray import serve
 
+from musicgen.errors import OverloadedError
+from musicgen_serving.admission import AdmissionRequest, Ticket
 from musicgen_serving.autoscaling import LOAD
 from musicgen_serving.deployments.chroma import ChromaExtractor
 from musicgen_serving.deployments.codec import CodecDecoder
@@ -32,6 +35,8 @@ Parts = tuple[Handle, Handle, Handle, Handle]
 """Handles of one model's language model, codec, text encoder and chroma extractor."""
 GAUGES_S = 1.0
 """Between two looks at a replica's load."""
+COUNT_S = 2.0
+"""Between two counts of the engines."""
 
 
 def set_up(log_level: str, num_threads: int | None = 1) -> None:
@@ -129,9 +134,29 @@ class ChromaReplica(ChromaExtractor):
 class GatekeeperReplica(LocalGatekeeper):
     """The one gatekeeper."""
 
-    def __init__(self, settings: ServeSettings) -> None:
+    async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
         set_up(settings.observability.log_level)
         super().__init__(settings)
+        self._draining = False
+        self._gauges = asyncio.create_task(self._show_gauges())
+
+    async def admit(self, request: AdmissionRequest) -> Ticket:
+        """Raises: OverloadedError: the service is about to stop. Others: as `LocalGatekeeper.admit`."""
+        if self._draining:
+            raise OverloadedError("the service is shutting down; retry when it is back")
+        return await super().admit(request)
+
+    async def drain(self) -> int:
+        """Take nothing more in. Returns how many requests still run."""
+        self._draining = True
+        return (await self.counts()).running
+
+    async def _show_gauges(self) -> None:
+        recorder = RayRecorder()
+        while True:
+            await asyncio.sleep(GAUGES_S)
+            for model, load in (await self.counts()).models.items():
+                recorder.set("quoted_wait_seconds", load.wait_s, {"model": model})
 
     def check_health(self) -> None:
         """A gatekeeper that answers is well."""
@@ -151,8 +176,24 @@ class Ingress:
             name: Pipeline(RaySpokes(handles, settings.failover.lease_s), settings.failover)
             for name, handles in parts.items()
         }
+        self._engines = {name: handles[0] for name, handles in parts.items()}
         watch = Watch(RayRecorder(), settings.observability.player_buffer_s)
-        self.service = GenerationService(settings, pipelines, RayGatekeeper(gatekeeper), watch)
+        self.gatekeeper = RayGatekeeper(gatekeeper)
+        self.service = GenerationService(settings, pipelines, self.gatekeeper, watch)
+
+    async def start(self) -> None:
+        """Begin to report, and to count the engines."""
+        await self.service.start()
+        self._counting = asyncio.create_task(self._count_engines())
+
+    async def _count_engines(self) -> None:
+        """Tell the gatekeeper how many engines there are: what it foresees depends on it."""
+        while True:
+            for model, engine in self._engines.items():
+                with suppress(Exception):  # the next count comes soon
+                    loads = await engine.broadcast("load").results_async(timeout_s=COUNT_S, return_exceptions=True)
+                    await self.gatekeeper.set_capacity(model, sum(not isinstance(load, Exception) for load in loads))
+            await asyncio.sleep(COUNT_S)
 
     def check_health(self) -> None:
         """An ingress that answers is well; whether its parts are is `/readyz`."""
@@ -165,7 +206,7 @@ class HttpIngress(Ingress):
         self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle, *_others: Handle
     ) -> None:
         super().__init__(settings, parts, gatekeeper)
-        await self.service.start()
+        await self.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service, metrics=node_metrics)
@@ -178,7 +219,7 @@ class GrpcIngress(Ingress):
         self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle
     ) -> None:
         super().__init__(settings, parts, gatekeeper)
-        await self.service.start()
+        await self.start()
         self._server: GrpcServer = await start_server(lambda: self.service, settings.grpc, settings.limits)
 
     async def port(self) -> int:
