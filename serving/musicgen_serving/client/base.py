@@ -194,9 +194,7 @@ class _Progress:
         if isinstance(event, Start):
             known, self._start = self._start, event
             if known is not None and replace(event, request_id=known.request_id) != known:
-                raise BrokenAnswerError(
-                    "expected the same piece again, got another; was the service changed meanwhile?"
-                )
+                raise BrokenAnswerError("expected the same piece again, got another; has the service changed?")
             return event if known is None else None
         if isinstance(event, Chunk):
             return self._new_samples(event)

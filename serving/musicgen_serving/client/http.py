@@ -148,7 +148,9 @@ def _context(tls: Tls) -> ssl.SSLContext:
 
 def _body(request: MusicRequest, first_sample: int, *, events: bool) -> dict[str, Any]:
     """Arguments of a POST: JSON, or multipart where there are files."""
-    fields = {name: getattr(request, name) for name in _FIELDS if getattr(request, name) not in (None, "", False)}
+    fields = {name: getattr(request, name) for name in _FIELDS if getattr(request, name) is not None}
+    if request.prompt == "":
+        del fields["prompt"]  # as in gRPC: no words
     fields |= {"response_format": "f32", "first_sample": first_sample}
     if events:
         fields["stream_format"] = "sse"
