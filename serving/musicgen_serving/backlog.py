@@ -30,7 +30,6 @@ import heapq
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypedDict
 
 from musicgen.errors import OverloadedError
 
@@ -42,11 +41,12 @@ MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 """Bounds of what a refusal tells the caller. By the upper one the speed will have been measured anew."""
 
 
-class ModelLoad(TypedDict):
+@dataclass(frozen=True, slots=True)
+class ModelLoad:
     """One model at this moment."""
 
-    quoted_wait_s: float
-    """Of a request behind all others."""
+    wait_s: float
+    """Quoted wait of a request behind all others."""
     speed: float
     """Seconds of audio a second, all replicas."""
     left_s: float
@@ -175,7 +175,7 @@ class Backlog:
         """The model at this moment."""
         full = self._num_pieces >= self._slots
         return ModelLoad(
-            quoted_wait_s=self._wait_s(*self._split()) if full else 0.0,
+            wait_s=self._wait_s(*self._split()) if full else 0.0,
             speed=self.speed,
             left_s=math.fsum(work.left_s for work in self._works.values()),
             num_requests=len(self._works),

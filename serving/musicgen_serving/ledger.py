@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, TypedDict
+from typing import IO
 
 from musicgen.errors import InvalidRequestError
 from musicgen.types import FinishReason
@@ -78,7 +78,8 @@ class UsageLine:
         )
 
 
-class Counts(TypedDict):
+@dataclass(frozen=True, slots=True)
+class Counts:
     """Everything counted since the start. Keys begin with the tenant's class and the model."""
 
     admitted: dict[TenantModel, int]
@@ -87,9 +88,10 @@ class Counts(TypedDict):
     failed: dict[TenantModel, int]
     rejected: dict[tuple[str, str, str], int]
     """Third: the code of the error, as in `errors.report`."""
-    running: dict[TenantModel, int]
+    running_by: dict[TenantModel, int]
+    running: int
     models: dict[str, ModelLoad]
-    usage_lines_lost: int
+    num_lines_lost: int
 
 
 class Ledger:
@@ -149,9 +151,10 @@ class Ledger:
             cancelled=by(FinishReason.CANCELLED),
             failed=by(FinishReason.FAILED),
             rejected=dict(self.rejected),
-            running=dict(self.num_running()),
+            running_by=dict(self.num_running()),
+            running=sum(self.num_running().values()),
             models=models,
-            usage_lines_lost=self.num_lines_lost,
+            num_lines_lost=self.num_lines_lost,
         )
 
     def check(self, running: Counter[TenantModel]) -> None:

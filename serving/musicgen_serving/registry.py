@@ -37,8 +37,8 @@ class Record:
     done_s: float = 0.0
     edge: str | None = None
     """Who runs it; None until somebody reports it."""
-    former_edge: str | None = None
-    """Who ran an earlier request of the same id and may not know that it was ended."""
+    former_edges: frozenset[str | None] = frozenset()
+    """Who ran earlier requests of the same id and may not know that they were ended; None: an edge nobody knows."""
     suspect_since: float | None = None
     """When its edge was first found silent."""
     cancelled: bool = False
@@ -46,6 +46,8 @@ class Record:
     told: set[str] = field(default_factory=set)
     """Edges that were told so by a long poll."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    ended_here: bool = False
+    """The gatekeeper ended it, its edge did not: the edge may still run it."""
     reason: FinishReason | None = None
     error_code: str | None = None
     ended_at: float = 0.0
@@ -95,9 +97,9 @@ class Registry:
     def running(self, request_id: str) -> Record | None:
         return self._running.get(request_id)
 
-    def has_ended(self, request_id: str) -> bool:
-        """It ran, ended, and is remembered."""
-        return request_id in self._ended
+    def ended(self, request_id: str) -> Record | None:
+        """A request that ended and is remembered."""
+        return self._ended.get(request_id)
 
     def num_running(self, tenant: str) -> int:
         return self._num_running[tenant]
@@ -146,7 +148,8 @@ class Registry:
         former = self._ended.pop(record.request_id, None)
         if former is not None:
             self._drop_key(former)
-            record.reused, record.former_edge = True, former.edge
+            record.reused = True
+            record.former_edges = former.former_edges | ({former.edge} if former.ended_here else set())
         self._running[record.request_id] = record
         self._num_running[record.ticket.tenant] += 1
         if record.key is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from musicgen_serving.backlog import MAX_RETRY_S, MEMORY_S, Backlog
+from musicgen_serving.backlog import MAX_RETRY_S, MEMORY_S, Backlog, ModelLoad
 
 from musicgen.errors import OverloadedError
 
@@ -60,8 +60,8 @@ def test_the_wait_is_when_a_slot_is_free() -> None:
     assert quote(queue) == pytest.approx(10.0)  # follows 1
     add(queue, "4", 1.0)  # follows 1, until 11
     assert quote(queue) == pytest.approx(11.0)
-    assert queue.load()["quoted_wait_s"] == pytest.approx(11.0)
-    assert queue.load()["left_s"] == pytest.approx(22.0)
+    assert queue.load().wait_s == pytest.approx(11.0)
+    assert queue.load().left_s == pytest.approx(22.0)
     queue.remove("2", 0.0)  # 3 takes its slot: 10 and 5, then 4 until 6
     assert quote(queue) == pytest.approx(6.0)
 
@@ -243,8 +243,8 @@ def test_more_work_never_shortens_a_wait(works: list[tuple[float, int, str]], nu
         now = {name: quote(queue, name) for name in last}
         assert all(now[name] >= last[name] - 1e-9 for name in last)
         load = queue.load()
-        assert max(now.values()) <= load["quoted_wait_s"] + 1e-9 <= load["left_s"] * num_slots / speed + 1e-6
+        assert max(now.values()) <= load.wait_s + 1e-9 <= load.left_s * num_slots / speed + 1e-6
         last = now
     for index in range(len(works)):
         queue.remove(str(index), 0.0)
-    assert queue.load() == {"quoted_wait_s": 0.0, "speed": queue.speed, "left_s": 0.0, "num_requests": 0}
+    assert queue.load() == ModelLoad(wait_s=0.0, speed=queue.speed, left_s=0.0, num_requests=0)

@@ -76,7 +76,7 @@ def test_a_disk_that_fails_later_loses_lines_but_no_request(tmp_path: Path, capl
     ledger.close()
     ledger.admit("paid", "demo")
     ledger.end(line("r-7"), TIME)
-    assert ledger.num_lines_lost == ledger.counts({})["usage_lines_lost"] == 1
+    assert ledger.num_lines_lost == ledger.counts({}).num_lines_lost == 1
     assert "r-7" in caplog.text
     ledger.check(Counter())
 
@@ -90,11 +90,11 @@ def test_counts_by_class_and_model() -> None:
     ledger.end(line(reason=FinishReason.FAILED, tenant_class="free"), TIME)
     ledger.reject("free", "demo", "overloaded")
     counts = ledger.counts({})
-    assert counts["admitted"] == {("paid", "demo"): 2, ("paid", "large"): 1, ("free", "demo"): 2}
-    assert counts["finished"] == {("paid", "demo"): 1}
-    assert counts["cancelled"] == counts["failed"] == {("free", "demo"): 1}
-    assert counts["rejected"] == {("free", "demo", "overloaded"): 1}
-    assert counts["running"] == {("paid", "demo"): 1, ("paid", "large"): 1, ("free", "demo"): 0}
+    assert counts.admitted == {("paid", "demo"): 2, ("paid", "large"): 1, ("free", "demo"): 2}
+    assert counts.finished == {("paid", "demo"): 1}
+    assert counts.cancelled == counts.failed == {("free", "demo"): 1}
+    assert counts.rejected == {("free", "demo", "overloaded"): 1}
+    assert counts.running_by == {("paid", "demo"): 1, ("paid", "large"): 1, ("free", "demo"): 0}
     ledger.check(Counter({("paid", "demo"): 1, ("paid", "large"): 1}))
 
 

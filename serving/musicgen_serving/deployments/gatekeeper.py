@@ -175,7 +175,7 @@ class LocalGatekeeper:
         """See `admission.Gatekeeper`."""
         record = self._registry.running(settlement.request_id)
         if record is None or not record.admitted:
-            if not self._registry.has_ended(settlement.request_id):
+            if self._registry.ended(settlement.request_id) is None:
                 log.warning("request %s: settled, but not known here", settlement.request_id)
             return
         if record.reused and settlement.total_s > self._clock() - record.admitted_at + STALE_S:
@@ -194,15 +194,18 @@ class LocalGatekeeper:
         ticket = progress.ticket
         record = self._registry.running(ticket.request_id)
         if record is None:
-            if self._registry.has_ended(ticket.request_id):
-                return False
+            ended = self._registry.ended(ticket.request_id)
+            if ended is not None:
+                # An edge that settled it itself is not told to stop it: by now it may run a repeat of the same id.
+                settled_there = ended.edge == edge or (ended.edge is None and not ended.former_edges)
+                return settled_there and not ended.ended_here and edge not in ended.former_edges
             record = self._adopt(edge, progress, now)
             if record is None:
                 return True
         if not record.admitted:
             return True
         if record.edge != edge:
-            if record.edge is not None and record.edge != record.former_edge:
+            if record.edge is not None and not {record.edge, None} & record.former_edges:
                 return False
             record.edge = edge
         record.seen_at, record.suspect_since = now, None
@@ -293,10 +296,10 @@ class LocalGatekeeper:
     async def _end_here(self, record: Record, error_code: str) -> None:
         """End a request whose edge does not: what it has given out counts."""
         total_s = self._clock() - record.admitted_at
-        billed_s = record.done_s
+        record.ended_here = True
         await self._end(
             record,
-            Settlement(record.request_id, FinishReason.CANCELLED, billed_s, None, total_s, 0, error_code),
+            Settlement(record.request_id, FinishReason.CANCELLED, record.done_s, None, total_s, 0, error_code),
         )
 
     async def _end(self, record: Record, settlement: Settlement) -> None:
