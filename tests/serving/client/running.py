@@ -102,7 +102,7 @@ async def _proxy(port: int, cuts: Cuts) -> AsyncIterator[int]:
                 writer.write(content)
                 await writer.drain()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         cuts.num_connections += 1
         limit = cuts.after_bytes.pop(0) if cuts.after_bytes else None
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", port)
@@ -116,12 +116,12 @@ async def _proxy(port: int, cuts: Cuts) -> AsyncIterator[int]:
             for end in (writer, up_writer):
                 end.transport.abort()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(forward, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
         for task in asyncio.all_tasks():
-            if getattr(task.get_coro(), "__name__", "") == "serve" and task is not asyncio.current_task():
+            if getattr(task.get_coro(), "__name__", "") == "forward" and task is not asyncio.current_task():
                 task.cancel()
         await asyncio.sleep(0.05)
