@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private import ray_constants
 from ray.serve._private.common import ReplicaState
 from ray.serve.config import HTTPOptions
 
@@ -23,7 +24,6 @@ from musicgen_serving.app import APP_NAME, build_app
 from musicgen_serving.settings import ServeSettings
 
 POLL_S = 0.5
-LOOPBACK = "127.0.0.1"
 
 OnState = Callable[[dict[str, str]], None]
 """Called with the state of each deployment, when one changes."""
@@ -88,13 +88,16 @@ def _start_ray(settings: ServeSettings) -> None:
         ray.init(settings.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray listens on every interface unless it believes that this machine cannot be part of a cluster: the switch that
+    # it has for other systems. Children read the variable; this process has read it already.
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
     # Parts share this machine's cores; what they set aside in Ray's books must not limit how many there are.
     ray.init(
         num_cpus=max(os.cpu_count() or 1, 4),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _node_ip_address=LOOPBACK,
     )
 
 

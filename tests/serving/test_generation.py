@@ -1,0 +1,261 @@
+"""The service's core against the in-process API: equal audio, one settlement each, and replicas that are lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import torch
+from musicgen_serving.deployments.language_model import LanguageModelEvent
+from musicgen_serving.errors import DeadlineExceededError, NotFoundError, ReplicaLostError
+from musicgen_serving.settings import FailoverSettings
+from musicgen_serving.spokes import LostError, Spokes
+from musicgen_serving.types import GenerationEnd, GenerationRequest, Piece, PieceAudio, Started
+from serving.in_process import InProcess, small_settings
+from torch import Tensor
+
+from musicgen import MusicGen
+from musicgen.codec_stream import StreamPiece, StreamState
+from musicgen.errors import InvalidRequestError, OverloadedError
+from musicgen.types import ChunkPolicy, EngineRequest, FinishReason, SamplingParams
+
+DURATION_S = 3.0
+TEXTS, SEEDS = ("happy rock", "sad jazz"), (3, 4)
+
+
+class Lossy:
+    """Parts that can be told to be lost: each call takes a number off what is planned for its kind."""
+
+    def __init__(self, parts: Spokes) -> None:
+        self._parts = parts
+        self.num_codec_losses = self.num_text_losses = self.num_silences = 0
+        self.lost_after_events: list[int] = []
+        """For each coming attempt of the language model: events until it is lost."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parts, name)
+
+    async def encode_text(self, prompt: str) -> Tensor:
+        if self.num_text_losses:
+            self.num_text_losses -= 1
+            raise LostError("planned")
+        return await self._parts.encode_text(prompt)
+
+    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
+        if self.num_codec_losses:
+            self.num_codec_losses -= 1
+            raise LostError("planned")
+        return await self._parts.decode(piece)
+
+    @asynccontextmanager
+    async def generate(self, request: EngineRequest) -> AsyncIterator[AsyncIterator[LanguageModelEvent]]:
+        async with self._parts.generate(request) as events:
+            yield self._until_lost(events)
+
+    async def _until_lost(self, events: AsyncIterator[LanguageModelEvent]) -> AsyncIterator[LanguageModelEvent]:
+        left = self.lost_after_events.pop(0) if self.lost_after_events else None
+        async for event in events:
+            if left == 0:
+                if self.num_silences:
+                    self.num_silences -= 1
+                    await asyncio.sleep(3600)
+                raise LostError("planned")
+            left = None if left is None else left - 1
+            yield event
+
+
+@pytest.fixture(scope="module")
+def lossy() -> list[Lossy]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def service(lossy: list[Lossy]) -> Iterator[InProcess]:
+    def wrap(parts: Spokes) -> Spokes:
+        lossy.append(Lossy(parts))
+        return lossy[0]  # type: ignore[return-value]
+
+    failover = FailoverSettings(first_answer_s=2, silence_s=2, max_attempts=3, backoff_s=0.01)
+    running = InProcess(small_settings(failover=failover), wrap)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def wanted() -> Tensor:
+    """`[2, C, N]`: what the API in this process makes."""
+    model = MusicGen.get_pretrained("demo")
+    model.set_generation_params(duration=DURATION_S)
+    wav = model.generate(list(TEXTS), seed=list(SEEDS))
+    model.close()
+    assert isinstance(wav, Tensor)
+    return wav
+
+
+def request(request_id: str, **fields: Any) -> GenerationRequest:
+    pieces = tuple(Piece(text, seed) for text, seed in zip(TEXTS, SEEDS, strict=True))
+    values = {"pieces": pieces, "duration_s": DURATION_S, "chunks": ChunkPolicy(), **fields}
+    return GenerationRequest(request_id, "demo", **values)
+
+
+async def collect(service: InProcess, asked: GenerationRequest) -> tuple[Started, list[Tensor], GenerationEnd]:
+    """Everything of one request, checked for order and gaps."""
+    tenant = await service.service.authenticate(None)
+    made: list[list[Tensor]] = [[] for _ in asked.pieces]
+    async with service.service.generate(tenant, asked) as events:
+        got = [event async for event in events]
+    started, *audio, end = got
+    assert isinstance(started, Started)
+    assert isinstance(end, GenerationEnd)
+    positions = [asked.first_sample] * len(made)
+    for event in audio:
+        assert isinstance(event, PieceAudio)
+        assert event.sample_offset == positions[event.piece]
+        positions[event.piece] += event.samples.shape[-1]
+        made[event.piece].append(event.samples)
+    return started, [torch.cat(parts, dim=-1) for parts in made if parts], end
+
+
+async def at_rest(service: InProcess) -> None:
+    """Every page is back, and every admitted request settled once."""
+    for _ in range(200):
+        load, counts = await service.engine.load(), await service.gatekeeper.counts()
+        if load.num_running == load.num_waiting == load.pages_held == counts.running == 0:
+            break
+        await asyncio.sleep(0.01)
+    else:
+        raise AssertionError(f"not at rest: {load}, {counts.running} running")
+    await service.gatekeeper.check()
+
+
+@pytest.mark.parametrize("chunks", [ChunkPolicy(), ChunkPolicy(5, 9, 1.0), None])
+def test_audio_equals_that_of_the_api_however_it_is_sent(
+    service: InProcess, wanted: Tensor, chunks: ChunkPolicy | None
+) -> None:
+    started, made, end = service.run(collect(service, request(f"equal-{chunks}", chunks=chunks)))
+    assert all(torch.equal(piece, want) for piece, want in zip(made, wanted, strict=True))
+    assert started.num_samples == wanted.shape[-1]
+    assert end.reason is FinishReason.FINISHED
+    assert end.billed_s == 2 * DURATION_S
+    service.run(at_rest(service))
+
+
+def test_a_resumed_request_begins_where_it_was_cut(service: InProcess, wanted: Tensor) -> None:
+    first = 40_001
+    _, made, end = service.run(collect(service, request("resumed", first_sample=first)))
+    assert all(torch.equal(piece, want[:, first:]) for piece, want in zip(made, wanted, strict=True))
+    assert [report.num_samples for report in end.pieces] == [wanted.shape[-1] - first] * 2
+
+
+@pytest.mark.parametrize("losses", [[0], [1], [2], [4, 1, 3], [1, 1]])
+def test_a_lost_language_model_is_not_heard(
+    service: InProcess, lossy: list[Lossy], wanted: Tensor, losses: list[int]
+) -> None:
+    lossy[0].lost_after_events = list(losses)
+    _, made, end = service.run(collect(service, request(f"lost-{losses}")))
+    assert all(torch.equal(piece, want) for piece, want in zip(made, wanted, strict=True))
+    assert end.reason is FinishReason.FINISHED
+    assert sum(report.num_failovers for report in end.pieces) == len(losses)
+    service.run(at_rest(service))
+
+
+def test_a_language_model_that_falls_silent_is_replaced(service: InProcess, lossy: list[Lossy], wanted: Tensor) -> None:
+    lossy[0].lost_after_events, lossy[0].num_silences = [2], 1
+    _, made, _ = service.run(collect(service, request("silent")))
+    assert all(torch.equal(piece, want) for piece, want in zip(made, wanted, strict=True))
+    service.run(at_rest(service))
+
+
+def test_lost_codecs_and_encoders_are_not_heard(service: InProcess, lossy: list[Lossy], wanted: Tensor) -> None:
+    lossy[0].num_codec_losses, lossy[0].num_text_losses = 2, 1
+    _, made, end = service.run(collect(service, request("codec")))
+    assert all(torch.equal(piece, want) for piece, want in zip(made, wanted, strict=True))
+    assert sum(report.num_failovers for report in end.pieces) >= 3
+
+
+def test_a_model_that_stays_lost_fails_the_request_once(service: InProcess, lossy: list[Lossy]) -> None:
+    lossy[0].lost_after_events = [2] + [0] * 40
+    _, _, end = service.run(collect(service, request("gone", pieces=(Piece("x", 1),))))
+    lossy[0].lost_after_events = []
+    assert end.reason is FinishReason.FAILED
+    assert isinstance(end.error, ReplicaLostError)
+    service.run(at_rest(service))
+
+
+def test_an_encoder_that_stays_lost_refuses_before_anything_is_given_out(
+    service: InProcess, lossy: list[Lossy]
+) -> None:
+    lossy[0].num_text_losses = 40
+    with pytest.raises(ReplicaLostError):
+        service.run(collect(service, request("no-text")))
+    lossy[0].num_text_losses = 0
+    service.run(at_rest(service))
+
+
+def test_a_caller_that_leaves_frees_everything(service: InProcess) -> None:
+    async def leave() -> None:
+        tenant = await service.service.authenticate(None)
+        async with service.service.generate(tenant, request("left", duration_s=60.0)) as events:
+            async for event in events:
+                if isinstance(event, PieceAudio):
+                    break
+        assert (await service.service.status(tenant, "left")).state in {"running", "cancelled"}
+        await at_rest(service)
+        assert (await service.service.status(tenant, "left")).state == "cancelled"
+
+    service.run(leave())
+
+
+def test_a_cancelled_request_says_so(service: InProcess) -> None:
+    async def cancel() -> GenerationEnd:
+        tenant = await service.service.authenticate(None)
+        async with service.service.generate(tenant, request("cancelled", duration_s=60.0)) as events:
+            async for event in events:
+                if isinstance(event, PieceAudio) and event.sample_offset == 0 and event.piece == 0:
+                    await service.service.cancel(tenant, "cancelled")
+        assert isinstance(event, GenerationEnd)
+        await at_rest(service)
+        return event
+
+    assert service.run(cancel()).reason is FinishReason.CANCELLED
+
+
+def test_a_deadline_ends_it(service: InProcess) -> None:
+    async def run() -> GenerationEnd | None:
+        try:
+            _, _, end = await collect(service, request("late", duration_s=100.0, deadline_s=0.4))
+        except (DeadlineExceededError, OverloadedError):  # before the first audio, or foreseen by the engine
+            return None
+        return end
+
+    end = service.run(run())
+    assert end is None or isinstance(end.error, DeadlineExceededError)
+    service.run(at_rest(service))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"duration_s": 121.0}, InvalidRequestError),
+        ({"duration_s": 0.01}, InvalidRequestError),
+        ({"melody": b"not audio"}, InvalidRequestError),
+        ({"prompt_audio": b"not audio"}, InvalidRequestError),
+        ({"stems": True}, InvalidRequestError),
+        ({"first_sample": 96_000}, InvalidRequestError),
+        ({"extend_stride_s": 30.0}, InvalidRequestError),
+        ({"pieces": (Piece("rock jazz " * 600, 1),)}, InvalidRequestError),
+    ],
+)
+def test_what_cannot_be_made_is_refused(service: InProcess, fields: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        service.run(collect(service, request("refused", **fields)))
+    service.run(at_rest(service))
+
+
+def test_an_unknown_model_is_not_found(service: InProcess) -> None:
+    asked = GenerationRequest("unknown", "other", (Piece(None, 1),), 1.0, SamplingParams())
+    with pytest.raises(NotFoundError):
+        service.run(collect(service, asked))
