@@ -198,7 +198,7 @@ class LocalGatekeeper:
             if ended is not None:
                 # An edge that settled it itself is not told to stop it: by now it may run a repeat of the same id.
                 settled_there = ended.edge == edge or (ended.edge is None and not ended.former_edges)
-                return settled_there and not ended.ended_here and edge not in ended.former_edges
+                return settled_there and not ended.ended_here and not {edge, None} & ended.former_edges
             record = self._adopt(edge, progress, now)
             if record is None:
                 return True
