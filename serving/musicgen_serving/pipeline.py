@@ -147,7 +147,9 @@ class Pipeline:
                     yield sound.report(piece, batch[-1], num_failovers + prepared.num_failovers)
 
     async def _text(self, text: str | None, lost: _Counter) -> Tensor | None:
-        return None if text is None else await self._insist(lost, "text encoder", lambda: self.spokes.encode_text(text))
+        if not text:  # the empty text is none, as everywhere
+            return None
+        return await self._insist(lost, "text encoder", lambda: self.spokes.encode_text(text))
 
     async def _known_codes(self, request: GenerationRequest, lost: _Counter) -> Tensor | None:
         content = request.prompt_audio

@@ -143,6 +143,15 @@ def test_audio_equals_that_of_the_api_however_it_is_sent(
     service.run(at_rest(service))
 
 
+def test_an_empty_text_is_no_text(service: InProcess) -> None:
+    made = [
+        service.run(collect(service, request(f"empty-{text!r}", pieces=(Piece(text, 1),))))[1][0]
+        for text in ("", None, "x")
+    ]
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
 def test_a_resumed_request_begins_where_it_was_cut(service: InProcess, wanted: Tensor) -> None:
     first = 40_001
     _, made, end = service.run(collect(service, request("resumed", first_sample=first)))
