@@ -64,6 +64,8 @@ class FakeService:
     chunk: int = 5000
     endless: bool = False
     skip_chunk: bool = False
+    offset_error: int = 0
+    """Added to where the second chunk says it begins."""
     ready: bool = True
     is_open: bool = True
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -140,7 +142,8 @@ class FakeService:
                     continue
             for piece, samples in enumerate(whole):
                 self.num_chunks += 1
-                yield PieceAudio(piece, samples[:, start : min(total, start + step)], start)
+                offset = start + (self.offset_error if number == 1 else 0)
+                yield PieceAudio(piece, samples[:, start : min(total, start + step)], offset)
         reports = tuple(
             PieceReport(index, part.shape[-1], checksum(part), 50, 0.1, 0.2, 0.3, 0)
             for index, part in reversed(list(enumerate(samples[:, request.first_sample :] for samples in whole)))

@@ -95,16 +95,17 @@ def test_who_leaves_while_sending_cancels(service: FakeService, run: Runner, htt
     run(check())
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["audio", "whole"])
 def test_who_reads_nothing_is_cut_off(
-    service: FakeService, run: Runner, http: str, caplog: pytest.LogCaptureFixture
+    stream: bool, service: FakeService, run: Runner, http: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     service.chunk = 32000
 
     async def check() -> None:
         async with served(service, http) as port:
-            _, writer = await send_request(port, duration_s=120, stream=True, response_format="f32")
+            _, writer = await send_request(port, duration_s=120, stream=stream, response_format="f32")
             await until(lambda: service.num_left == 1)
-            assert service.num_cut_short == 1
+            assert service.num_cut_short == int(stream)
             writer.transport.abort()
 
     run(check())

@@ -113,10 +113,11 @@ def test_failures_in_a_stream(client: Client, reason: FinishReason, error: BaseE
     assert client.service.num_left == 2
 
 
-@pytest.mark.parametrize("broken", ["raises", "gap"])
+@pytest.mark.parametrize("broken", ["raises", "gap", "offset"])
 def test_a_service_that_breaks_its_promise_never_looks_whole(client: Client, broken: str) -> None:
     client.service.raise_in_stream = ValueError(SECRET) if broken == "raises" else None
     client.service.skip_chunk = broken == "gap"
+    client.service.offset_error = int(broken == "offset")
     with pytest.raises(Exception, match="did not finish"):
         client.post(stream=True)
     last = json.loads(client.post(stream_format="sse").text.split("data: ")[-1])
