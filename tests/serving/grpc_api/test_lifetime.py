@@ -1,4 +1,4 @@
-"""A call whose caller leaves, whose deadline passes or whose reader stalls leaves the service's context once, and soon."""
+"""A call whose caller leaves, whose deadline passes or reader stalls leaves the service's context once, soon."""
 
 from __future__ import annotations
 
