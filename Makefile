@@ -15,25 +15,21 @@ DEPENDENCIES := $(VENV)/.dependencies-installed
 INSTALLED := $(VENV)/.project-installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.map)
-DEMO_PROMPTS := "happy rock" "sad jazz"
-DEMO_OPTIONS := --duration 8 --plot --overwrite -o $(OUT)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-long lint bench bench-kernels bench-engine bench-codec simulate soak demo-model clean
+.PHONY: help setup demo serve test test-long lint bench bench-kernels bench-engine bench-codec simulate soak demo-model clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv, install everything into it, build the C++ kernels (the others do it when needed)
 
-demo: $(INSTALLED) ## make four pieces with the embedded model: two from text, two from a melody, with pictures, in out/
-	$(BIN)/python -m musicgen.demo.tune $(OUT)/ode-to-joy.wav
-	$(BIN)/musicgen generate $(DEMO_PROMPTS) --seed 7 $(DEMO_OPTIONS)
-	$(BIN)/musicgen generate $(DEMO_PROMPTS) --seed 7 --melody $(OUT)/ode-to-joy.wav $(DEMO_OPTIONS)
-	@$(BIN)/python -m musicgen.demo.check --rate 32000 --seconds 8 \
-	    $(OUT)/happy-rock_seed7.wav $(OUT)/sad-jazz_seed8.wav \
-	    $(OUT)/happy-rock_ode-to-joy_seed7.wav $(OUT)/sad-jazz_ode-to-joy_seed8.wav
+demo: $(INSTALLED) ## start the service, stream four pieces of the embedded model from it into out/, with pictures and a table, stop it
+	$(BIN)/python -m musicgen_serving.demo --out $(OUT)
+
+serve: $(INSTALLED) ## the same service, left running: HTTP on port 8000, gRPC on port 9000, until Ctrl-C
+	$(BIN)/musicgen serve
 
 test: lint ## everything that must hold: lint, then all quick tests
 	$(BIN)/python -m pytest -m "not slow"
