@@ -1,5 +1,5 @@
 """Writes what is generated in deploy/ and docs/: serve.yaml, serveConfigV2 and alerts of Kubernetes, the
-table of settings.
+tables of settings and metrics.
 
     python deploy/render.py            write what is out of date
     python deploy/render.py --check    only say what is out of date; exits with 1 if something is
@@ -14,12 +14,13 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
+from musicgen_serving.metrics import METRICS, PREFIX, RAY_PREFIX
 from musicgen_serving.serve_config import to_serve_config, to_yaml
 from musicgen_serving.settings import ENV_PREFIX, ReplicaSettings, ServeSettings, TenantSettings, load_settings
 from pydantic import BaseModel
@@ -28,7 +29,6 @@ from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "# Written by `python deploy/render.py` from deploy/settings/{name}.yaml. Change that one.\n"
-BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 MANIFESTS = {"deploy/kuberay/rayservice.yaml": "cluster", "deploy/kuberay/rayservice-cpu.yaml": "cpu"}
 BLOCK = re.compile(r"^  serveConfigV2: \|\n(?:    .*\n|\n)*", re.MULTILINE)
 
@@ -54,6 +54,24 @@ def alerts() -> str:
     metadata = {"name": "musicgen", "labels": {"app.kubernetes.io/name": "musicgen"}}
     note = "# Written by `python deploy/render.py` from deploy/monitoring/rules.yaml. Change that one.\n"
     return note + to_yaml({**head, "metadata": metadata, "spec": rules})
+
+
+def with_tables(text: str, tables: Mapping[str, str]) -> str:
+    """A document with what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` replaced."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def metrics_table() -> str:
+    """Markdown table of every metric, under the names that a cluster shows."""
+    rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
+    for name, metric in METRICS.items():
+        shown = f"{RAY_PREFIX}{PREFIX}{name}{'_total' if metric.kind == 'counter' else ''}"
+        rows.append(f"| `{shown}` | {metric.kind} | {', '.join(metric.labels)} | {metric.description} |")
+    return "\n".join(rows)
 
 
 def settings_table() -> str:
@@ -140,9 +158,8 @@ def rendered() -> Iterator[tuple[Path, str]]:
         yield ROOT / path, with_serve_config((ROOT / path).read_text(), serve_config(name))
     yield ROOT / "deploy/monitoring/alerts.yaml", alerts()
     guide = ROOT / "docs/operations.md"
-    before, _, rest = guide.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    yield guide, f"{before}{BEGIN}\n{settings_table()}\n{END}{after}"
+    tables = {"settings": settings_table(), "metrics": metrics_table()}
+    yield guide, with_tables(guide.read_text(), tables)
 
 
 def main() -> int:
