@@ -35,8 +35,10 @@ class AdmissionRequest:
     tenant: str
     model: str
     audio_s: float
+    """Of all pieces together."""
     idempotency_key: str | None = None
     fingerprint: str = ""
+    num_pieces: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Progress:
     model: str
     audio_s: float
     done_s: float
+    num_pieces: int = 1
 
 
 class Gatekeeper(Protocol):

@@ -68,9 +68,8 @@ class GenerationService:
         return await self._gatekeeper.authenticate(api_key)
 
     async def cancel(self, tenant: Tenant, request_id: str) -> GenerationStatus:
-        status = await self._gatekeeper.cancel(tenant.name, request_id)
-        self._register.stop(request_id)  # if it is here, it need not wait for the gatekeeper's message
-        return status
+        self._register.stop(request_id, tenant.name)  # if it is here, it need not wait for the gatekeeper's message
+        return await self._gatekeeper.cancel(tenant.name, request_id)
 
     async def status(self, tenant: Tenant, request_id: str) -> GenerationStatus:
         return await self._gatekeeper.status(tenant.name, request_id)
@@ -203,7 +202,13 @@ def _deadline(maker: Maker, deadline_s: float | None) -> Iterator[None]:
 
 def _admission(tenant: Tenant, request: GenerationRequest) -> AdmissionRequest:
     return AdmissionRequest(
-        request.request_id, tenant.name, request.model, request.audio_s, request.idempotency_key, request.fingerprint
+        request.request_id,
+        tenant.name,
+        request.model,
+        request.audio_s,
+        request.idempotency_key,
+        request.fingerprint,
+        len(request.pieces),
     )
 
 

@@ -63,6 +63,11 @@ class Running:
         """Seconds of audio given out, all pieces together."""
         return sum(self.num_given.values()) / self.config.sample_rate
 
+    def progress(self) -> Progress:
+        """For the gatekeeper."""
+        request = self.request
+        return Progress(self.ticket, request.model, request.audio_s, self.done_s, len(request.pieces))
+
     def end(self) -> GenerationEnd:
         """The terminal event."""
         reports = tuple(self.reports[piece] for piece in sorted(self.reports))
@@ -93,10 +98,10 @@ class Register:
         if waiting := [*self._tasks, *self._loops]:
             await asyncio.wait(waiting, timeout=5)
 
-    def stop(self, request_id: str) -> None:
-        """Stop a request, if it runs here."""
+    def stop(self, request_id: str, tenant: str | None = None) -> None:
+        """Stop a request, if it runs here and is this tenant's (None: anybody's)."""
         for running in self._running:
-            if running.request.request_id == request_id:
+            if running.request.request_id == request_id and tenant in (None, running.ticket.tenant):
                 running.maker.stop(RequestCancelledError("the request was cancelled"))
 
     @asynccontextmanager
@@ -152,7 +157,7 @@ class Register:
 
     async def _report_forever(self) -> None:
         while True:
-            progress = [Progress(r.ticket, r.request.model, r.request.audio_s, r.done_s) for r in self._running]
+            progress = [r.progress() for r in self._running]
             with suppress(MusicGenError):
                 for request_id in await self._gatekeeper.report(self._edge, progress):
                     self.stop(request_id)

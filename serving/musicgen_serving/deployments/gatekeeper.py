@@ -136,7 +136,7 @@ class LocalGatekeeper:
         record = Record(ticket, request.model, request.audio_s, called_at, self._clock(), key, fingerprint)
         # Listed before its allowances are taken: others that are being admitted meanwhile must see it.
         self._registry.add(record)
-        backlog.add(ticket.request_id, tenant.name, tenant.weight, tenant.priority, request.audio_s)
+        backlog.add(ticket.request_id, tenant.name, tenant.weight, tenant.priority, request.audio_s, request.num_pieces)
         try:
             record.charge = await self._quotas.take(tenant, request.audio_s)
         except BaseException:
@@ -221,7 +221,9 @@ class LocalGatekeeper:
             return None
         record = Record(ticket, progress.model, progress.audio_s, now, now, admitted=True, edge=edge)
         self._registry.add(record)
-        backlog.add(ticket.request_id, ticket.tenant, ticket.weight, ticket.priority, progress.audio_s)
+        backlog.add(
+            ticket.request_id, ticket.tenant, ticket.weight, ticket.priority, progress.audio_s, progress.num_pieces
+        )
         backlog.progress(ticket.request_id, progress.done_s, counts=False)
         self._ledger.admit(ticket.tenant_class, progress.model)
         return record
