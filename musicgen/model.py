@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from musicgen_kernels.step import DecoderWeights
 
 from musicgen.config import ModelConfig
-from musicgen.errors import WeightsError
 from musicgen.models.chroma import ChromaExtractor
 from musicgen.models.encodec import EncodecDecoder
 from musicgen.models.encodec_encoder import EncodecEncoder
@@ -29,19 +27,3 @@ class Model:
     codec_encoder: EncodecEncoder
     packed: DecoderWeights | None = None
     """The decoder as the kernels' step takes it, for checkpoints that hold only that; `lm.decoder` is empty then."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Model:
-        """Move all parts (mutated) to `device`; the decoder's matrices to `dtype`. Returns self.
-
-        Raises:
-            WeightsError: a packed decoder, which stays where and what it was packed for.
-        """
-        if self.packed is None:
-            self.lm.to(device)
-            self.lm.decoder.set_compute_dtype(dtype)
-        elif device.type != "cpu":
-            raise WeightsError(f"expected the cpu, which these weights are packed for, got {device}; pack them again")
-        self.text_encoder.to(device)
-        self.codec.to(device)
-        self.codec_encoder.to(device)
-        return self

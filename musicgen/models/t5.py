@@ -1,18 +1,21 @@
 """The text encoder: one prompt → T5 states, through transformers.
 
 Prompts are encoded one by one: padding would become part of the melody models' prefix. Knows nothing of guidance.
+transformers is imported when an encoder is made: it takes seconds, and few processes encode text.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, T5EncoderModel
 
 from musicgen.errors import InvalidRequestError, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 MAX_TEXT_TOKENS = 512
 """Longest prompt; T5 was trained up to this length."""
@@ -41,6 +44,8 @@ class TextEncoder:
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> TextEncoder:
         """A whole T5 checkpoint, such as `t5-base`, which audiocraft checkpoints name but do not hold."""
+        from transformers import T5EncoderModel
+
         try:
             model = T5EncoderModel.from_pretrained(name_or_path, dtype=torch.float32)
         except OSError as error:
@@ -90,6 +95,8 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     Raises:
         WeightsError: there is none.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError) as error:

@@ -1,6 +1,8 @@
-"""Checkpoints: names, files, and a name map for each layout. `load_model` is the only door.
+"""Checkpoints: names, files, and a name map for each layout.
 
-It is imported on first use: names and licences are listed without torch.
+The doors are `load_model`, for all of a model, and `open_checkpoint`, for parts of one.
+
+They are imported on first use: names and licences are listed without torch.
 """
 
 from __future__ import annotations
@@ -8,14 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from musicgen.weights.load import load_model
+    from musicgen.weights.load import Checkpoint, load_model, open_checkpoint
 
-__all__ = ["load_model"]
+__all__ = ["Checkpoint", "load_model", "open_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_model":
-        from musicgen.weights.load import load_model
+    if name in __all__:
+        from musicgen.weights import load
 
-        return load_model
+        return getattr(load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

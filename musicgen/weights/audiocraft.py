@@ -6,18 +6,19 @@ Source of the names and options: audiocraft `models/{builders,loaders,lm}.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
 from musicgen.config import ChromaConfig, CodecConfig, DecoderConfig, ModelConfig
 from musicgen.errors import WeightsError
-from musicgen.model import Model
-from musicgen.models.chroma import ChromaExtractor
+from musicgen.models.encodec import EncodecDecoder
+from musicgen.models.encodec_encoder import EncodecEncoder
 from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import TextEncoder
 from musicgen.weights import codec, hub
@@ -29,6 +30,7 @@ from musicgen.weights.checkpoint import (
     from_safetensors,
     load_bin,
     read_json,
+    unfilled,
 )
 from musicgen.weights.codec_config import codec_config_from_audiocraft, codec_config_from_hf
 
@@ -50,34 +52,63 @@ REQUIRED_OPTIONS = {
 }
 
 
-def load(folder: Path, name: str, license: str) -> Model:
-    """Load the checkpoint in `folder`.
+class AudiocraftCheckpoint:
+    """The checkpoint in `folder`: its configuration is read at once, each part when asked for.
+
+    The tensors of both files stay on the disk until then, except those of the format before torch 1.6, which can only
+    be read whole.
 
     Raises:
-        WeightsError: a file is missing or unsafe, an unsupported option, or tensors that do not fit.
+        WeightsError: a file is missing or unsafe, or an unsupported option; from the methods: tensors that do not fit.
     """
-    text, state = _read(folder / LM_FILE)
-    cfg = _parse(text, folder)
-    codec_config, codec_tensors = _codec(folder / CODEC_FILE)
-    text_encoder = TextEncoder.from_pretrained(_get(cfg, "conditioners.description.t5.name", folder))
-    config = ModelConfig(
-        name=name,
-        decoder=_decoder_config(cfg, folder),
-        codec=codec_config,
-        text_dim=text_encoder.dim,
-        chroma=_chroma_config(cfg, folder),
-        audio_channels=_audio_channels(cfg),
-        license=license,
-        max_duration_s=float(_get(cfg, "dataset.segment_duration", folder)),
-    )
-    _check_delays(cfg, config, folder)
-    with torch.device("meta"):
-        lm = LanguageModel(config)
-    source = from_dict(state, str(folder / LM_FILE))
-    computed = {n for n in source if n.startswith(f"{MELODY}.chroma.")}  # the spectrogram's window
-    assemble(lm, source, _name_map(config), ignored=computed)
-    chroma = None if config.chroma is None else ChromaExtractor(config.chroma)
-    return Model(config, lm.eval(), text_encoder, chroma, *codec.build_codec(codec_config, codec_tensors))
+
+    def __init__(self, folder: Path, name: str, license: str) -> None:
+        text, self._state = _read(folder / LM_FILE)
+        cfg = _parse(text, folder)
+        self._origin = str(folder / LM_FILE)
+        self._text_encoder_name = str(_get(cfg, "conditioners.description.t5.name", folder))
+        self._codec = _codec_file(folder / CODEC_FILE)
+        self.config = ModelConfig(
+            name=name,
+            decoder=_decoder_config(cfg, folder),
+            codec=self._codec.config,
+            text_dim=_text_dim(self._state, folder),
+            chroma=_chroma_config(cfg, folder),
+            audio_channels=_audio_channels(cfg),
+            license=license,
+            max_duration_s=float(_get(cfg, "dataset.segment_duration", folder)),
+        )
+        _check_delays(cfg, self.config, folder)
+
+    def language_model(self) -> tuple[LanguageModel, None]:
+        """The language model, in fp32 on the CPU; it is never packed."""
+        with unfilled():
+            lm = LanguageModel(self.config)
+        source = from_dict(self._state, self._origin)
+        computed = {n for n in source if n.startswith(f"{MELODY}.chroma.")}  # the spectrogram's window
+        assemble(lm, source, _name_map(self.config), ignored=computed)
+        return lm.eval(), None
+
+    def text_encoder(self) -> TextEncoder:
+        """T5, in fp32 on the CPU."""
+        encoder = TextEncoder.from_pretrained(self._text_encoder_name)
+        if encoder.dim != self.config.text_dim:
+            raise WeightsError(
+                f"{self._origin}: expected a text encoder of width {self.config.text_dim}, got "
+                f"{self._text_encoder_name!r} of width {encoder.dim}"
+            )
+        return encoder
+
+    def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:
+        """Both sides of the codec, in fp32 on the CPU."""
+        return codec.build_codec(self.config.codec, self._codec.tensors())
+
+
+@dataclass(frozen=True, slots=True)
+class _CodecFile:
+    config: CodecConfig
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """Reads and checks them."""
 
 
 def _parse(text: str, folder: Path) -> dict[str, Any]:
@@ -99,18 +130,26 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     return text, dict(state)
 
 
-def _codec(path: Path) -> tuple[CodecConfig, Mapping[str, Tensor]]:
-    """The codec's configuration and tensors, from the file itself or from where it points to."""
+def _codec_file(path: Path) -> _CodecFile:
+    """The codec of the file itself, or of where it points to."""
     pointer = load_bin(path).get("pretrained")
     if pointer is None:
         text, state = _read(path)
         config = codec_config_from_audiocraft(text)
-        return config, codec.codec_tensors_from_audiocraft(state, config)
+        return _CodecFile(config, partial(codec.codec_tensors_from_audiocraft, state, config))
     if not isinstance(pointer, str):
         raise WeightsError(f"{path}: expected the name of a codec, got {pointer!r}")
     folder = hub.resolve(pointer)
     config = codec_config_from_hf(read_json(folder / "config.json"))
-    return config, codec.codec_tensors_from_hf(from_safetensors(folder), config)
+    return _CodecFile(config, partial(codec.codec_tensors_from_hf, from_safetensors(folder), config))
+
+
+def _text_dim(state: Mapping[str, Tensor], folder: Path) -> int:
+    """Width of the text encoder's states, which the configuration does not tell."""
+    name = f"{TEXT}.output_proj.weight"
+    if name not in state or state[name].ndim != 2:
+        raise WeightsError(f"{folder / LM_FILE}: expected a matrix {name}, got none; download it again")
+    return state[name].shape[1]
 
 
 def _get(cfg: Mapping[str, Any], path: str, folder: Path) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from musicgen.errors import WeightsError
 
@@ -69,27 +71,63 @@ def from_dict(tensors: Mapping[str, Tensor], origin: str) -> TensorSource:
 
 
 def from_safetensors(folder: Path, file: str = "model.safetensors") -> TensorSource:
-    """The tensors of one file, or of the shards that its index names.
+    """The tensors of one file, or of the shards that its index names. A shard is opened when one of its tensors is
+    read, so that those of other parts of a model need not be there.
 
     Raises:
-        WeightsError: no such file, a missing shard, or a damaged file.
+        WeightsError: no such file, a damaged one, or an unreadable index; when reading: a missing, damaged or other
+            shard.
     """
     index = folder / f"{file}.index.json"
-    names: Iterable[str] = [file]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    readers: dict[str, Callable[[], Tensor]] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise WeightsError(f"{folder}: expected {name}, got no such file; download the checkpoint again")
-        try:
-            handle: Any = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise WeightsError(f"{path}: expected a safetensors file, got a damaged one ({error})") from error
-        for key in handle.keys():  # noqa: SIM118 - not a dict
-            readers[key] = partial(handle.get_tensor, key)
-    return TensorSource(readers, str(folder))
+    if not index.is_file():
+        only = _SafetensorsFile(folder / file)
+        return TensorSource({name: partial(only.read, name) for name in only.names()}, str(folder))
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise WeightsError(f"{index}: expected a weight_map of names; download the checkpoint again")
+    shards = {
+        shard: _SafetensorsFile(folder / shard, {name for name, its_shard in shard_of.items() if its_shard == shard})
+        for shard in set(shard_of.values())
+    }
+    return TensorSource({name: partial(shards[shard].read, name) for name, shard in shard_of.items()}, str(folder))
+
+
+class _SafetensorsFile:
+    """A file that is opened when first used, and mapped, not read: only the tensors asked for come from the disk.
+
+    Args:
+        expected: the names that an index promises.
+    """
+
+    def __init__(self, path: Path, expected: Set[str] | None = None) -> None:
+        self._path, self._expected = path, expected
+        self._handle: Any = None
+
+    def names(self) -> Set[str]:
+        return set(self._open().keys())
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._open().get_tensor(name)
+        return tensor
+
+    def _open(self) -> Any:
+        if self._handle is None:
+            if not self._path.is_file():
+                raise WeightsError(
+                    f"{self._path.parent}: expected {self._path.name}, got no such file; download the checkpoint again"
+                )
+            try:
+                handle: Any = safe_open(self._path, framework="pt")
+            except SafetensorError as error:
+                raise WeightsError(f"{self._path}: expected a safetensors file, got a damaged one ({error})") from error
+            if self._expected is not None and self._expected != set(handle.keys()):
+                different = sorted(self._expected ^ set(handle.keys()))[:MAX_NAMES_SHOWN]
+                raise WeightsError(
+                    f"{self._path}: expected the tensors that its index names, got others ({'; '.join(different)}); "
+                    "download the checkpoint again"
+                )
+            self._handle = handle
+        return self._handle
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,6 +162,23 @@ def load_bin(path: Path) -> dict[str, object]:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a dictionary, got {type(content).__name__}")
     return content
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Modules made inside have shapes and no values, for `assemble` to fill."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips `nn.init`: without values it has no effect, but on the meta device it imports torch's compiler (2 s)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def assemble(module: nn.Module, source: TensorSource, name_map: NameMap, *, ignored: Iterable[str] = ()) -> None:

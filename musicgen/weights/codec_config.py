@@ -6,14 +6,17 @@ is refused by name, because its tensors would load and then decode to noise. Kno
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from musicgen.config import CodecConfig, PadMode
 from musicgen.errors import WeightsError
+from musicgen.weights.settings import complete
 
 _PAD_MODES: dict[str, PadMode] = {
     "constant": "constant",
@@ -22,34 +25,54 @@ _PAD_MODES: dict[str, PadMode] = {
     "replicate": "replicate",
 }
 _INTERPOLATION = re.compile(r"^\$\{([\w.]+)\}$")
+_HF_DEFAULTS: dict[str, Any] = {
+    "sampling_rate": 24000, "target_bandwidths": [1.5, 3.0, 6.0, 12.0, 24.0], "audio_channels": 1, "normalize": False,
+    "chunk_length_s": None, "hidden_size": 128, "num_filters": 32, "num_residual_layers": 1,
+    "upsampling_ratios": [8, 5, 4, 2], "norm_type": "weight_norm", "kernel_size": 7, "last_kernel_size": 7,
+    "residual_kernel_size": 3, "dilation_growth_rate": 2, "use_causal_conv": True, "pad_mode": "reflect",
+    "compress": 2, "num_lstm_layers": 2, "codebook_size": 1024, "codebook_dim": 128, "use_conv_shortcut": True,
+}  # fmt: skip
+"""What a file leaves out is as in transformers' `EncodecConfig`; there `codebook_dim` follows `hidden_size`."""
+_HF_REQUIRED = {
+    "use_causal_conv": False, "norm_type": "weight_norm", "normalize": False, "chunk_length_s": None,
+    "audio_channels": 1,
+}  # fmt: skip
 
 
-def codec_config_from_hf(settings: Mapping[str, Any]) -> CodecConfig:
+def codec_config_from_hf(given: Mapping[str, Any]) -> CodecConfig:
     """The codec of an `EncodecConfig` dictionary (`audio_encoder` in a MusicGen `config.json`).
 
     Raises:
         WeightsError: not a valid configuration, or a codec of a kind that MusicGen does not use.
     """
-    from transformers import EncodecConfig
-
-    try:
-        hf = EncodecConfig(**settings)
-        num_codebooks = hf.num_quantizers
-    except Exception as error:  # its validation raises types of its own
-        raise WeightsError(f"codec configuration: expected that of an EnCodec, got: {error}") from error
-    _require("use_causal_conv", hf.use_causal_conv, False)
-    _require("norm_type", hf.norm_type, "weight_norm")
-    _require("normalize", hf.normalize, False)
-    _require("chunk_length_s", hf.chunk_length_s, None)
-    _require("audio_channels", hf.audio_channels, 1)
-    return CodecConfig(
-        sample_rate=hf.sampling_rate, num_codebooks=num_codebooks, codebook_size=hf.codebook_size,
-        codebook_dim=hf.codebook_dim, hidden_size=hf.hidden_size, num_filters=hf.num_filters,
-        upsampling_ratios=tuple(hf.upsampling_ratios), num_residual_layers=hf.num_residual_layers,
-        num_lstm_layers=hf.num_lstm_layers, kernel_size=hf.kernel_size, last_kernel_size=hf.last_kernel_size,
-        residual_kernel_size=hf.residual_kernel_size, dilation_growth_rate=hf.dilation_growth_rate,
-        compress=hf.compress, conv_shortcut=hf.use_conv_shortcut, pad_mode=_pad_mode(hf.pad_mode),
+    if given.get("codebook_dim") is None:
+        given = {**given, "codebook_dim": given.get("hidden_size", _HF_DEFAULTS["hidden_size"])}
+    settings = complete(given, _HF_DEFAULTS, "codec configuration")
+    for name, wanted in _HF_REQUIRED.items():
+        _require(name, settings[name], wanted)
+    ratios = _positive_numbers("upsampling_ratios", settings["upsampling_ratios"], (int,))
+    config = CodecConfig(
+        sample_rate=settings["sampling_rate"], num_codebooks=1, codebook_size=settings["codebook_size"],
+        codebook_dim=settings["codebook_dim"], hidden_size=settings["hidden_size"],
+        num_filters=settings["num_filters"], upsampling_ratios=tuple(int(ratio) for ratio in ratios),
+        num_residual_layers=settings["num_residual_layers"], num_lstm_layers=settings["num_lstm_layers"],
+        kernel_size=settings["kernel_size"], last_kernel_size=settings["last_kernel_size"],
+        residual_kernel_size=settings["residual_kernel_size"],
+        dilation_growth_rate=settings["dilation_growth_rate"], compress=settings["compress"],
+        conv_shortcut=settings["use_conv_shortcut"], pad_mode=_pad_mode(settings["pad_mode"]),
     )  # fmt: skip
+    bandwidths_kbps = _positive_numbers("target_bandwidths", settings["target_bandwidths"], (int, float))
+    return replace(config, num_codebooks=_num_codebooks(config, bandwidths_kbps[-1]))
+
+
+def _num_codebooks(config: CodecConfig, bandwidth_kbps: float) -> int:
+    """Whole codebooks of a bandwidth. Source: transformers' `EncodecConfig.num_quantizers`."""
+    bits_per_frame = (config.codebook_size - 1).bit_length()
+    num = int(1000 * bandwidth_kbps // (math.ceil(config.frame_rate_hz) * bits_per_frame)) if bits_per_frame else 0
+    if num < 1:
+        got = f"{bandwidth_kbps} kbit/s for codebooks of {config.codebook_size}"
+        raise WeightsError(f"codec configuration: expected the bandwidth of at least one codebook, got {got}")
+    return num
 
 
 def codec_config_from_audiocraft(xp_cfg: str) -> CodecConfig:
@@ -106,6 +129,12 @@ def _lookup(tree: Any, path: str) -> Any:
 def _require(name: str, got: Any, expected: Any) -> None:
     if got != expected:
         raise WeightsError(f"codec: expected {name} = {expected!r}, got {got!r}; MusicGen has no such codec")
+
+
+def _positive_numbers(name: str, values: Any, kinds: tuple[type, ...]) -> list[float]:
+    if not values or not isinstance(values, list) or not all(type(v) in kinds and v > 0 for v in values):
+        raise WeightsError(f"codec configuration: expected {name} as a list of numbers > 0, got {values!r}")
+    return values
 
 
 def _pad_mode(name: str) -> PadMode:

@@ -1,16 +1,14 @@
 """Where a checkpoint lies on disk: a local folder, the embedded demo, or a Hugging Face snapshot.
 
 Downloads (with progress, resumed after a break) are huggingface_hub's; `HF_HOME`, `HF_HUB_CACHE` and
-`HF_HUB_OFFLINE` mean what they mean there. Knows nothing of what is in the files.
+`HF_HUB_OFFLINE` mean what they mean there. It is imported when a repository is looked for; folders need none. Knows
+nothing of what is in the files.
 """
 
 from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.weights.registry import DEMO_MODEL, MODELS, find
@@ -53,11 +51,16 @@ def resolve(name: str) -> Path:
 
 def is_cached(repo_id: str) -> bool:
     """Whether a repository's configuration is in the local cache (its weights then usually are)."""
+    from huggingface_hub import try_to_load_from_cache
+
     names = ("config.json", *AUDIOCRAFT_FILES)
     return any(isinstance(try_to_load_from_cache(repo_id, name), str) for name in names)
 
 
 def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=SAFE_FILES))
         if not any(folder.glob("*.safetensors")):

@@ -5,104 +5,150 @@ Source of the names: transformers' `MusicgenForConditionalGeneration` and `Music
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, T5EncoderModel
 
-from musicgen.config import ChromaConfig, CodecConfig, DecoderConfig, ModelConfig
+from musicgen.config import ChromaConfig, DecoderConfig, ModelConfig
 from musicgen.errors import WeightsError
-from musicgen.model import Model
-from musicgen.models.chroma import ChromaExtractor
+from musicgen.models.encodec import EncodecDecoder
+from musicgen.models.encodec_encoder import EncodecEncoder
 from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import TextEncoder, load_tokenizer
 from musicgen.weights import codec
-from musicgen.weights.checkpoint import NameMap, Part, TensorSource, assemble, from_safetensors, read_json
+from musicgen.weights.checkpoint import NameMap, Part, assemble, from_safetensors, read_json, unfilled
 from musicgen.weights.codec_config import codec_config_from_hf
+from musicgen.weights.settings import complete
 
 MODEL_TYPES = ("musicgen", "musicgen_melody")
 POSITION_TABLE = "decoder.model.decoder.embed_positions.weights"
 """A table that some files hold and that is computed here."""
+TEXT, CODEC = "text_encoder.", "audio_encoder."
+
+# What a file leaves out is as transformers' configuration classes have it.
+DECODER_DEFAULTS = {
+    "num_hidden_layers": 24,
+    "hidden_size": 1024,
+    "num_attention_heads": 16,
+    "ffn_dim": 4096,
+    "num_codebooks": 4,
+    "vocab_size": 2048,
+    "audio_channels": 1,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+}
+MELODY_DEFAULTS = {"num_chroma": 12, "chroma_length": 235}
+TEXT_DEFAULTS = {"model_type": "t5", "d_model": 512}
 
 
-def load(folder: Path, name: str, license: str) -> Model:
-    """Load the checkpoint in `folder`.
+class HuggingFaceCheckpoint:
+    """The checkpoint in `folder`: its configuration is read at once, each part when asked for.
 
     Raises:
-        WeightsError: not a MusicGen checkpoint, an unsupported option, or tensors that do not fit.
+        WeightsError: not a MusicGen checkpoint, or an unsupported option; from the methods: tensors that do not fit.
     """
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") not in MODEL_TYPES:
-        raise WeightsError(
-            f"{folder}: expected model_type {' or '.join(MODEL_TYPES)}, got {raw.get('model_type')!r}; "
-            "this is not a MusicGen checkpoint"
-        )
-    source = from_safetensors(folder)
-    if raw["model_type"] == "musicgen" and any(n.startswith("audio_enc_to_dec_proj.") for n in source):
-        raise WeightsError(f"{folder}: expected a text model's tensors, got a melody model's; download it again")
-    config = AutoConfig.from_pretrained(str(folder))
-    codec_config = codec_config_from_hf(raw["audio_encoder"])
-    model_config = _model_config(config, codec_config, folder, name, license)
-    codec_tensors = codec.codec_tensors_from_hf(source.under("audio_encoder."), codec_config)
-    codec_decoder, codec_encoder = codec.build_codec(codec_config, codec_tensors)
-    return Model(
-        config=model_config,
-        lm=_language_model(model_config, source),
-        text_encoder=_text_encoder(config.text_encoder, source.under("text_encoder."), folder),
-        chroma=None if model_config.chroma is None else ChromaExtractor(model_config.chroma),
-        codec=codec_decoder,
-        codec_encoder=codec_encoder,
+
+    def __init__(self, folder: Path, name: str, license: str) -> None:
+        raw = read_json(folder / "config.json")
+        if raw.get("model_type") not in MODEL_TYPES:
+            raise WeightsError(
+                f"{folder}: expected model_type {' or '.join(MODEL_TYPES)}, got {raw.get('model_type')!r}; "
+                "this is not a MusicGen checkpoint"
+            )
+        self._folder = folder
+        self._text_settings = _section(raw, "text_encoder", folder)
+        self._tensors = from_safetensors(folder)
+        self.config = _model_config(raw, folder, name, license)
+
+    def language_model(self) -> tuple[LanguageModel, None]:
+        """The language model, in fp32 on the CPU; it is never packed."""
+        source = self._tensors
+        if self.config.chroma is None and any(name.startswith("audio_enc_to_dec_proj.") for name in source):
+            raise WeightsError(
+                f"{self._folder}: expected a text model's tensors, got a melody model's; download it again"
+            )
+        project_text = "enc_to_dec_proj.weight" in source
+        with unfilled():
+            model = LanguageModel(self.config, project_text=project_text)
+        elsewhere = {name for name in source if name.startswith((TEXT, CODEC))}
+        assemble(model, source, _name_map(self.config, project_text), ignored=elsewhere | {POSITION_TABLE})
+        return model.eval(), None
+
+    def text_encoder(self) -> TextEncoder:
+        """T5, in fp32 on the CPU."""
+        from transformers import T5Config, T5EncoderModel
+
+        source = self._tensors.under(TEXT)
+        with unfilled():
+            model: nn.Module = T5EncoderModel(T5Config.from_dict(self._text_settings))
+        shared, tied = "shared.weight", "encoder.embed_tokens.weight"
+        embedding = shared if shared in source else tied
+        names = {name: (Part(embedding if name in (shared, tied) else name),) for name in model.state_dict()}
+        # Some files hold the whole T5; its decoder is not used.
+        unused = {n for n in source if n in (shared, tied) or n.startswith(("decoder.", "lm_head."))}
+        assemble(model, source, names, ignored=unused)
+        return TextEncoder(model, load_tokenizer(self._folder))
+
+    def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:
+        """Both sides of the codec, in fp32 on the CPU."""
+        tensors = codec.codec_tensors_from_hf(self._tensors.under(CODEC), self.config.codec)
+        return codec.build_codec(self.config.codec, tensors)
+
+
+def _section(raw: Mapping[str, Any], name: str, folder: Path) -> dict[str, Any]:
+    section = raw.get(name)
+    if not isinstance(section, dict):
+        raise WeightsError(f"{folder / 'config.json'}: expected an object {name}, got {type(section).__name__}")
+    return section
+
+
+def _model_config(raw: Mapping[str, Any], folder: Path, name: str, license: str) -> ModelConfig:
+    origin = str(folder / "config.json")
+    decoder = complete(_section(raw, "decoder", folder), DECODER_DEFAULTS, f"{origin}: decoder")
+    text = complete(_section(raw, "text_encoder", folder), TEXT_DEFAULTS, f"{origin}: text_encoder")
+    required = (
+        ("activation_function", decoder, "gelu"),
+        ("scale_embedding", decoder, False),
+        ("model_type", text, "t5"),
     )
-
-
-def _model_config(config: Any, codec_config: CodecConfig, folder: Path, name: str, license: str) -> ModelConfig:
-    decoder = config.decoder
-    for option, expected in {"activation_function": "gelu", "scale_embedding": False}.items():
-        if getattr(decoder, option) != expected:
-            raise WeightsError(f"{folder}: expected {option} {expected!r}, got {getattr(decoder, option)!r}")
-    is_melody = config.model_type == "musicgen_melody"
+    for option, settings, expected in required:
+        if settings[option] != expected:
+            raise WeightsError(f"{folder}: expected {option} {expected!r}, got {settings[option]!r}")
+    is_melody = raw["model_type"] == "musicgen_melody"
     return ModelConfig(
         name=name,
         decoder=DecoderConfig(
-            num_layers=decoder.num_hidden_layers,
-            dim=decoder.hidden_size,
-            num_heads=decoder.num_attention_heads,
-            ffn_dim=decoder.ffn_dim,
-            num_codebooks=decoder.num_codebooks,
-            codebook_size=decoder.vocab_size,
+            num_layers=decoder["num_hidden_layers"],
+            dim=decoder["hidden_size"],
+            num_heads=decoder["num_attention_heads"],
+            ffn_dim=decoder["ffn_dim"],
+            num_codebooks=decoder["num_codebooks"],
+            codebook_size=decoder["vocab_size"],
             cross_attention=not is_melody,
         ),
-        codec=codec_config,
-        text_dim=config.text_encoder.d_model,
-        chroma=_chroma_config(config, folder) if is_melody else None,
-        audio_channels=decoder.audio_channels,
+        codec=codec_config_from_hf(_section(raw, "audio_encoder", folder)),
+        text_dim=text["d_model"],
+        chroma=_chroma_config(raw, folder) if is_melody else None,
+        audio_channels=decoder["audio_channels"],
         license=license,
     )
 
 
-def _chroma_config(config: Any, folder: Path) -> ChromaConfig:
-    """From `preprocessor_config.json` where there is one, else the released models' constants."""
+def _chroma_config(raw: Mapping[str, Any], folder: Path) -> ChromaConfig:
+    """Its framing from `preprocessor_config.json` where there is one, else the released models' constants."""
+    model = complete(raw, MELODY_DEFAULTS, str(folder / "config.json"))
     path = folder / "preprocessor_config.json"
-    raw = read_json(path) if path.is_file() else {}
+    framing_defaults = {"sampling_rate": 32000, "n_fft": 16384, "hop_length": 4096}
+    framing = complete(read_json(path) if path.is_file() else {}, framing_defaults, str(path))
     return ChromaConfig(
-        sample_rate=raw.get("sampling_rate", 32000),
-        num_chroma=config.num_chroma,
-        n_fft=raw.get("n_fft", 16384),
-        hop_length=raw.get("hop_length", 4096),
-        num_frames=config.chroma_length,
+        sample_rate=framing["sampling_rate"],
+        num_chroma=model["num_chroma"],
+        n_fft=framing["n_fft"],
+        hop_length=framing["hop_length"],
+        num_frames=model["chroma_length"],
     )
-
-
-def _language_model(config: ModelConfig, source: TensorSource) -> LanguageModel:
-    project_text = "enc_to_dec_proj.weight" in source
-    with torch.device("meta"):
-        model = LanguageModel(config, project_text=project_text)
-    used = _name_map(config, project_text)
-    elsewhere = {n for n in source if n.startswith(("text_encoder.", "audio_encoder."))}
-    assemble(model, source, used, ignored=elsewhere | {POSITION_TABLE})
-    return model.eval()
 
 
 def _name_map(config: ModelConfig, project_text: bool) -> NameMap:
@@ -140,15 +186,3 @@ def _layer_names(ours: str, theirs: str, cross_attention: bool) -> dict[str, tup
         for kind in ("weight", "bias"):
             names[f"{ours}.{our_norm}.{kind}"] = (f"{theirs}.{their_norm}.{kind}",)
     return names
-
-
-def _text_encoder(config: Any, source: TensorSource, folder: Path) -> TextEncoder:
-    with torch.device("meta"):
-        model: nn.Module = T5EncoderModel(config)
-    shared, tied = "shared.weight", "encoder.embed_tokens.weight"
-    embedding = shared if shared in source else tied
-    names = {name: (Part(embedding if name in (shared, tied) else name),) for name in model.state_dict()}
-    # Some files hold the whole T5; its decoder is not used.
-    unused = {n for n in source if n in (shared, tied) or n.startswith(("decoder.", "lm_head."))}
-    assemble(model, source, names, ignored=unused)
-    return TextEncoder(model, load_tokenizer(folder))

@@ -1,16 +1,108 @@
-"""From a model's name to a loaded model: find the folder, recognise its layout, load, move."""
+"""From a model's name to its parts: find the folder, recognise its layout, load what is asked for, move it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from musicgen_kernels.step import DecoderWeights
 
+from musicgen.config import ModelConfig
 from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.model import Model
+from musicgen.models.chroma import ChromaExtractor
+from musicgen.models.encodec import EncodecDecoder
+from musicgen.models.encodec_encoder import EncodecEncoder
+from musicgen.models.language_model import LanguageModel
+from musicgen.models.t5 import TextEncoder
 from musicgen.weights import audiocraft, hub, huggingface, packed, registry
 
 UNKNOWN_LICENSE = "unknown; see the model's own card"
+
+
+class Layout(Protocol):
+    """Files of one layout: the configuration, and each part as it leaves the disk, in fp32 on the CPU.
+
+    A method reads the tensors of its own part and checks them: that none is missing, unknown or of another shape.
+    """
+
+    config: ModelConfig
+
+    def language_model(self) -> tuple[LanguageModel, DecoderWeights | None]: ...
+
+    def text_encoder(self) -> TextEncoder: ...
+
+    def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]: ...
+
+
+class Checkpoint:
+    """A model on the disk. Each method loads its part and no other, anew each time; all of them raise WeightsError.
+
+    Args:
+        device: where parts go.
+        dtype: of the decoder's matrices.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+        self._layout, self._device, self._dtype = layout, device, dtype
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._layout.config
+
+    def language_model(self) -> tuple[LanguageModel, DecoderWeights | None]:
+        """The language model; beside it its packed decoder, where the checkpoint holds only that (see `Model`).
+
+        Raises:
+            WeightsError: also for a packed decoder on a GPU: it stays where and what it was packed for.
+        """
+        lm, packed_decoder = self._layout.language_model()
+        if packed_decoder is None:
+            lm.to(self._device)
+            lm.decoder.set_compute_dtype(self._dtype)
+        elif self._device.type != "cpu":
+            raise WeightsError(
+                f"expected the cpu, which these weights are packed for, got {self._device}; pack them again"
+            )
+        return lm, packed_decoder
+
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder. Of all parts only this one imports transformers to load."""
+        encoder = self._layout.text_encoder()
+        encoder.to(self._device)
+        return encoder
+
+    def chroma(self) -> ChromaExtractor | None:
+        """What makes a melody's features, on the CPU; None for a model that takes no melody."""
+        return None if self.config.chroma is None else ChromaExtractor(self.config.chroma)
+
+    def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:
+        """Both sides of the codec."""
+        decoder, encoder = self._layout.codec()
+        return decoder.to(self._device), encoder.to(self._device)
+
+    def model(self) -> Model:
+        """All parts."""
+        lm, packed_decoder = self.language_model()
+        codec_decoder, codec_encoder = self.codec()
+        return Model(
+            self.config, lm, self.text_encoder(), self.chroma(), codec_decoder, codec_encoder, packed=packed_decoder
+        )
+
+
+def open_checkpoint(
+    name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """Find a model and read its configuration, for those who need only parts of it; otherwise as `load_model`."""
+    target = _device(device)
+    dtype = dtype or (torch.float32 if target.type == "cpu" else torch.float16)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InvalidRequestError("float32, float16 or bfloat16", str(dtype), param="dtype")
+    folder = hub.resolve(name)
+    card = registry.find(name)
+    license = card.license if card else UNKNOWN_LICENSE
+    return Checkpoint(_load(folder, card.name if card else folder.name, license), target, dtype)
 
 
 def load_model(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
@@ -25,23 +117,16 @@ def load_model(name: str, device: str | torch.device | None = None, dtype: torch
         InvalidRequestError: unknown name, device or dtype.
         WeightsError: the files cannot be used.
     """
-    target = _device(device)
-    dtype = dtype or (torch.float32 if target.type == "cpu" else torch.float16)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InvalidRequestError("float32, float16 or bfloat16", str(dtype), param="dtype")
-    folder = hub.resolve(name)
-    card = registry.find(name)
-    license = card.license if card else UNKNOWN_LICENSE
-    return _load(folder, card.name if card else folder.name, license).to(target, dtype)
+    return open_checkpoint(name, device, dtype).model()
 
 
-def _load(folder: Path, name: str, license: str) -> Model:
+def _load(folder: Path, name: str, license: str) -> Layout:
     if (folder / packed.CONFIG_FILE).is_file():
-        return packed.load(folder)
+        return packed.PackedCheckpoint(folder)
     if (folder / audiocraft.LM_FILE).is_file() and not (folder / "model.safetensors").is_file():
-        return audiocraft.load(folder, name, license)
+        return audiocraft.AudiocraftCheckpoint(folder, name, license)
     if (folder / "config.json").is_file():
-        return huggingface.load(folder, name, license)
+        return huggingface.HuggingFaceCheckpoint(folder, name, license)
     raise WeightsError(
         f"{folder}: expected config.json (Hugging Face layout) or {audiocraft.LM_FILE} (audiocraft layout), got neither"
     )

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from musicgen_kernels import KernelArgumentError, PackedLinear, sinusoid_table, unpack_header
 from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
 from musicgen.config import ChromaConfig, CodecConfig, DecoderConfig, ModelConfig
 from musicgen.errors import WeightsError
 from musicgen.model import Model
-from musicgen.models.chroma import ChromaExtractor
 from musicgen.models.encodec import EncodecDecoder
 from musicgen.models.encodec_encoder import EncodecEncoder
 from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import TextEncoder, load_tokenizer
-from musicgen.weights.checkpoint import TensorSource, from_safetensors, read_json
+from musicgen.weights.checkpoint import TensorSource, from_safetensors, read_json, unfilled
 
 CONFIG_FILE, TENSOR_FILE = "musicgen.json", "packed.safetensors"
 VERSION = 1
@@ -63,31 +61,51 @@ def save(model: Model, weights: DecoderWeights, folder: Path) -> None:
     model.text_encoder.save_tokenizer(folder)
 
 
-def load(folder: Path) -> Model:
-    """Load what `save` wrote; the decoder is in `Model.packed`, the language model's own layers stay empty.
+class PackedCheckpoint:
+    """What `save` wrote to `folder`: its configuration is read at once, each part when asked for.
 
     Raises:
-        WeightsError: another version, or missing or damaged tensors.
+        WeightsError: another version, or (also from the methods) missing or damaged tensors.
     """
-    content = read_json(folder / CONFIG_FILE)
-    if content.get("version") != VERSION:
-        raise WeightsError(
-            f"{folder}: expected packed weights of version {VERSION}, got {content.get('version')}; pack them again"
-        )
-    try:
-        config = _model_config(content["model"])
-        source = from_safetensors(folder, TENSOR_FILE)
-        return Model(
-            config=config,
-            lm=_language_model(config, source.under(LM), content["project_text"]),
-            text_encoder=_text_encoder(content["text_encoder"], source.under(TEXT), folder),
-            chroma=None if config.chroma is None else ChromaExtractor(config.chroma),
-            codec=_codec(config.codec, source.under(CODEC)),
-            codec_encoder=EncodecEncoder(config.codec, dict(source.under(CODEC_ENCODER))),
-            packed=_decoder_weights(config.decoder, source.under(DECODER), content["num_positions"]),
-        )
-    except (KeyError, TypeError, RuntimeError, KernelArgumentError) as error:
-        raise WeightsError(f"{folder}: expected what `musicgen pack` writes, got {error}; pack it again") from error
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._content = folder, read_json(folder / CONFIG_FILE)
+        version = self._content.get("version")
+        if version != VERSION:
+            raise WeightsError(
+                f"{folder}: expected packed weights of version {VERSION}, got {version}; pack them again"
+            )
+        self._tensors = from_safetensors(folder, TENSOR_FILE)
+        with self._told_as_damage():
+            self.config = _model_config(self._content["model"])
+
+    def language_model(self) -> tuple[LanguageModel, DecoderWeights]:
+        """The projections of the conditions (the language model's own layers stay empty) and the packed decoder."""
+        with self._told_as_damage():
+            lm = _language_model(self.config, self._tensors.under(LM), self._content["project_text"])
+            num_positions = self._content["num_positions"]
+            return lm, _decoder_weights(self.config.decoder, self._tensors.under(DECODER), num_positions)
+
+    def text_encoder(self) -> TextEncoder:
+        """T5, in fp32 on the CPU."""
+        with self._told_as_damage():
+            return _text_encoder(self._content["text_encoder"], self._tensors.under(TEXT), self._folder)
+
+    def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:
+        """Both sides of the codec, in fp32 on the CPU."""
+        with self._told_as_damage():
+            config = self.config.codec
+            decoder = _codec(config, self._tensors.under(CODEC))
+            return decoder, EncodecEncoder(config, dict(self._tensors.under(CODEC_ENCODER)))
+
+    @contextmanager
+    def _told_as_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, RuntimeError, KernelArgumentError) as error:
+            raise WeightsError(
+                f"{self._folder}: expected what `musicgen pack` writes, got {error}; pack it again"
+            ) from error
 
 
 def _model_config(raw: dict[str, Any]) -> ModelConfig:
@@ -102,7 +120,7 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _language_model(config: ModelConfig, source: TensorSource, project_text: bool) -> LanguageModel:
-    with torch.device("meta"):
+    with unfilled():
         model = LanguageModel(config, project_text=project_text)
     for name in ("text_proj", "chroma_proj"):
         part = source.under(f"{name}.")
@@ -113,7 +131,9 @@ def _language_model(config: ModelConfig, source: TensorSource, project_text: boo
 
 
 def _text_encoder(raw: dict[str, Any], source: TensorSource, folder: Path) -> TextEncoder:
-    with torch.device("meta"):
+    from transformers import T5Config, T5EncoderModel
+
+    with unfilled():
         model = T5EncoderModel(T5Config(**raw))
     shared = source["shared.weight"]
     model.load_state_dict(dict(source) | {"shared.weight": shared, "encoder.embed_tokens.weight": shared}, assign=True)

@@ -19,7 +19,7 @@ from musicgen.conditioning import Melody, window_chroma
 from musicgen.errors import InvalidRequestError
 from musicgen.stems import MelodyStems
 from musicgen.types import Window
-from musicgen.weights import load_model
+from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
@@ -47,9 +47,9 @@ class ChromaExtractor:
     """Raises: InvalidRequestError, WeightsError: the settings' model cannot be loaded."""
 
     def __init__(self, settings: ModelSettings, limits: LimitSettings) -> None:
-        model = load_model(settings.checkpoint, settings.device)
-        self._config, self._extractor, self._limits = model.config, model.chroma, limits
-        self._stems = MelodyStems(model.config.sample_rate)
+        checkpoint = open_checkpoint(settings.checkpoint, settings.device)
+        self._config, self._extractor, self._limits = checkpoint.config, checkpoint.chroma(), limits
+        self._stems = MelodyStems(self._config.sample_rate)
         self._extract = Batcher(self._extract_all, MAX_BATCH)
         self._cache: OrderedDict[str, list[Tensor]] = OrderedDict()
 

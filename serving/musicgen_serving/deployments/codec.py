@@ -15,7 +15,7 @@ from torch import Tensor
 from musicgen.audio import load_audio
 from musicgen.codec_stream import StreamingCodec, StreamPiece, StreamState, decode_on_grid
 from musicgen.inputs import checked_prompt
-from musicgen.weights import load_model
+from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
@@ -31,10 +31,10 @@ class CodecDecoder:
     """
 
     def __init__(self, settings: ModelSettings, limits: LimitSettings) -> None:
-        model = load_model(settings.checkpoint, settings.device)
-        self._config, self._limits = model.config, limits
-        self._codec = StreamingCodec(model.codec, model.config.audio_channels)
-        self._encoder = model.codec_encoder
+        checkpoint = open_checkpoint(settings.checkpoint, settings.device)
+        self._config, self._limits = checkpoint.config, limits
+        decoder, self._encoder = checkpoint.codec()
+        self._codec = StreamingCodec(decoder, self._config.audio_channels)
         self._decode = Batcher(self._decode_batch, MAX_BATCH)
 
     async def warm_up(self) -> None:

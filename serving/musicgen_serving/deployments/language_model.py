@@ -24,7 +24,7 @@ from musicgen.types import (
     SamplingParams,
     Window,
 )
-from musicgen.weights import load_model
+from musicgen.weights import open_checkpoint
 from musicgen_serving.settings import ModelSettings
 
 ALIVE_S = 1.0
@@ -79,11 +79,12 @@ class LanguageModel:
     """
 
     def __init__(self, settings: ModelSettings) -> None:
-        model = load_model(settings.checkpoint, settings.device)
+        checkpoint = open_checkpoint(settings.checkpoint, settings.device)
+        lm, packed = checkpoint.language_model()
         config = engine_config(settings)
-        runner = ModelRunner(model.lm, config, weights=model.packed, release=True)
-        self._engine = AsyncEngine(EngineCore(model.lm, config, runner=runner))
-        self.card = ModelCard(model.config, config.resolved(model.lm.device.type).weights or "float32")
+        runner = ModelRunner(lm, config, weights=packed, release=True)
+        self._engine = AsyncEngine(EngineCore(lm, config, runner=runner))
+        self.card = ModelCard(checkpoint.config, config.resolved(lm.device.type).weights or "float32")
 
     async def describe(self) -> ModelCard:
         return self.card

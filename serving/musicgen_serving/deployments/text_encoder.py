@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from musicgen.weights import load_model
+from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
 from musicgen_serving.settings import ModelSettings
 
@@ -25,7 +25,7 @@ class TextEncoder:
     """Raises: InvalidRequestError, WeightsError: the settings' model cannot be loaded."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        self._encoder = load_model(settings.checkpoint, settings.device).text_encoder
+        self._encoder = open_checkpoint(settings.checkpoint, settings.device).text_encoder()
         self._encode = Batcher(self._encode_all, MAX_BATCH)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cached_bytes = 0
