@@ -14,6 +14,8 @@ from torch import Tensor
 from musicgen.errors import InvalidRequestError
 
 MAX_SEED = 2**63 - 1
+MIN_TEMPERATURE = 1e-4
+"""Logits divided by less overflow, or differ by so much that the draw is greedy anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,9 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InvalidRequestError("a number ≥ 0", repr(self.temperature), param="temperature")
+        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
+            expected = f"0, or a finite number ≥ {MIN_TEMPERATURE:g}"
+            raise InvalidRequestError(expected, repr(self.temperature), "0 is greedy", param="temperature")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
             raise InvalidRequestError("an integer ≥ 0", repr(self.top_k), "0 turns it off", param="top_k")
         if not 0.0 <= self.top_p <= 1.0:

@@ -209,7 +209,7 @@ class HttpIngress(Ingress):
         await self.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service, metrics=node_metrics)
+        return create_app(self.service, metrics=node_metrics, id_is_echoed=True)
 
 
 class GrpcIngress(Ingress):

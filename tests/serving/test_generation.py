@@ -255,7 +255,6 @@ def test_a_deadline_ends_it(service: InProcess) -> None:
         ({"stems": True}, InvalidRequestError),
         ({"first_sample": 96_000}, InvalidRequestError),
         ({"extend_stride_s": 30.0}, InvalidRequestError),
-        ({"pieces": (Piece("rock jazz " * 600, 1),)}, InvalidRequestError),
     ],
 )
 def test_what_cannot_be_made_is_refused(service: InProcess, fields: dict[str, Any], error: type[Exception]) -> None:
