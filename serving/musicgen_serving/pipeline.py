@@ -20,6 +20,7 @@ from musicgen.config import ModelConfig
 from musicgen.errors import InvalidRequestError
 from musicgen.generation import plan_windows
 from musicgen.types import ChunkPolicy, CodesRequest, Conditioning, EngineRequest, Window
+from musicgen_serving import delay_points
 from musicgen_serving.admission import Ticket
 from musicgen_serving.code_stream import CodesEnd, CodesStarted, CodeStream
 from musicgen_serving.concurrency import ahead, together
@@ -134,6 +135,7 @@ class Pipeline:
                 if num_ready > 0:
                     part = StreamPiece(waiting[:, :num_ready], state, last)
                     waiting = waiting[:, num_ready:]
+                    await delay_points.pause(delay_points.CODEC_LAST if last else delay_points.CODEC_CALL)
                     (samples, state), lost = await self._insist_on(
                         request,
                         "codec",

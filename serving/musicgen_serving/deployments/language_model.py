@@ -14,7 +14,6 @@ import torch
 from musicgen.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from musicgen.engine.async_engine import AsyncEngine
 from musicgen.engine.core import EngineCore
-from musicgen.engine.runner import ModelRunner
 from musicgen.types import (
     CodesRequest,
     Conditioning,
@@ -25,6 +24,8 @@ from musicgen.types import (
     Window,
 )
 from musicgen.weights import open_checkpoint
+from musicgen_serving import delay_points
+from musicgen_serving.deployments.counting_runner import CountingRunner
 from musicgen_serving.settings import ModelSettings
 
 ALIVE_S = 1.0
@@ -65,6 +66,8 @@ class Load:
     pages_held: int
     pages_total: int
     step_s: float
+    num_steps: int
+    """Since the replica was made."""
     num_accepted: int
     num_finished: int
     num_cancelled: int
@@ -82,8 +85,8 @@ class LanguageModel:
         checkpoint = open_checkpoint(settings.checkpoint, settings.device)
         lm, packed = checkpoint.language_model()
         config = engine_config(settings)
-        runner = ModelRunner(lm, config, weights=packed, release=True)
-        self._engine = AsyncEngine(EngineCore(lm, config, runner=runner))
+        self._runner = CountingRunner(lm, config, weights=packed, release=True)
+        self._engine = AsyncEngine(EngineCore(lm, config, runner=self._runner))
         self.card = ModelCard(checkpoint.config, config.resolved(lm.device.type).weights or "float32")
 
     async def describe(self) -> ModelCard:
@@ -103,6 +106,7 @@ class LanguageModel:
         Raises:
             InvalidRequestError, OverloadedError, EngineDeadError: before the first event; nothing was admitted.
         """
+        await delay_points.pause(delay_points.LM_ACCEPT)
         async with await self._engine.submit(request) as stream:
             yield Accepted(stream.quoted_start_s)
             event: EngineEvent | None = None
@@ -130,6 +134,7 @@ class LanguageModel:
             stats.pages_held,
             stats.pages_total,
             stats.step_s,
+            self._runner.num_steps,
             stats.num_accepted,
             stats.num_finished,
             stats.num_cancelled,

@@ -16,6 +16,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from musicgen.errors import RequestCancelledError
+from musicgen_serving import delay_points
 from musicgen_serving.admission import Tenant
 from musicgen_serving.checks import is_request_id, new_request_id
 from musicgen_serving.errors import report
@@ -52,6 +53,7 @@ class Call:
         Raises:
             RequestCancelledError: the reader has taken nothing for too long.
         """
+        await delay_points.pause(delay_points.EDGE_SEND)
         stall_s = self.service.limits.reader_stall_s
         try:
             await asyncio.wait_for(self.context.write(message), stall_s)

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from musicgen.audio_encode import generation_metadata
 from musicgen.errors import InvalidRequestError, MusicGenError, RequestCancelledError
 from musicgen.types import FinishReason
+from musicgen_serving import delay_points
 from musicgen_serving.admission import Tenant
 from musicgen_serving.http_api.errors import ConnectionCutError
 from musicgen_serving.service import MusicService
@@ -56,6 +57,7 @@ class Sender:
             more = not last or start + _MAX_SEND_BYTES < len(data)
             if not part and more:
                 continue
+            await delay_points.pause(delay_points.EDGE_SEND)
             message = {"type": "http.response.body", "body": part, "more_body": more}
             try:
                 await asyncio.wait_for(self._send(message), self._stall_s)
