@@ -25,7 +25,7 @@ _PAD_MODES: dict[str, PadMode] = {
     "replicate": "replicate",
 }
 _INTERPOLATION = re.compile(r"^\$\{([\w.]+)\}$")
-_HF_DEFAULTS: dict[str, Any] = {
+HF_DEFAULTS: dict[str, Any] = {
     "sampling_rate": 24000, "target_bandwidths": [1.5, 3.0, 6.0, 12.0, 24.0], "audio_channels": 1, "normalize": False,
     "chunk_length_s": None, "hidden_size": 128, "num_filters": 32, "num_residual_layers": 1,
     "upsampling_ratios": [8, 5, 4, 2], "norm_type": "weight_norm", "kernel_size": 7, "last_kernel_size": 7,
@@ -46,8 +46,8 @@ def codec_config_from_hf(given: Mapping[str, Any]) -> CodecConfig:
         WeightsError: not a valid configuration, or a codec of a kind that MusicGen does not use.
     """
     if given.get("codebook_dim") is None:
-        given = {**given, "codebook_dim": given.get("hidden_size", _HF_DEFAULTS["hidden_size"])}
-    settings = complete(given, _HF_DEFAULTS, "codec configuration")
+        given = {**given, "codebook_dim": given.get("hidden_size", HF_DEFAULTS["hidden_size"])}
+    settings = complete(given, HF_DEFAULTS, "codec configuration")
     for name, wanted in _HF_REQUIRED.items():
         _require(name, settings[name], wanted)
     ratios = _positive_numbers("upsampling_ratios", settings["upsampling_ratios"], (int,))
