@@ -1,0 +1,143 @@
+"""An open-loop load in a process of its own: each request is sent at its time, whatever became of those before it.
+
+Reads a plan as JSON lines, writes outcomes as JSON lines, the last line what the process itself suffered. `run_load`
+starts it; nothing of it runs in the process of a service or a benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import httpx2
+
+from benchmarks.serving_clients import Listener
+from benchmarks.serving_plan import Ask, Outcome, asks, outcomes, to_lines
+
+BEAT_S = 0.05
+LEAD_S = 0.3
+"""From the start of the process' clock to the first request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What the load's own process and the machine added to every time."""
+
+    loop_lag_p50_s: float
+    loop_lag_p99_s: float
+    """How late the event loop woke up."""
+    health_p50_s: float | None
+    health_p99_s: float | None
+    """A request that does nothing, over the same way, at the same time; None without HTTP."""
+    sent_late_p99_s: float
+    """After the planned time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load that has ended."""
+
+    outcomes: list[Outcome]
+    own: Own
+
+
+class LoadProcess:
+    """A running load."""
+
+    def __init__(self, plan: Sequence[Ask], urls: tuple[str | None, str | None], timeout_s: float) -> None:
+        command = [sys.executable, "-m", "benchmarks.serving_load", f"--timeout-s={timeout_s}"]
+        for name, url in zip(("http", "grpc"), urls, strict=True):
+            command += [f"--{name}-url={url}"] if url else []
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None
+        self._process.stdin.write(to_lines(plan))
+        self._process.stdin.close()
+
+    def result(self) -> Load:
+        """Wait for its end. Raises: RuntimeError: it failed."""
+        assert self._process.stdout is not None
+        *lines, last = self._process.stdout.read().splitlines()
+        if self._process.wait() != 0:
+            raise RuntimeError("the load's process failed; its last words are above")
+        return Load(list(outcomes(lines)), Own(**json.loads(last)))
+
+
+def run_load(plan: Sequence[Ask], urls: tuple[str | None, str | None], timeout_s: float = 600.0) -> Load:
+    """Run a plan against a service and wait.
+
+    Args:
+        urls: of HTTP and of gRPC.
+    """
+    return LoadProcess(plan, urls, timeout_s).result()
+
+
+async def _run(plan: list[Ask], http_url: str | None, grpc_url: str | None, timeout_s: float) -> Load:
+    listener = Listener(http_url, grpc_url, timeout_s)
+    await listener.warm_up({ask.protocol for ask in plan})
+    lags: list[float] = []
+    health: list[float] = []
+    beats = [asyncio.create_task(_beat(lags))]
+    if http_url is not None:
+        beats.append(asyncio.create_task(_ask_health(http_url, health)))
+    listener.began = time.perf_counter() + LEAD_S
+    tasks = []
+    for ask in sorted(plan, key=lambda ask: ask.at_s):
+        await asyncio.sleep(max(0.0, ask.at_s - listener.now))
+        tasks.append(asyncio.create_task(listener.listen(ask)))
+    done = list(await asyncio.gather(*tasks))
+    for beat in beats:
+        beat.cancel()
+    await asyncio.gather(*beats, return_exceptions=True)
+    await listener.close()
+    late = percentile([outcome.sent_s - outcome.planned_s for outcome in done], 99) or 0.0
+    own = Own(
+        percentile(lags, 50) or 0.0,
+        percentile(lags, 99) or 0.0,
+        percentile(health, 50),
+        percentile(health, 99),
+        late,
+    )
+    return Load(done, own)
+
+
+async def _beat(lags: list[float]) -> None:
+    while True:
+        began = time.perf_counter()
+        await asyncio.sleep(BEAT_S)
+        lags.append(time.perf_counter() - began - BEAT_S)
+
+
+async def _ask_health(url: str, seconds: list[float]) -> None:
+    async with httpx2.AsyncClient(base_url=url, timeout=30) as client:
+        await client.get("/healthz")
+        while True:
+            began = time.perf_counter()
+            await client.get("/healthz")
+            seconds.append(time.perf_counter() - began)
+            await asyncio.sleep(4 * BEAT_S)
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Nearest rank; None of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--http-url")
+    parser.add_argument("--grpc-url")
+    parser.add_argument("--timeout-s", type=float, default=600.0)
+    args = parser.parse_args()
+    load = asyncio.run(_run(list(asks(sys.stdin)), args.http_url, args.grpc_url, args.timeout_s))
+    print(to_lines(load.outcomes) + json.dumps(asdict(load.own)))
+
+
+if __name__ == "__main__":
+    main()

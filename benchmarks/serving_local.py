@@ -1,0 +1,191 @@
+"""The service in one process of its own, without Ray: real parts of the embedded model, real gatekeeper, both edges.
+
+For loads that look for leaks: unlike a cluster's, everything it holds can be counted. As a command it prints its URLs
+as a line of JSON, then for each line that it reads what it holds, and stops when there are no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+import uvicorn
+from musicgen_serving.deployments.chroma import ChromaExtractor
+from musicgen_serving.deployments.codec import CodecDecoder
+from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
+from musicgen_serving.deployments.language_model import LanguageModel
+from musicgen_serving.deployments.text_encoder import TextEncoder
+from musicgen_serving.generation import GenerationService
+from musicgen_serving.grpc_api.server import start_server
+from musicgen_serving.http_api.app import create_app
+from musicgen_serving.pipeline import Pipeline
+from musicgen_serving.settings import ServeSettings, load_settings
+from musicgen_serving.spokes import LocalSpokes
+from musicgen_serving.watch import Watch
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the process holds at one moment."""
+
+    rss_bytes: int
+    num_files: int
+    """Open files and sockets."""
+    num_threads: int
+    num_tasks: int
+    """Of asyncio."""
+    pages: int
+    """Of keys and values."""
+    pieces: int
+    """Waiting or running in the engine."""
+    running: int
+    """Requests that the gatekeeper believes to run."""
+    backlog: int
+    """Requests in its model of the queue."""
+    admitted: int
+    ended: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
+    engine: dict[str, int] = field(default_factory=dict)
+    balanced: str = "yes"
+    """Or why the gatekeeper's books do not balance."""
+
+
+class _Recorder:
+    """Metrics go nowhere."""
+
+    def count(self, name: str, amount: float, labels: Any) -> None: ...
+
+    def observe(self, name: str, value: float, labels: Any) -> None: ...
+
+
+class Local:
+    """A running service; made by `local_service`."""
+
+    def __init__(self, engine: LanguageModel, gatekeeper: LocalGatekeeper, http_url: str, grpc_url: str) -> None:
+        self._engine, self._gatekeeper = engine, gatekeeper
+        self.http_url, self.grpc_url = http_url, grpc_url
+
+    async def look(self) -> Held:
+        gc.collect()
+        process, load, counts = psutil.Process(), await self._engine.load(), await self._gatekeeper.counts()
+        balanced = "yes"
+        try:
+            await self._gatekeeper.check()
+        except RuntimeError as error:
+            balanced = str(error)
+        ended = {name: sum(getattr(counts, name).values()) for name in ("finished", "cancelled", "failed")}
+        rejected: dict[str, int] = {}
+        for (_, _, code), count in counts.rejected.items():
+            rejected[code] = rejected.get(code, 0) + count
+        return Held(
+            rss_bytes=process.memory_info().rss,
+            num_files=process.num_fds(),
+            num_threads=threading.active_count(),
+            num_tasks=len(asyncio.all_tasks()),
+            pages=load.pages_held,
+            pieces=load.num_running + load.num_waiting,
+            running=counts.running,
+            backlog=sum(model.num_requests for model in counts.models.values()),
+            admitted=sum(counts.admitted.values()),
+            ended=ended,
+            rejected=rejected,
+            engine={n: getattr(load, f"num_{n}") for n in ("accepted", "finished", "cancelled", "failed")},
+            balanced=balanced,
+        )
+
+
+@asynccontextmanager
+async def local_service(settings: ServeSettings) -> AsyncIterator[Local]:
+    """Start the first model of the settings and both edges on free ports."""
+    torch.set_num_threads(1)
+    model, limits = settings.models[0], settings.limits
+    engine = LanguageModel(model)
+    await engine.warm_up()
+    parts = LocalSpokes(engine, CodecDecoder(model, limits), TextEncoder(model), ChromaExtractor(model, limits))
+    gatekeeper = LocalGatekeeper(settings)
+    watch = Watch(_Recorder(), settings.observability.player_buffer_s)
+    service = GenerationService(settings, {model.name: Pipeline(parts, settings.failover)}, gatekeeper, watch)
+    await service.start()
+    grpc = await start_server(lambda: service, settings.grpc.model_copy(update={"port": 0}), limits)
+    config = uvicorn.Config(create_app(service), port=0, log_level="error", lifespan="off")
+    http = uvicorn.Server(config)
+    serving = asyncio.create_task(http.serve())
+    while not http.started:
+        await asyncio.sleep(0.01)
+    port = http.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Local(engine, gatekeeper, f"http://127.0.0.1:{port}", f"grpc://127.0.0.1:{grpc.port}")
+    finally:
+        http.should_exit = True
+        await serving
+        await grpc.stop(0)
+        await service.close()
+        await engine.close()
+        gatekeeper.close()
+
+
+class LocalProcess:
+    """A local service in a process of its own; made by `local_process`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        urls = json.loads(self._line())
+        self.http_url, self.grpc_url = str(urls["http_url"]), str(urls["grpc_url"])
+
+    def look(self) -> Held:
+        assert self._process.stdin is not None
+        print("look", file=self._process.stdin, flush=True)
+        return Held(**json.loads(self._line()))
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the local service ended; its last words are above")
+        return line
+
+
+@contextmanager
+def local_process(settings: dict[str, Any]) -> Iterator[LocalProcess]:
+    """A service with these settings; ends with the context."""
+    command = [sys.executable, "-m", "benchmarks.serving_local", json.dumps(settings)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield LocalProcess(process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+async def _run(settings: ServeSettings) -> None:
+    async with local_service(settings) as local:
+        print(json.dumps({"http_url": local.http_url, "grpc_url": local.grpc_url}), flush=True)
+        while await asyncio.to_thread(sys.stdin.readline):
+            print(json.dumps(asdict(await local.look())), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", help="JSON, as in the service's file")
+    asyncio.run(_run(load_settings(json.loads(parser.parse_args().settings))))
+
+
+if __name__ == "__main__":
+    main()
