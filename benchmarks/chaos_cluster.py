@@ -1,0 +1,124 @@
+"""A service of its own on this machine whose replicas can be found, killed and waited for.
+
+Owns the settings of such a service and the knowledge of how Ray names its processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from musicgen_serving import cluster
+from musicgen_serving.app import APP_NAME
+from musicgen_serving.settings import ServeSettings
+
+MODEL = "demo"
+PARTS = {
+    "LanguageModel": "language_model",
+    "CodecDecoder": "codec",
+    "TextEncoder": "text_encoder",
+    "ChromaExtractor": "chroma",
+}
+"""Deployments of a model, and their section of its settings."""
+INGRESSES = {"HttpIngress": "http", "GrpcIngress": "grpc"}
+KINDS = (*PARTS, "Gatekeeper", *INGRESSES)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def settings(
+    replicas: Mapping[str, int], *, usage_file: Path | None = None, model: Mapping[str, Any] | None = None, **more: Any
+) -> ServeSettings:
+    """Settings of a small service of the embedded model on free ports.
+
+    Args:
+        replicas: by kind; one of each that is not named. There is only ever one gatekeeper.
+        model, more: further settings of the model, and sections of the service.
+    """
+
+    def how(kind: str) -> dict[str, int]:
+        count = replicas.get(kind, 1)
+        return {"min_replicas": count, "max_replicas": count}
+
+    one = {"name": MODEL, "kv_memory_bytes": 256 * 2**20, "num_threads": 1}
+    one |= {section: how(kind) for kind, section in PARTS.items()} | dict(model or {})
+    sections: dict[str, Any] = {
+        section: {"port": free_port(), "ingress": how(kind)} for kind, section in INGRESSES.items()
+    }
+    sections |= {
+        "models": [one],
+        "admission": {"max_wait_s": 3600.0},
+        "access": {"open": True, "usage_file": None if usage_file is None else str(usage_file)},
+    }
+    return ServeSettings(**(sections | more))
+
+
+@contextmanager
+def running(how: ServeSettings) -> Iterator[cluster.Endpoints]:
+    """The service, started and stopped."""
+    endpoints = cluster.start(how)
+    try:
+        yield endpoints
+    finally:
+        cluster.stop()
+
+
+def deployment(kind: str) -> str:
+    """The name of a kind's deployment."""
+    return f"{kind}-{MODEL}" if kind in PARTS else kind
+
+
+def handle(kind: str) -> Any:
+    """A handle of a kind's deployment."""
+    from ray import serve
+
+    return serve.get_deployment_handle(deployment(kind), APP_NAME)
+
+
+def replica_pids(kind: str) -> set[int]:
+    """Processes of a kind's replicas, among those that this process has started."""
+    title = f"ray::ServeReplica:{APP_NAME}:{deployment(kind)}"
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            continue
+        if words and words[0].split(".")[0].rstrip() == title:
+            found.add(process.pid)
+    return found
+
+
+def kill(pid: int) -> None:
+    """SIGKILL: nothing is said to anybody."""
+    os.kill(pid, signal.SIGKILL)
+
+
+def wait_whole(kind: str, count: int, without: set[int], timeout_s: float = 120.0) -> float:
+    """Wait until `count` replicas run, none of which is in `without`; returns the seconds it took.
+
+    Raises:
+        TimeoutError: they do not come.
+    """
+    from ray import serve
+
+    began = time.monotonic()
+    while time.monotonic() - began < timeout_s:
+        if len(replica_pids(kind)) == count and not replica_pids(kind) & without:
+            states = serve.status().applications[APP_NAME].deployments[deployment(kind)].replica_states
+            if {str(getattr(state, "value", state)): n for state, n in states.items()} == {"RUNNING": count}:
+                return time.monotonic() - began
+        time.sleep(0.1)
+    raise TimeoutError(f"expected {count} replicas of {kind} within {timeout_s:g} s, got {len(replica_pids(kind))}")
