@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from musicgen_serving import replicas
+from musicgen_serving import ingress, replicas
 from musicgen_serving.autoscaling import ByLoad
 from musicgen_serving.settings import ModelSettings, ReplicaSettings, ServeSettings, load_settings
 
@@ -32,26 +32,28 @@ def build_app(values: dict[str, Any]) -> Application:
     gatekeeper = _deployment(replicas.GatekeeperReplica, "Gatekeeper", ReplicaSettings(), settings).bind(settings)
     others = []
     if settings.grpc.port:
-        grpc = _deployment(replicas.GrpcIngress, "GrpcIngress", settings.grpc.ingress, settings)
+        grpc = _deployment(ingress.GrpcIngress, "GrpcIngress", settings.grpc.ingress, settings)
         others.append(grpc.bind(settings, parts, gatekeeper))
-    http = _deployment(serve.ingress()(replicas.HttpIngress), "HttpIngress", settings.http.ingress, settings)
+    http = _deployment(serve.ingress()(ingress.HttpIngress), "HttpIngress", settings.http.ingress, settings)
     return http.bind(settings, parts, gatekeeper, *others)
 
 
 def _parts(model: ModelSettings, settings: ServeSettings) -> tuple[Application, ...]:
     """One model's deployments, in the order of `RaySpokes`."""
-    level, limits = settings.observability.log_level, settings.limits
+    limits, watched = settings.limits, settings.observability
 
     def name(part: str) -> str:
         return f"{part}-{model.name}"
 
+    language_model = _deployment(replicas.LanguageModelReplica, name("LanguageModel"), model.language_model, settings)
+    codec = _deployment(replicas.CodecReplica, name("CodecDecoder"), model.codec, settings)
+    text_encoder = _deployment(replicas.TextEncoderReplica, name("TextEncoder"), model.text_encoder, settings)
+    chroma = _deployment(replicas.ChromaReplica, name("ChromaExtractor"), model.chroma, settings)
     return (
-        _deployment(replicas.LanguageModelReplica, name("LanguageModel"), model.language_model, settings).bind(
-            model, level
-        ),
-        _deployment(replicas.CodecReplica, name("CodecDecoder"), model.codec, settings).bind(model, limits, level),
-        _deployment(replicas.TextEncoderReplica, name("TextEncoder"), model.text_encoder, settings).bind(model, level),
-        _deployment(replicas.ChromaReplica, name("ChromaExtractor"), model.chroma, settings).bind(model, limits, level),
+        language_model.bind(model, watched),
+        codec.bind(model, limits, watched),
+        text_encoder.bind(model, watched),
+        chroma.bind(model, limits, watched),
     )
 
 

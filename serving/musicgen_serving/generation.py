@@ -102,6 +102,7 @@ class GenerationService:
         except MusicGenError as error:
             self._watch.rejected(request.model, tenant.tenant_class, errors.report(error).code)
             raise
+        self._log_admitted(tenant, request)
         watch = self._watch.admitted(
             request.request_id, request.model, tenant.tenant_class, is_stream=request.chunks is not None
         )
@@ -127,7 +128,7 @@ class GenerationService:
             running.reason = FinishReason.CANCELLED if stopped else FinishReason.FAILED
             running.error = error
             if not isinstance(error, MusicGenError):
-                logger.exception("request %s failed", request.request_id)
+                logger.exception("failed", extra={"request_id": request.request_id})
             if not has_started:
                 raise
         await self._register.settle(running)
@@ -158,6 +159,17 @@ class GenerationService:
                 else:
                     assert isinstance(event, PieceReport)
                     running.reports[event.piece] = event
+
+    def _log_admitted(self, tenant: Tenant, request: GenerationRequest) -> None:
+        fields: dict[str, object] = {
+            "request_id": request.request_id,
+            "model": request.model,
+            "tenant_class": tenant.tenant_class,
+            "audio_s": request.audio_s,
+        }
+        if self._settings.observability.log_prompts:
+            fields["prompts"] = [piece.prompt for piece in request.pieces]
+        logger.info("admitted", extra=fields)
 
     async def _checked(self, tenant: Tenant, request: GenerationRequest) -> ModelConfig:
         """The model's shapes, if the tenant may have what it asks for."""

@@ -13,6 +13,7 @@ from contextlib import aclosing
 
 from musicgen.config import ModelConfig
 from musicgen.errors import MusicGenError
+from musicgen_serving import tracing
 from musicgen_serving.admission import Ticket
 from musicgen_serving.concurrency import together
 from musicgen_serving.pipeline import PieceEvent, Pipeline, Prepared
@@ -68,9 +69,11 @@ class Maker:
         self._news.set()
 
     async def _make(self) -> None:
-        prepared = await self._pipeline.prepare(self._request, self._config)
-        await self._put(prepared)
-        await together(*(self._make_piece(prepared, piece) for piece in range(len(self._request.pieces))))
+        request = self._request
+        with tracing.span("generate", request.trace_parent, request_id=request.request_id, model=request.model):
+            prepared = await self._pipeline.prepare(request, self._config)
+            await self._put(prepared)
+            await together(*(self._make_piece(prepared, piece) for piece in range(len(request.pieces))))
 
     async def _make_piece(self, prepared: Prepared, piece: int) -> None:
         async with aclosing(self._pipeline.run(prepared, piece, self._request, self._ticket)) as events:

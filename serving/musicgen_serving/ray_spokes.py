@@ -20,6 +20,7 @@ from torch import Tensor
 from musicgen.codec_stream import StreamPiece, StreamState
 from musicgen.errors import EngineDeadError, MusicGenError
 from musicgen.types import EngineRequest
+from musicgen_serving import tracing
 from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Tenant, Ticket
 from musicgen_serving.deployments.chroma import Recording
 from musicgen_serving.deployments.language_model import LanguageModelEvent, ModelCard
@@ -43,13 +44,19 @@ def translated(error: BaseException) -> BaseException:
     return LostError(f"{type(cause).__name__}: {cause}")
 
 
-async def call(method: Any, *arguments: object) -> Any:
+def _traced() -> dict[str, str]:
+    """The argument by which a call takes the present span along."""
+    trace = tracing.present()
+    return {} if trace is None else {"trace": trace}
+
+
+async def call(method: Any, *arguments: object, **named: object) -> Any:
     """Call a deployment's method; a caller that is cancelled cancels the call.
 
     Raises:
         LostError: the replica is gone or broken. MusicGenError: what the method raised.
     """
-    response = method.remote(*arguments)
+    response = method.remote(*arguments, **named)
     try:
         return await response
     except (RayError, RayServeException, MusicGenError) as error:
@@ -82,15 +89,15 @@ class RaySpokes:
         return card
 
     async def encode_text(self, prompt: str) -> Tensor:
-        states: Tensor = await call(self._text_encoder.encode, prompt)
+        states: Tensor = await call(self._text_encoder.encode, prompt, **_traced())
         return states
 
     async def extract_chroma(self, recording: Recording) -> list[Tensor]:
-        chroma: list[Tensor] = await call(self._chroma.extract, recording)
+        chroma: list[Tensor] = await call(self._chroma.extract, recording, **_traced())
         return chroma
 
     async def encode_prompt(self, content: bytes, duration_s: float) -> Tensor:
-        codes: Tensor = await call(self._codec.encode, content, duration_s)
+        codes: Tensor = await call(self._codec.encode, content, duration_s, **_traced())
         return codes
 
     async def initial_state(self) -> StreamState:
@@ -99,7 +106,7 @@ class RaySpokes:
         return state
 
     async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
-        result: tuple[Tensor, StreamState] = await call(self._codec.decode, piece)
+        result: tuple[Tensor, StreamState] = await call(self._codec.decode, piece, **_traced())
         return result
 
     @asynccontextmanager
@@ -114,7 +121,7 @@ class RaySpokes:
             self._leased.discard(request.request_id)
 
     async def _generate(self, request: EngineRequest) -> AsyncGenerator[LanguageModelEvent, None]:
-        stream: Any = self._language_model.options(stream=True).generate.remote(request)
+        stream: Any = self._language_model.options(stream=True).generate.remote(request, **_traced())
         try:
             async for event in stream:
                 yield event

@@ -6,50 +6,43 @@ A replica counts as started when its constructor returns: then it is loaded and 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import torch
-from fastapi import FastAPI
 from ray import serve
+from torch import Tensor
 
+from musicgen.codec_stream import StreamPiece, StreamState
 from musicgen.errors import OverloadedError
+from musicgen.types import EngineRequest
+from musicgen_serving import logs, tracing
 from musicgen_serving.admission import AdmissionRequest, Ticket
 from musicgen_serving.autoscaling import LOAD
-from musicgen_serving.deployments.chroma import ChromaExtractor
+from musicgen_serving.deployments.chroma import ChromaExtractor, Recording
 from musicgen_serving.deployments.codec import CodecDecoder
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
-from musicgen_serving.deployments.language_model import LanguageModel
+from musicgen_serving.deployments.language_model import LanguageModel, LanguageModelEvent
 from musicgen_serving.deployments.text_encoder import TextEncoder
-from musicgen_serving.generation import GenerationService
-from musicgen_serving.grpc_api.server import GrpcServer, start_server
-from musicgen_serving.http_api.app import create_app
-from musicgen_serving.metrics import RayRecorder, node_metrics
-from musicgen_serving.pipeline import Pipeline
-from musicgen_serving.ray_spokes import Handle, RayGatekeeper, RaySpokes
-from musicgen_serving.settings import LimitSettings, ModelSettings, ServeSettings
-from musicgen_serving.watch import Watch
+from musicgen_serving.metrics import RayRecorder
+from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings, ServeSettings
 
-Parts = tuple[Handle, Handle, Handle, Handle]
-"""Handles of one model's language model, codec, text encoder and chroma extractor."""
 GAUGES_S = 1.0
 """Between two looks at a replica's load."""
-COUNT_S = 2.0
-"""Between two counts of the engines."""
 
 
-def set_up(log_level: str, num_threads: int | None = 1) -> None:
+def set_up(part: str, observability: ObservabilitySettings, num_threads: int = 1) -> None:
     """Prepare the process of a replica.
 
     Args:
-        num_threads: of torch; None leaves torch's own choice. One by default: results are the same in every process.
+        part: what runs here, for logs and spans.
+        num_threads: of torch. One by default: results are the same in every process.
     """
-    logging.getLogger("musicgen_serving").setLevel(log_level)
-    logging.getLogger("musicgen").setLevel(log_level)
+    logs.set_up(observability.log_level, part)
+    tracing.set_up(observability.otlp_endpoint, part)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
 
 
 def _labels(model: str) -> dict[str, str]:
@@ -59,11 +52,20 @@ def _labels(model: str) -> dict[str, str]:
 class LanguageModelReplica(LanguageModel):
     """The engine of one replica."""
 
-    async def __init__(self, settings: ModelSettings, log_level: str) -> None:  # type: ignore[misc]
-        set_up(log_level, settings.num_threads or os.cpu_count())
+    async def __init__(self, settings: ModelSettings, observability: ObservabilitySettings) -> None:  # type: ignore[misc]
+        set_up("language-model", observability, settings.num_threads or os.cpu_count() or 1)
         super().__init__(settings)
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
+
+    async def generate(
+        self, request: EngineRequest, trace: str | None = None
+    ) -> AsyncGenerator[LanguageModelEvent, None]:
+        """As `LanguageModel.generate`, in a span under `trace`."""
+        with tracing.long_span("language_model.generate", trace, request_id=request.request_id):
+            async with aclosing(super().generate(request)) as events:
+                async for event in events:
+                    yield event
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve."""
@@ -88,11 +90,23 @@ class LanguageModelReplica(LanguageModel):
 class CodecReplica(CodecDecoder):
     """The codec of one replica."""
 
-    async def __init__(self, settings: ModelSettings, limits: LimitSettings, log_level: str) -> None:  # type: ignore[misc]
-        set_up(log_level)
+    async def __init__(  # type: ignore[misc]
+        self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
+    ) -> None:
+        set_up("codec", observability)
         super().__init__(settings, limits)
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
+
+    async def decode(self, piece: StreamPiece, trace: str | None = None) -> tuple[Tensor, StreamState]:
+        """As `CodecDecoder.decode`, in a span under `trace`."""
+        with tracing.span("codec.decode", trace, frames=piece.codes.shape[-1]):
+            return await super().decode(piece)
+
+    async def encode(self, content: bytes, duration_s: float, trace: str | None = None) -> Tensor:
+        """As `CodecDecoder.encode`, in a span under `trace`."""
+        with tracing.span("codec.encode", trace):
+            return await super().encode(content, duration_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve."""
@@ -108,10 +122,15 @@ class CodecReplica(CodecDecoder):
 class TextEncoderReplica(TextEncoder):
     """The text encoder of one replica."""
 
-    async def __init__(self, settings: ModelSettings, log_level: str) -> None:  # type: ignore[misc]
-        set_up(log_level)
+    async def __init__(self, settings: ModelSettings, observability: ObservabilitySettings) -> None:  # type: ignore[misc]
+        set_up("text-encoder", observability)
         super().__init__(settings)
         await self.warm_up()
+
+    async def encode(self, prompt: str, trace: str | None = None) -> Tensor:
+        """As `TextEncoder.encode`, in a span under `trace`."""
+        with tracing.span("text_encoder.encode", trace):
+            return await super().encode(prompt)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve."""
@@ -121,10 +140,17 @@ class TextEncoderReplica(TextEncoder):
 class ChromaReplica(ChromaExtractor):
     """The melody features of one replica."""
 
-    async def __init__(self, settings: ModelSettings, limits: LimitSettings, log_level: str) -> None:  # type: ignore[misc]
-        set_up(log_level)
+    async def __init__(  # type: ignore[misc]
+        self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
+    ) -> None:
+        set_up("chroma", observability)
         super().__init__(settings, limits)
         await self.warm_up()
+
+    async def extract(self, recording: Recording, trace: str | None = None) -> list[Tensor]:
+        """As `ChromaExtractor.extract`, in a span under `trace`."""
+        with tracing.span("chroma.extract", trace):
+            return await super().extract(recording)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve."""
@@ -135,7 +161,7 @@ class GatekeeperReplica(LocalGatekeeper):
     """The one gatekeeper."""
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
-        set_up(settings.observability.log_level)
+        set_up("gatekeeper", settings.observability)
         super().__init__(settings)
         self._draining = False
         self._gauges = asyncio.create_task(self._show_gauges())
@@ -160,71 +186,3 @@ class GatekeeperReplica(LocalGatekeeper):
 
     def check_health(self) -> None:
         """A gatekeeper that answers is well."""
-
-
-class Ingress:
-    """What both ingresses are: the service in this process, reaching its parts through handles.
-
-    Args:
-        parts: for each model's name, handles of its language model, codec, text encoder and chroma extractor.
-    """
-
-    def __init__(self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle) -> None:
-        set_up(settings.observability.log_level)
-        self.settings = settings
-        pipelines = {
-            name: Pipeline(RaySpokes(handles, settings.failover.lease_s), settings.failover)
-            for name, handles in parts.items()
-        }
-        self._engines = {name: handles[0] for name, handles in parts.items()}
-        watch = Watch(RayRecorder(), settings.observability.player_buffer_s)
-        self.gatekeeper = RayGatekeeper(gatekeeper)
-        self.service = GenerationService(settings, pipelines, self.gatekeeper, watch)
-
-    async def start(self) -> None:
-        """Begin to report, and to count the engines."""
-        await self.service.start()
-        self._counting = asyncio.create_task(self._count_engines())
-
-    async def _count_engines(self) -> None:
-        """Tell the gatekeeper how many engines there are: what it foresees depends on it."""
-        while True:
-            for model, engine in self._engines.items():
-                with suppress(Exception):  # the next count comes soon
-                    loads = await engine.broadcast("load").results_async(timeout_s=COUNT_S, return_exceptions=True)
-                    await self.gatekeeper.set_capacity(model, sum(not isinstance(load, Exception) for load in loads))
-            await asyncio.sleep(COUNT_S)
-
-    def check_health(self) -> None:
-        """An ingress that answers is well; whether its parts are is `/readyz`."""
-
-
-class HttpIngress(Ingress):
-    """The HTTP API behind Serve's proxy."""
-
-    async def __init__(  # type: ignore[misc]
-        self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle, *_others: Handle
-    ) -> None:
-        super().__init__(settings, parts, gatekeeper)
-        await self.start()
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service, metrics=node_metrics, id_is_echoed=True)
-
-
-class GrpcIngress(Ingress):
-    """The gRPC API: a server of its own in the replica, because Serve's proxy loses cancellations and has no TLS."""
-
-    async def __init__(  # type: ignore[misc]
-        self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle
-    ) -> None:
-        super().__init__(settings, parts, gatekeeper)
-        await self.start()
-        self._server: GrpcServer = await start_server(lambda: self.service, settings.grpc, settings.limits)
-
-    async def port(self) -> int:
-        """The port that it listens on."""
-        return self._server.port
-
-    async def __del__(self) -> None:
-        await self._server.stop(self.settings.drain_s)

@@ -89,13 +89,15 @@ class RequestWatch:
             if self._is_stream:
                 self._continuity()
         logger.info(
-            "request %s %s: %.2f s of audio in %.2f s, first after %s, %s",
-            self._request_id,
             end.reason.value,
-            audio_s,
-            total_s,
-            "-" if self.first_audio_s is None else f"{self.first_audio_s:.2f} s",
-            error_code or "ok",
+            extra={
+                "request_id": self._request_id,
+                "audio_s": round(audio_s, 3),
+                "total_s": round(total_s, 3),
+                "first_audio_s": self.first_audio_s,
+                "code": error_code,
+                **self._labels,
+            },
         )
 
     def _continuity(self) -> None:

@@ -1,0 +1,97 @@
+"""The edges in Ray's processes: the service, reaching its parts through handles, behind HTTP or gRPC. No logic."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from fastapi import FastAPI
+
+from musicgen_serving.generation import GenerationService
+from musicgen_serving.grpc_api.server import GrpcServer, start_server
+from musicgen_serving.http_api.app import create_app
+from musicgen_serving.metrics import RayRecorder, node_metrics
+from musicgen_serving.pipeline import Pipeline
+from musicgen_serving.ray_spokes import Handle, RayGatekeeper, RaySpokes
+from musicgen_serving.replicas import set_up
+from musicgen_serving.settings import ServeSettings
+from musicgen_serving.watch import Watch
+
+Parts = tuple[Handle, Handle, Handle, Handle]
+"""Handles of one model's language model, codec, text encoder and chroma extractor."""
+COUNT_S = 2.0
+"""Between two counts of the engines."""
+
+
+class Ingress:
+    """What both ingresses are: the service in this process, reaching its parts through handles.
+
+    Args:
+        parts: for each model's name, handles of its language model, codec, text encoder and chroma extractor.
+    """
+
+    part = "ingress"
+
+    def __init__(self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle) -> None:
+        set_up(self.part, settings.observability)
+        self.settings = settings
+        pipelines = {
+            name: Pipeline(RaySpokes(handles, settings.failover.lease_s), settings.failover)
+            for name, handles in parts.items()
+        }
+        self._engines = {name: handles[0] for name, handles in parts.items()}
+        watch = Watch(RayRecorder(), settings.observability.player_buffer_s)
+        self.gatekeeper = RayGatekeeper(gatekeeper)
+        self.service = GenerationService(settings, pipelines, self.gatekeeper, watch)
+
+    async def start(self) -> None:
+        """Begin to report, and to count the engines."""
+        await self.service.start()
+        self._counting = asyncio.create_task(self._count_engines())
+
+    async def _count_engines(self) -> None:
+        """Tell the gatekeeper how many engines there are: what it foresees depends on it."""
+        while True:
+            for model, engine in self._engines.items():
+                with suppress(Exception):  # the next count comes soon
+                    loads = await engine.broadcast("load").results_async(timeout_s=COUNT_S, return_exceptions=True)
+                    await self.gatekeeper.set_capacity(model, sum(not isinstance(load, Exception) for load in loads))
+            await asyncio.sleep(COUNT_S)
+
+    def check_health(self) -> None:
+        """An ingress that answers is well; whether its parts are is `/readyz`."""
+
+
+class HttpIngress(Ingress):
+    """The HTTP API behind Serve's proxy."""
+
+    part = "http"
+
+    async def __init__(  # type: ignore[misc]
+        self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle, *_others: Handle
+    ) -> None:
+        super().__init__(settings, parts, gatekeeper)
+        await self.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.service, metrics=node_metrics, id_is_echoed=True)
+
+
+class GrpcIngress(Ingress):
+    """The gRPC API: a server of its own in the replica, because Serve's proxy loses cancellations and has no TLS."""
+
+    part = "grpc"
+
+    async def __init__(  # type: ignore[misc]
+        self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle
+    ) -> None:
+        super().__init__(settings, parts, gatekeeper)
+        await self.start()
+        self._server: GrpcServer = await start_server(lambda: self.service, settings.grpc, settings.limits)
+
+    async def port(self) -> int:
+        """The port that it listens on."""
+        return self._server.port
+
+    async def __del__(self) -> None:
+        await self._server.stop(self.settings.drain_s)

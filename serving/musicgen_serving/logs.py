@@ -1,0 +1,44 @@
+"""Log lines of the service's processes: one JSON object a line, with the request's id. No prompts unless asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import datetime, timezone
+
+LOGGERS = ("musicgen", "musicgen_serving")
+FIELDS = ("request_id", "model", "tenant_class", "reason", "code", "audio_s", "total_s", "first_audio_s", "prompts")
+"""What a line may carry beside its text: `logger.info(..., extra={...})`."""
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self._part = part
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "part": self._part,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line.update({name: getattr(record, name) for name in FIELDS if hasattr(record, name)})
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def set_up(level: str, part: str) -> None:
+    """Write the lines of this process to its standard error, which Ray keeps in its log files."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter(part))
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers = [handler]
+        logger.propagate = False
