@@ -144,13 +144,12 @@ def test_shards_of_other_parts_need_not_be_there(
 
 def test_an_index_that_does_not_fit_its_shards_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["text-stereo"], tmp_path / "model"))
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    del index["weight_map"]["decoder.lm_heads.3.weight"]
-    path.write_text(json.dumps(index))
-    with pytest.raises(WeightsError, match=r"decoder\.lm_heads\.3\.weight"):
-        load_model(str(folder))
-    path.write_text('{"weight_map": 3}')
+    index = folder / "model.safetensors.index.json"
+    shard = folder / json.loads(index.read_text())["weight_map"]["decoder.lm_heads.3.weight"]
+    save_file(load_file(shard) | {"decoder.unheard_of": torch.zeros(1)}, shard)
+    with pytest.raises(WeightsError, match=r"decoder\.unheard_of"):
+        open_checkpoint(str(folder)).language_model()
+    index.write_text('{"weight_map": 3}')
     with pytest.raises(WeightsError, match="weight_map"):
         open_checkpoint(str(folder))
 
@@ -206,6 +205,7 @@ def test_audiocrafts_files_are_needed_each_for_its_part(tmp_path: Path) -> None:
     _edit_bin(folder / "state_dict.bin", strip)
     opened = open_checkpoint(str(folder))
     assert_equal(opened.codec(), (whole.codec, whole.codec_encoder))
+    assert_equal(opened.text_encoder(), whole.text_encoder)
     with pytest.raises(WeightsError, match=r"emb\.0\.weight"):
         opened.language_model()
 
