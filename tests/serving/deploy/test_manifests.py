@@ -290,6 +290,8 @@ def test_the_head_survives_and_strangers_do_not_get_in() -> None:
     cluster = ray_service("rayservice")["spec"]["rayClusterConfig"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["enableInTreeAutoscaling"] is True
+    password = cluster["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert password["key"] in of_kind("Secret")[password["name"]]["stringData"]
     host, _, port = cluster["gcsFaultToleranceOptions"]["redisAddress"].partition(":")
     service = of_kind("Service")[host]["spec"]
     assert service["ports"][0]["port"] == int(port)
