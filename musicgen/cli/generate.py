@@ -98,8 +98,8 @@ def _make(
                 wavs = _generate(model, batch, recordings)
             for piece, wav in zip(batch, wavs, strict=True):
                 with watch.measure("write"):
-                    path = _write(options, piece, wav, model, loudness_lufs)
-                    written = _read_back(path, piece, plot=options.plot)
+                    path = write_piece(options, piece, wav, model, loudness_lufs)
+                    written = read_back(path, piece, plot=options.plot)
                 bar.say(report.line(written))
     report.finish(watch.seconds)
     return 0
@@ -157,7 +157,7 @@ def _at_one_rate(recordings: list[Recording], model_rate: int) -> tuple[list[Ten
     return [resample(recording.wav, recording.sample_rate, model_rate) for recording in recordings], model_rate
 
 
-def _write(options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen, loudness_lufs: float) -> Path:
+def write_piece(options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen, loudness_lufs: float) -> Path:
     """Write one piece. Returns where."""
     from musicgen.audio import audio_write, generation_metadata
 
@@ -175,7 +175,7 @@ def _write(options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen,
     )
 
 
-def _read_back(path: Path, piece: Piece, *, plot: bool) -> Written:
+def read_back(path: Path, piece: Piece, *, plot: bool) -> Written:
     """What the file holds, measured and drawn from the file itself: a lossy format moves the peak."""
     from musicgen.api import MAX_DURATION_S
     from musicgen.audio import load_audio

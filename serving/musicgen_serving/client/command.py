@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from musicgen.cli.checks import check_loudness
-from musicgen.cli.generate import _read_back, _write
+from musicgen.cli.generate import read_back, write_piece
 from musicgen.cli.options import GenerateOptions
 from musicgen.cli.plan import Piece, make_folder, plan_pieces
 from musicgen.cli.report import Bar, Report
@@ -78,8 +78,8 @@ def generate_remote(options: GenerateOptions, url: str, api_key: str | None) -> 
                 for piece, generated in zip(batch, made, strict=True):
                     with watch.measure("write"):
                         wav = torch.from_numpy(generated.samples.copy())
-                        path = _write(options, piece, wav, model, loudness_lufs)
-                        written = _read_back(path, piece, plot=options.plot)
+                        path = write_piece(options, piece, wav, model, loudness_lufs)
+                        written = read_back(path, piece, plot=options.plot)
                     bar.say(report.line(written))
         report.finish(watch.seconds)
     return 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from musicgen.audio import generation_metadata
 from musicgen.errors import InvalidRequestError
 from musicgen.types import FinishReason
-from musicgen_serving.http_api.formats import encode_raw, encode_whole
+from musicgen_serving.audio_formats import encode_raw, encode_whole
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.types import GenerationEnd, GenerationStatus, ModelInfo, PieceAudio, PieceReport, Started
 

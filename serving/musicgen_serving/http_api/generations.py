@@ -12,12 +12,12 @@ from starlette.responses import Response
 from musicgen.errors import InvalidRequestError
 from musicgen.types import ChunkPolicy
 from musicgen_serving.admission import Tenant
+from musicgen_serving.audio_formats import EVENT_FORMATS, STREAM_FORMATS
 from musicgen_serving.checks import RequestFields, build_request, is_request_id
 from musicgen_serving.errors import NotFoundError, UnauthenticatedError
 from musicgen_serving.http_api.body import parse_body, read_body
 from musicgen_serving.http_api.delivery import Delivery, GenerationResponse, Wish
 from musicgen_serving.http_api.errors import request_id_of
-from musicgen_serving.http_api.formats import EVENT_FORMATS, STREAM_FORMATS
 from musicgen_serving.http_api.openapi import ERRORS, GENERATION_DOCS, GENERATION_RESPONSES
 from musicgen_serving.http_api.schemas import GenerationBody, StatusBody
 from musicgen_serving.http_api.sse import SseDelivery

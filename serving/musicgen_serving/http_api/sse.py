@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from musicgen.types import FinishReason
+from musicgen_serving.audio_formats import encode_raw
 from musicgen_serving.errors import report
 from musicgen_serving.http_api.delivery import (
     PieceOrder,
@@ -25,7 +26,6 @@ from musicgen_serving.http_api.delivery import (
     next_started,
 )
 from musicgen_serving.http_api.errors import ConnectionCutError, error_object
-from musicgen_serving.http_api.formats import encode_raw
 from musicgen_serving.http_api.whole import usage_of
 from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationRequest, PieceAudio, Started
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from musicgen.types import FinishReason
+from musicgen_serving.audio_formats import media_type, stream_encoder
 from musicgen_serving.http_api.delivery import (
     PieceOrder,
     Sender,
@@ -17,7 +18,6 @@ from musicgen_serving.http_api.delivery import (
     next_started,
 )
 from musicgen_serving.http_api.errors import ConnectionCutError
-from musicgen_serving.http_api.formats import media_type, stream_encoder
 from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationRequest, PieceAudio
 
 

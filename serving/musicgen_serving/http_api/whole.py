@@ -13,6 +13,7 @@ from torch import Tensor
 
 from musicgen.loudness import normalize_audio
 from musicgen.types import FinishReason
+from musicgen_serving.audio_formats import encode_whole, file_rate, media_type
 from musicgen_serving.http_api.delivery import (
     PieceOrder,
     Sender,
@@ -22,7 +23,6 @@ from musicgen_serving.http_api.delivery import (
     file_metadata,
     next_started,
 )
-from musicgen_serving.http_api.formats import encode_whole, file_rate, media_type
 from musicgen_serving.http_api.schemas import GenerationResult, PieceResult, UsageBody
 from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationRequest, PieceAudio, PieceReport, Started
 

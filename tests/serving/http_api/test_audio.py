@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from musicgen_serving.http_api.formats import STREAM_FORMATS, stream_encoder
+from musicgen_serving.audio_formats import STREAM_FORMATS, stream_encoder
 from serving.http_api.conftest import Client
 from serving.http_api.fakes import RATE, checksum, samples_of
 
