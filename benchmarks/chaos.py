@@ -20,12 +20,13 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from musicgen_serving.client import Retries
 from musicgen_serving.cluster import Endpoints
 
 from benchmarks import chaos_cluster
-from benchmarks.chaos_streams import Listener, Song, Tally, stalls_s, undisturbed
+from benchmarks.chaos_streams import Listener, Song, Tally, all_heard, longest_silence_s, undisturbed
 
 PROMPTS = ("happy rock", "sad jazz", "slow piano", "fast drums", "calm harp", "loud brass", "old tango", "new waltz")
 PATIENT = Retries(max_attempts=200, first_backoff_s=0.1, max_backoff_s=0.5)
@@ -34,6 +35,8 @@ PAUSE_S = (0.5, 2.5)
 ENCODERS = ("TextEncoder", "ChromaExtractor")
 """They work only when a piece begins: their songs are short."""
 SPEED_BOUND_S = 120.0
+QUIET_S = 8.0
+"""Before the first kill."""
 
 
 @dataclass(slots=True)
@@ -47,8 +50,10 @@ class Outcome:
     num_different: int = 0
     num_failed: int = 0
     num_refused: int = 0
-    stalls_s: list[float] = field(default_factory=list)
-    """For each kill, seconds until the last of the listeners got audio again."""
+    quiet_silences_s: list[float] = field(default_factory=list)
+    """Before the first kill, the longest silence of a listener in each of a few intervals."""
+    silences_s: list[float] = field(default_factory=list)
+    """For each kill, the longest silence of a listener from then until all replicas ran again."""
     replaced_s: list[float] = field(default_factory=list)
     """For each kill, seconds until all replicas ran again."""
     underruns_s: list[float] = field(default_factory=list)
@@ -62,6 +67,9 @@ def main() -> int:
     options = _options()
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if options.table is not None:
+        print(_table(_merged(options.table)))
+        return 0
     outcomes = []
     for kind in options.kinds:
         outcome = _run_kind(kind, options)
@@ -79,10 +87,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=chaos_cluster.KINDS, default=chaos_cluster.KINDS)
     parser.add_argument("--kills", type=int, default=10, help="of each kind")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no more kills of a kind after so long")
     parser.add_argument("--replicas", type=int, default=2, help="of the kind that is killed")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="append the line there too")
+    parser.add_argument("--table", type=Path, help="run nothing: the table of all lines of such a file")
     return parser.parse_args()
 
 
@@ -103,27 +113,29 @@ def _disturb(kind: str, count: int, endpoints: Endpoints, options: argparse.Name
     listeners = _listeners(kind, endpoints, options.streams, tally)
     for listener in listeners:
         listener.start()
-    _until(lambda: all(listener.received_at for listener in listeners))
-    time.sleep(5)
+    _until(lambda: all_heard(listeners, 0.0))
+    quiet_from = time.monotonic()
+    time.sleep(QUIET_S)
+    for number in range(round(QUIET_S / 2)):
+        since = quiet_from + 2 * number
+        outcome.quiet_silences_s.append(longest_silence_s(listeners, since, since + 2))
     with tally.lock:
         outcome.quiet_underruns_s = [s for s in tally.underruns_s if s > 0]
         tally.underruns_s.clear()
     rng = random.Random(f"{options.seed} {kind}")
-    for _ in range(options.kills):
+    began = time.monotonic()
+    while outcome.num_kills < options.kills and time.monotonic() - began < options.seconds:
         time.sleep(rng.uniform(*PAUSE_S))
         victim = rng.choice(sorted(chaos_cluster.replica_pids(kind)))
         at = time.monotonic()
         chaos_cluster.kill(victim)
         outcome.num_kills += 1
         outcome.replaced_s.append(chaos_cluster.wait_whole(kind, count, {victim}))
-        _until(lambda at=at: not any(map(math.isnan, stalls_s(listeners, at))))  # type: ignore[misc]
-        outcome.stalls_s.append(max(stalls_s(listeners, at)))
-        print(
-            f"{kind}: kill {outcome.num_kills}: audio for all after {outcome.stalls_s[-1]:.2f} s, "
-            f"replaced after {outcome.replaced_s[-1]:.1f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        whole_at = time.monotonic()
+        _until(lambda since=whole_at: all_heard(listeners, since))  # type: ignore[misc]
+        outcome.silences_s.append(longest_silence_s(listeners, at, whole_at))
+        text = f"longest silence {outcome.silences_s[-1]:.2f} s, replaced after {outcome.replaced_s[-1]:.1f} s"
+        print(f"{kind}: kill {outcome.num_kills}: {text}", file=sys.stderr, flush=True)
     for listener in listeners:
         listener.stop()
     for listener in listeners:
@@ -171,11 +183,25 @@ def _until(condition: object, timeout_s: float = SPEED_BOUND_S) -> None:
         time.sleep(0.05)
 
 
+def _merged(path: Path) -> list[Outcome]:
+    """The outcomes of several runs, those of the same kind and number of replicas added up."""
+    merged: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text().splitlines():
+        for values in json.loads(line)["kinds"]:
+            known = merged.setdefault((values["kind"], values["num_replicas"]), {})
+            for name, value in values.items():
+                if name in ("kind", "num_replicas"):
+                    known[name] = value
+                elif name == "errors":
+                    known[name] = known.get(name, {}) | value
+                else:
+                    known[name] = known[name] + value if name in known else value
+    return [Outcome(**values) for values in merged.values()]
+
+
 def _table(outcomes: list[Outcome]) -> str:
-    head = (
-        "killed", "replicas", "kills", "finished", "different", "failed", "refused", "audio again s: median", "max",
-        "replica back s: median", "max", "pieces with a gap", "longest gap s",
-    )  # fmt: skip
+    head = ("killed", "replicas", "kills", "finished", "different", "failed", "refused", "silence before s", "after s",
+            "max", "replaced s", "max", "pieces with a gap", "longest gap s")  # fmt: skip
     rows = [head, ("---",) * len(head), *map(_row, outcomes)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -185,7 +211,8 @@ def _row(o: Outcome) -> tuple[str, ...]:
     return (
         o.kind,
         *map(str, counts),
-        *(f"{figure(seconds):.1f}" for seconds in (o.stalls_s, o.replaced_s) for figure in (statistics.median, max)),
+        f"{statistics.median(o.quiet_silences_s):.1f}",
+        *(f"{figure(seconds):.1f}" for seconds in (o.silences_s, o.replaced_s) for figure in (statistics.median, max)),
         str(len(o.underruns_s)),
         f"{max(o.underruns_s, default=0.0):.1f}",
     )

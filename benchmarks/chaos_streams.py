@@ -121,6 +121,20 @@ class Listener(threading.Thread):
             self._tally.underruns_s.append(player.underrun_s)
 
 
-def stalls_s(listeners: Sequence[Listener], at: float) -> list[float]:
-    """For each listener, seconds from `at` until audio came again."""
-    return [next((t - at for t in list(listener.received_at) if t > at), float("nan")) for listener in listeners]
+def longest_silence_s(listeners: Sequence[Listener], since: float, until: float) -> float:
+    """The longest time for which a listener got nothing, of such times that overlap with `since` … `until`.
+
+    Chunks are up to a second apart, and a new piece takes a moment to begin: so there is always some.
+    """
+    longest = 0.0
+    for listener in listeners:
+        times = list(listener.received_at)
+        for earlier, later in itertools.pairwise(times):
+            if later > since and earlier < until:
+                longest = max(longest, later - earlier)
+    return longest
+
+
+def all_heard(listeners: Sequence[Listener], since: float) -> bool:
+    """Whether every listener has got audio since then."""
+    return all(listener.received_at and listener.received_at[-1] > since for listener in listeners)

@@ -1,0 +1,140 @@
+"""The cancellation matrix: {cancel, deadline, reset} × {queued, prefill, decode, sending, last chunk} × {HTTP, gRPC}.
+
+python -m benchmarks.cancellation --per-cell 32
+
+Starts a service on a Ray cluster of its own, with one language model, and ends streams at random moments of each phase
+until every cell has had enough of them. Lost is what went on after its end was wanted: at the client, at the gatekeeper
+or at the language model. Over HTTP a deadline is a client that waits no longer. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from musicgen_serving import delay_points
+from musicgen_serving.cluster import Endpoints
+from musicgen_serving.deployments.language_model import Load
+
+from benchmarks import chaos_cluster
+from benchmarks.cancel_cells import MAX_REQUESTS, PHASES, PROTOCOLS, Cell, run_cell
+from benchmarks.cancel_victim import WAYS
+from benchmarks.reset_proxy import ResetProxy
+
+
+class RayService:
+    """A service on a cluster, looked into through handles.
+
+    Args:
+        delays: the file that the delay points of its replicas read.
+    """
+
+    def __init__(self, endpoints: Endpoints, delays: Path) -> None:
+        assert endpoints.grpc is not None
+        self.http, self.grpc, self._delays = endpoints.http, endpoints.grpc, delays
+        self._engine, self._gatekeeper = chaos_cluster.handle("LanguageModel"), chaos_cluster.handle("Gatekeeper")
+
+    def load(self) -> Load:
+        """Of all language models together."""
+        loads = self._engine.broadcast("load").results(timeout_s=30)
+        return Load(*(sum(getattr(load, field.name) for load in loads) for field in fields(Load)))
+
+    def state(self, request_id: str) -> str:
+        try:
+            return str(self._gatekeeper.status.remote("anonymous", request_id).result(timeout_s=30).state)
+        except Exception:  # not known, or not admitted at all
+            return "unknown"
+
+    def wait_at_rest(self, timeout_s: float = 20.0) -> None:
+        """Wait until nothing runs and no page is held.
+
+        Raises:
+            TimeoutError: something does not end.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            load, counts = self.load(), self._gatekeeper.counts.remote().result(timeout_s=30)
+            if load.num_running == load.num_waiting == load.pages_held == counts.running == 0:
+                self._gatekeeper.check.remote().result(timeout_s=30)
+                return
+            time.sleep(0.1)
+        raise TimeoutError(f"expected a service at rest after {timeout_s:g} s, got {load}, {counts.running} running")
+
+    def delay(self, text: str) -> None:
+        new = self._delays.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self._delays)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--per-cell", type=int, default=32)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--phases", nargs="+", choices=[p.name for p in PHASES], default=[p.name for p in PHASES])
+    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--json", type=Path, help="append the line there too")
+    options = parser.parse_args()
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    cells = _run(options)
+    print(table(cells))
+    line = json.dumps({"benchmark": "cancellation", "per_cell": options.per_cell, "cells": [asdict(c) for c in cells]})
+    print(line)
+    if options.json is not None:
+        with options.json.open("a") as file:
+            file.write(line + "\n")
+    return int(any(cell.num_lost or cell.num_hits < options.per_cell for cell in cells))
+
+
+def _run(options: argparse.Namespace) -> list[Cell]:
+    rng = random.Random(options.seed)
+    cells = []
+    with tempfile.TemporaryDirectory() as folder, ResetProxy() as proxy:
+        delays = Path(folder) / "delays"
+        os.environ[delay_points.VARIABLE] = f"@{delays}"  # the replicas inherit it
+        how = chaos_cluster.settings({}, model={"max_requests": MAX_REQUESTS})
+        with chaos_cluster.running(how) as endpoints:
+            service = RayService(endpoints, delays)
+            for phase in (p for p in PHASES if p.name in options.phases):
+                for way in options.ways:
+                    for protocol in options.protocols:
+                        began = time.monotonic()
+                        cells.append(run_cell(service, way, phase, protocol, options.per_cell, proxy, rng))
+                        took = f"{time.monotonic() - began:.1f} s"
+                        print(_row(cells[-1]), took, *cells[-1].reasons[:3], file=sys.stderr, flush=True)
+    return cells
+
+
+def table(cells: list[Cell]) -> str:
+    """One line a cell."""
+    head = (
+        "way", "phase", "protocol", "ended in it", "elsewhere", "lost", "let go after ms: median", "max",
+        "steps: median", "max",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + [_row(cell) for cell in cells])
+
+
+def _row(cell: Cell) -> str:
+    def two(values: list[float] | list[int], scale: float, digits: int) -> list[str]:
+        if not values:
+            return ["", ""]
+        return [f"{scale * statistics.median(values):.{digits}f}", f"{scale * max(values):.{digits}f}"]
+
+    counts = [str(cell.num_hits), str(cell.num_missed), str(cell.num_lost)]
+    row = [cell.way, cell.phase, cell.protocol, *counts, *two(cell.release_s, 1e3, 0), *two(cell.release_steps, 1, 0)]
+    return "| " + " | ".join(row) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
