@@ -8,7 +8,6 @@ lengths. Threads: as many as `torch.get_num_threads()`.
 from __future__ import annotations
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from .checks import check_tensor
 from .errors import KernelArgumentError
 from .isa import load_level
+from .native import CpuModule
 from .packing import KINDS, PackedLinear
 from .pages import KV_DTYPES, PagedKV
 from .sampling import SampleBatch
@@ -33,7 +33,7 @@ class CpuBackend:
         native: its compiled module.
     """
 
-    def __init__(self, level: str, native: ModuleType) -> None:
+    def __init__(self, level: str, native: CpuModule) -> None:
         self.level, self.native = level, native
 
     def unavailable(self, operation: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -85,8 +85,12 @@ class CpuBackend:
     ) -> None:
         """See `musicgen_kernels.norm.layer_norm`."""
         check_tensor("x", x, x.shape, _FLOAT)
-        addresses = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _address(residual))
-        self.native.layer_norm(*addresses, eps, *x.shape, out.data_ptr(), torch.get_num_threads())
+        rows, dim = x.shape
+        self.native.layer_norm(
+            *(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _address(residual)),
+            *(eps, rows, dim),
+            *(out.data_ptr(), torch.get_num_threads()),
+        )
 
     def embed_codes(self, codes: Tensor, tables: Tensor, positions: Tensor, sinusoids: Tensor, out: Tensor) -> None:
         """See `musicgen_kernels.norm.embed_codes`."""
@@ -155,8 +159,9 @@ class CpuBackend:
         check_tensor("query", query, query.shape, _FLOAT, contiguous=False)
         self.native.paged_attention(
             *(page_arguments(cache), row_arguments(*rows), causal),
-            *(query.data_ptr(), query.stride(0), query.stride(1), scale, out.data_ptr()),
-            *(query.shape[0], torch.get_num_threads()),
+            *(query.data_ptr(), query.stride(0), query.stride(1)),
+            scale,
+            *(out.data_ptr(), query.shape[0], torch.get_num_threads()),
         )
 
 

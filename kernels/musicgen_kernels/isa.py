@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from types import ModuleType
+from typing import cast
 
 import torch  # first: its OpenMP runtime must be the one that is loaded
 
 from .errors import BackendUnavailableError
+from .native import CpuModule
 
 ENVIRONMENT = "MUSICGEN_KERNELS_ISA"
 LEVELS = ("avx512", "avx2", "baseline")
@@ -27,10 +28,10 @@ def supported_levels() -> list[str]:
         BackendUnavailableError: the native kernels are not built.
     """
     try:
-        probe = importlib.import_module(f"{__package__}._cpuid")
+        from . import _cpuid
     except ImportError as error:
         raise BackendUnavailableError("cpu", f"the native kernels are not built ({error}); {_HINT}") from None
-    return list(probe.supported_levels())
+    return _cpuid.supported_levels()
 
 
 def empty_bytes(num_bytes: int) -> torch.Tensor:
@@ -39,14 +40,14 @@ def empty_bytes(num_bytes: int) -> torch.Tensor:
     memory = torch.empty(num_bytes + huge, dtype=torch.uint8)
     start = -memory.data_ptr() % huge
     try:
-        probe = importlib.import_module(f"{__package__}._cpuid")
+        from . import _cpuid
     except ImportError:
         return memory[start : start + num_bytes]
-    probe.advise_huge_pages(memory.data_ptr(), memory.nbytes)
+    _cpuid.advise_huge_pages(memory.data_ptr(), memory.nbytes)
     return memory[start : start + num_bytes]
 
 
-def load_level(level: str | None) -> tuple[str, ModuleType]:
+def load_level(level: str | None) -> tuple[str, CpuModule]:
     """The compiled module of a level; None: the environment's choice, or the best.
 
     Raises:
@@ -63,7 +64,7 @@ def load_level(level: str | None) -> tuple[str, ModuleType]:
     reasons = []
     for name in supported:
         try:
-            return name, importlib.import_module(f"{__package__}._cpu_{name}")
+            return name, cast(CpuModule, importlib.import_module(f"{__package__}._cpu_{name}"))
         except ImportError as error:
             reasons.append(f"{name}: {error}")
     raise BackendUnavailableError("cpu", f"no level could be loaded ({'; '.join(reasons)}); {_HINT}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -73,6 +75,42 @@ def test_the_best_supported_level_is_the_default(monkeypatch: pytest.MonkeyPatch
         pytest.skip(str(error))
     assert supported[-1] == "baseline"
     assert isa.load_level(None)[0] == supported[0]
+
+
+def _stubbed(body: list[ast.stmt], inside: str = "") -> dict[str, int]:
+    """The functions of a stub and how many arguments each takes; methods as Class.name, self counted."""
+    found = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            found[inside + node.name] = len(node.args.posonlyargs)
+        elif isinstance(node, ast.ClassDef):
+            found |= _stubbed(node.body, f"{node.name}.")
+    return found
+
+
+def _compiled(owner: object, inside: str = "") -> dict[str, int]:
+    """The same of a compiled module, from the signatures that pybind11 writes."""
+    found = {}
+    for name, value in vars(owner).items():
+        if isinstance(value, type):
+            found |= _compiled(value, f"{name}.")
+        elif callable(value) and (not name.startswith("_") or name == "__init__"):
+            found[inside + name] = len(re.findall(r"(?:arg\d+|self): ", str(value.__doc__)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["_cpuid", "_cpu_baseline", "_cpu_avx2", "_cpu_avx512"])
+def test_stubs_show_what_is_compiled(name: str) -> None:
+    try:
+        usable = ["_cpuid", *(f"_cpu_{level}" for level in isa.supported_levels())]
+        module = importlib.import_module(f"musicgen_kernels.{name}") if name in usable else None
+    except (ImportError, BackendUnavailableError) as error:
+        pytest.skip(f"not built: {error}")
+    if module is None:
+        pytest.skip(f"this processor cannot run {name}")
+    stub = name if name == "_cpuid" else "_cpu_baseline"  # the others take their names from it
+    text = (FOLDER / f"{stub}.pyi").read_text()
+    assert _stubbed(ast.parse(text).body) == _compiled(module)
 
 
 def _tool(name: str) -> str:

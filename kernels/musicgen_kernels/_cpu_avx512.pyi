@@ -1,0 +1,1 @@
+from ._cpu_baseline import *  # noqa: F403
