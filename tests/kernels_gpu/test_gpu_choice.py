@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
-from musicgen_kernels import gpu, triton
+from musicgen_kernels import backend, gpu, triton
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
@@ -29,3 +32,36 @@ def test_later_ones_are_taken(monkeypatch: pytest.MonkeyPatch, capability: tuple
 def test_other_devices_and_dtypes_are_refused() -> None:
     assert "cuda tensors only" in str(triton.unavailable("layer_norm", "cpu", torch.float32))
     assert "no kernel for" in str(triton.unavailable("layer_norm", "cuda", torch.float64))
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """What loads under each backend's name, to be filled by the test; nothing chosen before is remembered."""
+    modules: dict[str, object] = {}
+    monkeypatch.setattr(backend, "_load", lambda name: modules.get(name, "not built"))
+    backend.choose.cache_clear()
+    yield modules
+    backend.choose.cache_clear()
+
+
+def _everything() -> object:
+    functions = dict.fromkeys(backend.OPERATIONS, print)
+    return SimpleNamespace(**functions, unavailable=lambda operation, device, dtype: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_triton_multiplies_and_cuda_does_the_rest(offered: dict[str, object], dtype: torch.dtype) -> None:
+    offered.update(cuda=_everything(), triton=_everything(), reference=_everything())
+    chosen = {choice.operation: choice.backend for choice in backend.report("cuda", dtype)}
+    assert chosen.pop("linear") == "triton"
+    assert set(chosen.values()) == {"cuda"}
+
+
+@pytest.mark.parametrize("there", ["cuda", "triton"])
+def test_what_is_missing_on_a_gpu_is_told(offered: dict[str, object], there: str) -> None:
+    missing = "cuda" if there == "triton" else "triton"
+    offered.update({there: _everything()})
+    for choice in backend.report("cuda", torch.bfloat16):
+        assert choice.backend == there
+        preferred = backend.preference(choice.operation, "cuda")[0] == there
+        assert choice.reason == ("the first choice for this device" if preferred else f"not {missing}: not built")
