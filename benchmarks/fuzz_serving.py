@@ -30,7 +30,7 @@ MAX_GROWTH_BYTES = 120 * 2**20
 SETTLE_S = 45.0
 SETTINGS = {
     "models": [{"name": "demo", "kv_memory_bytes": 64 * 2**20, "num_threads": 1, "max_requests": 8}],
-    "limits": {"max_duration_s": 1.0, "max_file_bytes": 200_000, "max_recording_s": 2.0, "reader_stall_s": 5.0},
+    "limits": {"max_duration_s": 1.0, "max_file_bytes": 2_000_000, "max_recording_s": 2.0, "reader_stall_s": 5.0},
 }
 
 

@@ -25,6 +25,7 @@ FORMATS = {
 }
 BOMB_S = 1800
 """Silence of this length is some kilobytes in formats that compress."""
+BLOCK = 1 << 16
 INTERESTING = (0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
@@ -45,7 +46,10 @@ def bombs() -> dict[str, bytes]:
 
 def _encoded(samples: np.ndarray, rate: int, container: str, subtype: str) -> bytes:
     out = io.BytesIO()
-    soundfile.write(out, samples, rate, format=container, subtype=subtype)
+    channels = 1 if samples.ndim == 1 else samples.shape[1]
+    with soundfile.SoundFile(out, "w", rate, channels, subtype, format=container) as file:
+        for start in range(0, len(samples), BLOCK):  # Vorbis' encoder has been seen to crash on large writes
+            file.write(samples[start : start + BLOCK])
     return out.getvalue()
 
 

@@ -94,7 +94,7 @@ def plan(
             f"{name}-{seed}-{i}",
             float(time),
             # Every duration meets every protocol.
-            kinds[(i + i // len(durations)) % len(kinds)],
+            kinds[(i % len(durations) + i // len(durations)) % len(kinds)],
             PROMPTS[i % len(PROMPTS)],
             durations[i % len(durations)],
             1000 * seed + i,

@@ -1,0 +1,305 @@
+"""More than the service can do: `python -m benchmarks.overload`.
+
+On one cluster, one after another: how much it makes when it is saturated; an open-loop load at that capacity; three
+times of it for a minute; a tenant alone, then the same with another tenant that floods; readers that stop reading.
+Every request must have one end, those that are taken in must not wait longer than without the overload, refusals must
+be quick, memory bounded. Tables come first, one line of JSON last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from musicgen_serving.tenancy import hash_key, new_key
+
+from benchmarks.machine import load_average
+from benchmarks.serving_load import Load, percentile, run_load
+from benchmarks.serving_plan import Ask, Outcome, plan
+from benchmarks.serving_report import Figures, Slo, aligned, by_protocol, figures, table
+from benchmarks.serving_service import MemoryWatch, Service, own_service
+from benchmarks.serving_stalled import Stalled, stall
+
+REJECT_S, FLOOD_RATIO = 0.05, 1.5
+"""Targets: p99 of a refusal, p95 of the other tenant beside a flood over its own alone."""
+PARTS = ("capacity", "overload", "flood", "readers")
+TENANTS = ("steady", "flood")
+
+
+@dataclass(slots=True)
+class Report:
+    """Everything that was measured. Filled in part by part."""
+
+    capacity_audio_s: float = 0.0
+    capacity_hz: float = 0.0
+    rows: list[Figures] = field(default_factory=list)
+    loads: dict[str, Load] = field(default_factory=dict)
+    checks: list[tuple[str, str, str, str]] = field(default_factory=list)
+    """What, measured, target, whether it was met."""
+    stalled: Stalled | None = None
+    memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+
+
+class Overload:
+    """The parts, against one service.
+
+    Args:
+        keys: API keys of the two tenants, by name.
+    """
+
+    def __init__(self, args: argparse.Namespace, service: Service, keys: dict[str, str]) -> None:
+        self.args, self.service, self.keys = args, service, keys
+        self.slo = Slo(args.slo_first_audio, 0.5)
+        self.report = Report()
+
+    def run(self) -> Report:
+        self._load("warm-up", 1.0, 4, "steady")
+        self._capacity()
+        for part in ("overload", "flood", "readers"):
+            if part in self.args.parts:
+                getattr(self, f"_{part}")()
+        return self.report
+
+    def _capacity(self) -> None:
+        """What a saturated service makes; the first guess need only be too much."""
+        rate = self.args.guess_hz
+        load = self._load("saturated", rate, round(rate * self.args.saturate_s), "steady")
+        audio_s = figures("", load.outcomes, rate, self.slo, 0.0).audio_s_per_s
+        self.report.capacity_audio_s = audio_s
+        self.report.capacity_hz = audio_s / (sum(self.args.durations) / len(self.args.durations))
+
+    def _overload(self) -> None:
+        rate, args = self.report.capacity_hz, self.args
+        at = self._load("at capacity", rate, round(rate * args.duration_s / 2), "steady")
+        over = self._load(
+            f"× {args.factor:g}", args.factor * rate, round(args.factor * rate * args.duration_s), "steady"
+        )
+        num_bad = sum(o.num_terminal != 1 or o.status in ("cut", "timeout") for o in over.outcomes)
+        self._check("requests without exactly one end", f"{num_bad} of {len(over.outcomes)}", "0", num_bad == 0)
+        at_s, over_s = (_first(load.outcomes, 99) for load in (at, over))
+        ratio = over_s / at_s
+        text = f"{over_s:.2f} s; {at_s:.2f} s at capacity: × {ratio:.2f}"
+        self._check("p99 of first audio of those taken in", text, "flat (≤ 1.5 ×)", ratio <= 1.5)
+        refusals = [o.answer_s for o in over.outcomes if o.status in ("overloaded", "rate_limit_exceeded")]
+        for protocol in ("http", "grpc"):
+            own = [
+                o.answer_s
+                for o in over.outcomes
+                if o.protocol == protocol and o.status in ("overloaded", "rate_limit_exceeded")
+            ]
+            text = f"p50 {_ms(percentile(own, 50))}, p99 {_ms(percentile(own, 99))} of {len(own)}"
+            quick = (percentile(own, 99) or 0.0) <= REJECT_S
+            self._check(f"refusals over {protocol}", text, f"p99 < {_ms(REJECT_S)}", quick)
+        own = over.own
+        text = f"p50 {_ms(own.health_p50_s)}, p99 {_ms(own.health_p99_s)}"
+        self._check("a request that does nothing, same way, same time", text, "", None)
+        text = f"p50 {_ms(own.loop_lag_p50_s)}, p99 {_ms(own.loop_lag_p99_s)}; sent late p99 {_ms(own.sent_late_p99_s)}"
+        self._check("the client's own delays", text, "", None)
+        self._check("refused", f"{len(refusals)} of {len(over.outcomes)}", "", None)
+
+    def _flood(self) -> None:
+        """The steady tenant asks for less than its half; the other for several times everything."""
+        rate, args = self.report.capacity_hz, self.args
+        steady_hz = args.steady_share * rate
+        num = max(10, round(steady_hz * args.flood_s))
+        alone = self._load("steady alone", steady_hz, num, "steady")
+        steady = self._plan("steady beside", steady_hz, num, "steady", seed=7)
+        span_s = steady[-1].at_s
+        # The flood is there before and after, so that no steady request finds an idle engine.
+        flood_hz = args.factor * rate
+        flood = self._plan("flood", flood_hz, round(flood_hz * (span_s + 6)), "flood", seed=8)
+        shifted = [Ask(**{**asdict(ask), "at_s": ask.at_s + 4}) for ask in steady]
+        beside = run_load([*flood, *shifted], self.service.urls, self.args.timeout_s)
+        self._add("both tenants", beside, steady_hz + flood_hz)
+        mine = [o for o in beside.outcomes if o.api_key == self.keys["steady"]]
+        self.report.rows.append(figures("of it steady", mine, steady_hz, self.slo, load_average()))
+        for what, value in (("first audio", _first), ("whole piece", _whole)):
+            alone_s, beside_s = value(alone.outcomes, 95), value(mine, 95)
+            text = f"{beside_s:.2f} s; {alone_s:.2f} s alone: × {beside_s / alone_s:.2f}"
+            target = f"≤ {FLOOD_RATIO:g} ×" if what == "first audio" else ""
+            met = beside_s / alone_s <= FLOOD_RATIO if target else None
+            self._check(f"steady tenant's p95 of {what}", text, target, met)
+        num_refused = sum(o.status != "finished" for o in mine)
+        self._check("steady tenant's requests that were refused", f"{num_refused} of {len(mine)}", "", None)
+
+    def _readers(self) -> None:
+        args = self.args
+        with MemoryWatch(self.service) as watch:
+            time.sleep(3)
+            self.report.stalled = asyncio.run(
+                stall(
+                    self.service.http_url or "",
+                    self.service.grpc_url or "",
+                    args.readers,
+                    args.stalled_s,
+                    args.reader_watch_s,
+                    args.model,
+                    self.keys["steady"],
+                )
+            )
+            time.sleep(3)
+        self.report.memory = watch.samples
+        piece_mb = 4 * 32000 * args.stalled_s / 1e6
+        for name in ("ProxyActor", "HttpIngress", "GrpcIngress"):
+            if samples := watch.samples.get(name):
+                grown = (max(rss for _, rss in samples) - samples[0][1]) / 1e6
+                most = args.readers * piece_mb
+                text = f"+{grown:.1f} MB at most; all pieces together are {most:.0f} MB"
+                self._check(f"memory of {name}", text, "bounded", grown <= 1.5 * most + 50)
+        stalled = self.report.stalled
+        late = stalled.ended_s[-1] if stalled.ended_s else float("inf")
+        text = f"{len(stalled.ended_s)} of {stalled.num_readers} ended, the last after {late:.1f} s: {stalled.states}"
+        self._check("requests of stalled readers", text, "all end", len(stalled.ended_s) == stalled.num_readers)
+
+    def _plan(self, name: str, rate_hz: float, num: int, tenant: str, seed: int = 0) -> list[Ask]:
+        options: dict[str, Any] = {
+            "model": self.args.model,
+            "seed": self.args.seed + seed,
+            "name": name.replace(" ", "-"),
+        }
+        return plan(num, rate_hz, self.args.durations, ("http", "grpc"), api_key=self.keys[tenant], **options)
+
+    def _load(self, name: str, rate_hz: float, num: int, tenant: str) -> Load:
+        load = run_load(self._plan(name, rate_hz, num, tenant), self.service.urls, self.args.timeout_s)
+        if name != "warm-up":
+            self._add(name, load, rate_hz)
+        return load
+
+    def _add(self, name: str, load: Load, rate_hz: float) -> None:
+        rows = by_protocol(name, load, rate_hz, self.slo, load_average())
+        self.report.rows += rows[:1]
+        self.report.loads[name] = load
+        print(table(rows), file=sys.stderr)
+
+    def _check(self, what: str, measured: str, target: str, met: bool | None) -> None:
+        self.report.checks.append((what, measured, target, {True: "met", False: "missed", None: ""}[met]))
+        print(self.report.checks[-1], file=sys.stderr)
+
+
+def _first(outcomes: Sequence[Outcome], percent: float) -> float:
+    """Percentile of the time to first audio of what was taken in."""
+    values = [o.first_audio_s for o in outcomes if o.first_audio_s is not None]
+    return percentile(values, percent) or float("nan")
+
+
+def _whole(outcomes: Sequence[Outcome], percent: float) -> float:
+    """Percentile of the time from plan to end, of what finished."""
+    return percentile([o.ended_s - o.planned_s for o in outcomes if o.status == "finished"], percent) or float("nan")
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{1000 * value:.1f} ms"
+
+
+def settings(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
+    """Of the service: two tenants of the same weight, a short patience of admission and with readers."""
+    return {
+        "models": [{"name": args.model, "kv_memory_bytes": 256 * 2**20, "max_requests": args.max_requests}],
+        "admission": {"max_wait_s": args.max_wait_s},
+        "limits": {"reader_stall_s": args.reader_stall_s},
+        "access": {
+            "open": False,
+            "tenants": [{"name": name, "key_sha256": [hash_key(key)]} for name, key in keys.items()],
+        },
+    }
+
+
+def plot(report: Report, path: Path) -> None:
+    """First audio of each load, time to a refusal, memory while readers stall."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for name, load in report.loads.items():
+        firsts = sorted(o.first_audio_s for o in load.outcomes if o.first_audio_s is not None)
+        _step(axes[0], firsts, name)
+        _step(axes[1], sorted(1000 * o.answer_s for o in load.outcomes if o.status == "overloaded"), name)
+    for name in ("ProxyActor", "HttpIngress", "GrpcIngress"):
+        samples = report.memory.get(name, [])
+        axes[2].plot([at for at, _ in samples], [rss / 1e6 for _, rss in samples], label=name)
+    axes[0].set(xlabel="time to first audio of what was taken in, s", ylabel="share", ylim=(0, 1))
+    axes[1].set(xlabel="time to a refusal, ms", ylabel="share", ylim=(0, 1), xlim=(0, 200))
+    axes[1].axvline(1000 * REJECT_S, color="black", linewidth=1, linestyle=":")
+    axes[2].set(xlabel="s, readers stall from 3 s on", ylabel="resident MB")
+    for axis in axes:
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _step(axis: Any, values: Sequence[float], label: str) -> None:
+    if values:
+        axis.step(values, [(i + 1) / len(values) for i in range(len(values))], where="post", label=label)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--model", default="demo")
+    add("--url", nargs=2, metavar=("HTTP", "GRPC"), help="a running service; with --keys")
+    add("--keys", nargs=2, metavar=("STEADY", "FLOOD"), help="API keys of its two tenants")
+    add("--factor", type=float, default=3.0)
+    add("--duration-s", type=float, default=60.0, help="of the overload")
+    add("--flood-s", type=float, default=40.0)
+    add("--durations", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="seconds of the pieces, in turns")
+    add("--guess-hz", type=float, default=12.0, help="more requests a second than it can do")
+    add("--saturate-s", type=float, default=12.0)
+    add("--steady-share", type=float, default=0.25, help="of the capacity: what the steady tenant asks for")
+    add("--max-requests", type=int, default=8)
+    add("--max-wait-s", type=float, default=2.0)
+    add("--readers", type=int, default=20)
+    add("--stalled-s", type=float, default=60.0, help="length of the pieces that nobody reads")
+    add("--reader-stall-s", type=float, default=5.0)
+    add("--reader-watch-s", type=float, default=90.0)
+    add("--slo-first-audio", type=float, default=2.0)
+    add("--timeout-s", type=float, default=120.0)
+    add("--seed", type=int, default=0)
+    add("--plot", type=Path, metavar="FILE")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _parse()
+    began = time.time()
+    given = args.keys or [new_key() for _ in TENANTS]
+    keys = dict(zip(TENANTS, given, strict=True))
+    running = nullcontext(Service(*args.url)) if args.url else own_service(settings(args, keys))
+    with running as service:
+        report = Overload(args, service, keys).run()
+    print(
+        f"capacity: {report.capacity_audio_s:.2f} seconds of audio a second, {report.capacity_hz:.2f} requests a second"
+    )
+    print(table(report.rows))
+    print(aligned([("overload", "measured", "target", ""), *report.checks]))
+    if args.plot is not None:
+        plot(report, args.plot)
+    result = {
+        "benchmark": "overload",
+        "options": {name: value for name, value in vars(args).items() if name not in ("plot", "keys")},
+        "seconds": round(time.time() - began, 1),
+        "load_average": load_average(),
+        "capacity_audio_s": report.capacity_audio_s,
+        "capacity_hz": report.capacity_hz,
+        "loads": [asdict(row) for row in report.rows],
+        "clients": {name: asdict(load.own) for name, load in report.loads.items()},
+        "checks": report.checks,
+        "stalled": None if report.stalled is None else asdict(report.stalled),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
