@@ -3,8 +3,8 @@
 A backend's name is `reference`, `cpu`, `cuda` or `triton`; `cpu:avx2` (baseline, avx2, avx512) asks for one
 instruction-set level. Order of preference: the `backend` argument, then the environment variable
 MUSICGEN_KERNELS_BACKEND (`cpu`, or a list such as `linear=reference,paged_attention=cpu`), then the first
-that supports the case in the order that `preference` gives. It knows the backends by name only; what each supports is the backend module's own
-answer (`unavailable`).
+that supports the case in the order that `preference` gives. It knows the backends by name only; what each
+supports is the backend module's own answer (`unavailable`).
 """
 
 from __future__ import annotations
