@@ -61,10 +61,12 @@ class LoadProcess:
 
     def result(self) -> Load:
         """Wait for its end. Raises: RuntimeError: it failed."""
-        assert self._process.stdout is not None
-        *lines, last = self._process.stdout.read().splitlines()
-        if self._process.wait() != 0:
+        with self._process as process:
+            assert process.stdout is not None
+            text = process.stdout.read()
+        if process.returncode != 0:
             raise RuntimeError("the load's process failed; its last words are above")
+        *lines, last = text.splitlines()
         return Load(list(outcomes(lines)), Own(**json.loads(last)))
 
 
