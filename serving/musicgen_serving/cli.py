@@ -142,6 +142,7 @@ def _serve(settings: Any) -> int:
     def stop(*_: object) -> None:
         interrupted.set()
 
+    _fetch(settings)
     _say("starting Ray; the first parts are ready after some ten seconds")
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -179,6 +180,19 @@ def _serve(settings: Any) -> int:
         cluster.stop()
     _say("stopped")
     return 0
+
+
+def _fetch(settings: Any) -> None:
+    """See that the models are here before anything is started, and not in several processes at once.
+
+    Raises: InvalidRequestError, WeightsError: a name that nothing goes by, or files that cannot be had.
+    """
+    if settings.ray_address is not None:  # elsewhere
+        return
+    from musicgen.weights import hub
+
+    for model in settings.models:
+        hub.resolve(model.checkpoint)
 
 
 def _say(line: str) -> None:

@@ -53,7 +53,7 @@ class LanguageModelReplica(LanguageModel):
     """The engine of one replica."""
 
     async def __init__(self, settings: ModelSettings, observability: ObservabilitySettings) -> None:  # type: ignore[misc]
-        set_up("language-model", observability, settings.num_threads or os.cpu_count() or 1)
+        set_up("language-model", observability, settings.num_threads or len(os.sched_getaffinity(0)))
         super().__init__(settings)
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
@@ -162,7 +162,7 @@ class GatekeeperReplica(LocalGatekeeper):
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
         set_up("gatekeeper", settings.observability)
-        super().__init__(settings)
+        super().__init__(settings, edge_silence_s=settings.failover.edge_silence_s)
         self._draining = False
         self._gauges = asyncio.create_task(self._show_gauges())
 

@@ -196,7 +196,8 @@ class FailoverSettings(_Section):
     max_attempts: Count = Field(8, description="replicas tried without progress before a request fails")
     backoff_s: Positive = Field(0.1, description="before the second attempt; doubled after each")
     max_backoff_s: Positive = 5.0
-    lease_s: Positive = Field(6.0, description="a language model drops a request that nobody renewed for so long")
+    lease_s: Positive = Field(15.0, description="a language model drops a request that nobody renewed for so long")
+    edge_silence_s: Positive = Field(30.0, description="requests of an ingress that is silent for so long are given up")
 
 
 class ObservabilitySettings(_Section):
@@ -214,7 +215,6 @@ class ServeSettings(BaseSettings):
         frozen=True,
         env_prefix=ENV_PREFIX,
         env_nested_delimiter="__",
-        nested_model_default_partial_update=True,
     )
 
     models: list[ModelSettings] = Field(default_factory=lambda: [ModelSettings()], min_length=1)

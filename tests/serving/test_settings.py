@@ -1,0 +1,107 @@
+"""What the service can be told: bounds, unknown keys, the environment; and nobody is let in by accident."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from musicgen_serving.cli import ServeCommand
+from musicgen_serving.settings import AccessSettings, ServeSettings, load_settings
+
+from musicgen.errors import InvalidRequestError
+
+KEY = "0" * 64
+
+
+def test_the_defaults_serve_the_embedded_model_to_this_machine_only() -> None:
+    settings = load_settings()
+    assert [model.checkpoint for model in settings.models] == ["demo"]
+    assert settings.http.host == settings.grpc.host == "127.0.0.1"
+    assert settings.access.open
+
+
+@pytest.mark.parametrize(
+    "access", [{"tenants": [{"name": "a", "key_sha256": [KEY]}]}, {"tenants_file": "tenants.yaml"}]
+)
+def test_a_service_with_tenants_is_not_open_to_others(access: dict[str, Any]) -> None:
+    assert not load_settings({"access": access}).access.open
+
+
+def test_a_service_that_nobody_could_use_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="nobody could use"):
+        load_settings({"access": {"usage_file": "usage.jsonl"}})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"limit": {}}, "limit"),
+        ({"limits": {"max_piece": 3}}, "limits.max_piece"),
+        ({"limits": {"max_pieces": 0}}, "limits.max_pieces"),
+        ({"models": []}, "models"),
+        ({"models": [{"name": "a"}, {"name": "a"}]}, "different names"),
+        ({"models": [{"name": "a/b"}]}, "models.0.name"),
+        ({"models": [{"weights": "int2"}]}, "models.0.weights"),
+        ({"models": [{"language_model": {"min_replicas": 3, "max_replicas": 2}}]}, "max_replicas"),
+        ({"http": {"port": 70000}}, "http.port"),
+        ({"grpc": {"tls_key": "key.pem"}}, "tls_certificate"),
+        ({"access": {"tenants": [{"name": "a", "key_sha256": ["mg-secret"]}]}}, "hash-key"),
+        ({"access": {"tenants": [{"name": "a"}, {"name": "a"}]}}, "different names"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidRequestError, match=named):
+        load_settings(values)
+
+
+def test_an_error_never_shows_what_was_given_for_a_key() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        load_settings({"access": {"tenants": [{"name": "a", "key_sha256": ["mg-secret"]}]}})
+    assert "mg-secret" not in str(caught.value)
+
+
+def test_the_environment_goes_before_the_file_and_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("limits: {max_duration_s: 10, max_pieces: 3}\nhttp: {port: 1234}\n")
+    monkeypatch.setenv("MUSICGEN_LIMITS__MAX_DURATION_S", "60")
+    settings = load_settings(path)
+    assert (settings.limits.max_duration_s, settings.limits.max_pieces, settings.http.port) == (60.0, 3, 1234)
+
+
+def test_settings_survive_the_way_to_the_replicas() -> None:
+    settings = ServeSettings(access=AccessSettings(tenants_file=Path("tenants.yaml")))
+    assert load_settings(settings.model_dump(mode="json")) == settings
+
+
+@pytest.mark.parametrize("text", ["- a list", "limits: [", ""])
+def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text(text)
+    if text:
+        with pytest.raises(InvalidRequestError):
+            load_settings(path)
+    else:
+        assert load_settings(path) == load_settings()
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="readable YAML"):
+        load_settings(tmp_path / "none.yaml")
+
+
+def test_what_is_typed_goes_before_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("access: {open: true}\nhttp: {port: 1234, host: 0.0.0.0}\n")
+    typed = dict.fromkeys(
+        ("config", "model", "weights", "device", "host", "http_port", "grpc_port", "ray_address"), None
+    )
+    values: dict[str, Any] = {**typed, "config": path, "model": ["facebook/musicgen-small"], "grpc_port": 0}
+    assert ServeCommand.run({**values, "print_config": True, "print_serve_config": False}) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    settings = load_settings(printed)
+    assert (settings.http.port, settings.http.host, settings.grpc.port) == (1234, "0.0.0.0", 0)
+    assert (settings.models[0].name, settings.models[0].source) == ("musicgen-small", "facebook/musicgen-small")
