@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -163,7 +164,7 @@ class Overload:
         options: dict[str, Any] = {
             "model": self.args.model,
             "seed": self.args.seed + seed,
-            "name": name.replace(" ", "-"),
+            "name": re.sub("[^a-z0-9]", "-", name),  # request ids are ASCII
         }
         return plan(num, rate_hz, self.args.durations, ("http", "grpc"), api_key=self.keys[tenant], **options)
 
