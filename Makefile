@@ -18,10 +18,11 @@ NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.map)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test test-long lint bench bench-kernels bench-engine bench-codec simulate soak demo-model clean
+.PHONY: help setup demo serve test test-long lint bench bench-kernels bench-engine bench-codec bench-serving simulate \
+    soak cancellation chaos overload fuzz autoscaling demo-model clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv, install everything into it, build the C++ kernels (the others do it when needed)
 
@@ -60,6 +61,25 @@ simulate: $(INSTALLED) ## simulate 4 H100 replicas of melody at 80 % load with t
 
 soak: $(INSTALLED) ## ten minutes of requests and cancels: memory flat, ledger balanced
 	$(BIN)/python -m benchmarks.soak_engine --minutes 10
+
+bench-serving: $(INSTALLED) ## time the service under open-loop load beside the bare engine, with a plot
+	$(BIN)/python -m benchmarks.bench_serving
+
+cancellation: $(INSTALLED) ## every way to cancel, at every moment, over both protocols: none may be lost
+	$(BIN)/python -m benchmarks.cancellation --per-cell 32
+
+chaos: $(INSTALLED) ## kill replicas of every kind under streams, and a node: every stream must end as if nothing had been
+	$(BIN)/python -m benchmarks.chaos --kills 10
+	$(BIN)/python -m benchmarks.multi_node
+
+overload: $(INSTALLED) ## three times what the service can do, a flooding tenant, and readers that stop reading
+	$(BIN)/python -m benchmarks.overload
+
+fuzz: $(INSTALLED) ## 20,000 broken requests over both protocols: no crash, no leak, books balanced
+	$(BIN)/python -m benchmarks.fuzz_serving --requests 20000
+
+autoscaling: $(INSTALLED) ## load up, replicas up, load off, replicas down; and a redeployment under load
+	$(BIN)/python -m benchmarks.autoscaling
 
 demo-model: $(INSTALLED) ## make the embedded model again, from nothing: hours; needs fluidsynth and fluid-soundfont-gm
 	$(BIN)/python -m musicgen.demo --out build/demo
