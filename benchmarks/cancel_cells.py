@@ -71,8 +71,8 @@ PHASES = (
     Phase("queued", "sent", 0.5, 1.0, "", "lm.step=0.1", 0.5),
     Phase("prefill", "sent", 0.6, 1.0, "lm.prefill=0.8", "lm.prefill=0.8", 0.15, wave=8),
     Phase("decode", "first", 1.0, 3.0, "", SLOW, 1.5),
-    Phase("sending", "first", 0.8, 3.0, "edge.send=0.2", "edge.send=0.2", 1.0, lm_may_finish=True),
-    Phase("last chunk", "last", 0.6, 2.0, "codec.last=0.5", "codec.last=0.5", 1.5, wave=8, lm_may_finish=True),
+    Phase("sending", "first", 0.8, 3.0, "edge.send=0.2", "edge.send=0.2", 0.8, lm_may_finish=True),
+    Phase("last chunk", "last", 0.6, 2.0, "codec.last=0.8", "codec.last=0.8", 0.8, wave=8, lm_may_finish=True),
 )
 PROTOCOLS = ("http", "grpc")
 
@@ -106,7 +106,7 @@ def run_cell(
     num_before_last = _calibrate(url, phase) if phase.ready == "last" else 0
     deadline_s, size = phase.deadline_s, phase.wave
     if way == "deadline" and protocol == "grpc":  # the engine refuses what it does not foresee to finish in time
-        deadline_s += {"queued": 4.0, "prefill": 0.3}.get(phase.name, 1.0)
+        deadline_s += {"queued": 4.0, "decode": 1.0}.get(phase.name, 0.3)
         size = 1 if phase.name == "prefill" else size  # the next one would be refused after so long a step
     for wave in itertools.count():
         size = min(size, per_cell - cell.num_hits)

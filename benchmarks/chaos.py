@@ -1,10 +1,13 @@
-"""SIGKILL replicas of a running service, one after the other, under streams over both protocols.
+"""SIGKILL replicas of a running service, kind by kind in turn, under streams over both protocols.
 
-python -m benchmarks.chaos --kinds LanguageModel CodecDecoder --kills 10
+python -m benchmarks.chaos --group parts --kills 10
+python -m benchmarks.chaos --group ingresses --kills 10
+python -m benchmarks.chaos --table FILE
 
-Each kind gets a service of its own with `--replicas` of that kind (there is only ever one gatekeeper). Eight listeners
-stream songs without a pause; every finished one is compared with the undisturbed one. Only listeners of the ingress
-that is killed may connect again: for everybody else a lost connection counts as a failure. The last line is JSON.
+Eight listeners stream songs without a pause; every one that finishes is compared with the undisturbed one. Parts must
+die unheard: while they are killed, a connection that is lost counts as a failure. While ingresses are killed, clients
+connect again and go on from the next sample. There is only ever one gatekeeper; without it nothing new is taken in.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,81 +17,55 @@ import json
 import logging
 import math
 import random
-import statistics
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from musicgen_serving.client import Retries
 from musicgen_serving.cluster import Endpoints
 
 from benchmarks import chaos_cluster
+from benchmarks.chaos_report import Kill, Outcome, merged, table
 from benchmarks.chaos_streams import Listener, Song, Tally, all_heard, longest_silence_s, undisturbed
 
+GROUPS = {"parts": (*chaos_cluster.PARTS, "Gatekeeper"), "ingresses": tuple(chaos_cluster.INGRESSES)}
 PROMPTS = ("happy rock", "sad jazz", "slow piano", "fast drums", "calm harp", "loud brass", "old tango", "new waltz")
-PATIENT = Retries(max_attempts=200, first_backoff_s=0.1, max_backoff_s=0.5)
-PAUSE_S = (0.5, 2.5)
-"""Between a service that is whole again and the next kill: random in these bounds."""
-ENCODERS = ("TextEncoder", "ChromaExtractor")
-"""They work only when a piece begins: their songs are short."""
-SPEED_BOUND_S = 120.0
+PATIENT = Retries(max_attempts=300, first_backoff_s=0.1, max_backoff_s=0.5)
+PAUSE_S = (1.5, 3.0)
+"""Between two kills at least: random in these bounds."""
 QUIET_S = 8.0
 """Before the first kill."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What was seen of one kind."""
-
-    kind: str
-    num_replicas: int
-    num_kills: int = 0
-    num_finished: int = 0
-    num_different: int = 0
-    num_failed: int = 0
-    num_refused: int = 0
-    quiet_silences_s: list[float] = field(default_factory=list)
-    """Before the first kill, the longest silence of a listener in each of a few intervals."""
-    silences_s: list[float] = field(default_factory=list)
-    """For each kill, the longest silence of a listener from then until all replicas ran again."""
-    replaced_s: list[float] = field(default_factory=list)
-    """For each kill, seconds until all replicas ran again."""
-    underruns_s: list[float] = field(default_factory=list)
-    """Of pieces whose player fell silent, seconds of silence."""
-    quiet_underruns_s: list[float] = field(default_factory=list)
-    """The same before the first kill."""
-    errors: dict[str, int] = field(default_factory=dict)
+LIMIT_S = 120.0
+"""Nothing takes longer, unless it is broken."""
 
 
 def main() -> int:
     options = _options()
+    if options.table is not None:
+        print(table(merged(options.table)))
+        return 0
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if options.table is not None:
-        print(_table(_merged(options.table)))
-        return 0
-    outcomes = []
-    for kind in options.kinds:
-        outcome = _run_kind(kind, options)
-        outcomes.append(outcome)
-        print(_table(outcomes), flush=True)
-    line = json.dumps({"benchmark": "chaos", "streams": options.streams, "kinds": [asdict(o) for o in outcomes]})
+    outcome = _run(options)
+    print(table([outcome]))
+    line = json.dumps({"benchmark": "chaos", **asdict(outcome)})
     print(line)
     if options.json is not None:
         with options.json.open("a") as file:
             file.write(line + "\n")
-    return int(any(o.num_failed or o.num_different for o in outcomes))
+    return int(bool(outcome.num_failed or outcome.num_different))
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=chaos_cluster.KINDS, default=chaos_cluster.KINDS)
+    parser.add_argument("--group", choices=GROUPS, default="parts", help="what is killed")
+    parser.add_argument("--kinds", nargs="+", choices=chaos_cluster.KINDS, help="only these of the group")
     parser.add_argument("--kills", type=int, default=10, help="of each kind")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no more kills of a kind after so long")
-    parser.add_argument("--replicas", type=int, default=2, help="of the kind that is killed")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no more kills after so long")
+    parser.add_argument("--replicas", type=int, default=2, help="of the kinds that are killed")
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="append the line there too")
@@ -96,69 +73,98 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run_kind(kind: str, options: argparse.Namespace) -> Outcome:
-    count = 1 if kind == "Gatekeeper" else options.replicas
-    outcome = Outcome(kind, count)
+def _run(options: argparse.Namespace) -> Outcome:
+    kinds = [kind for kind in GROUPS[options.group] if kind in (options.kinds or chaos_cluster.KINDS)]
+    outcome = Outcome(options.group, options.replicas, options.streams)
+    counts = {kind: 1 if kind == "Gatekeeper" else options.replicas for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        how = chaos_cluster.settings({kind: count}, usage_file=Path(folder) / "usage.jsonl")
+        how = chaos_cluster.settings(counts, usage_file=Path(folder) / "usage.jsonl")
         began = time.monotonic()
         with chaos_cluster.running(how) as endpoints:
-            print(f"{kind}: the service is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-            _disturb(kind, count, endpoints, options, outcome)
+            _say(f"the service is ready after {time.monotonic() - began:.0f} s")
+            tally = Tally()
+            listeners = _listeners(options, endpoints, tally)
+            try:
+                _disturb(counts, listeners, tally, options, outcome)
+            finally:
+                _end(listeners, tally, outcome)
     return outcome
 
 
-def _disturb(kind: str, count: int, endpoints: Endpoints, options: argparse.Namespace, outcome: Outcome) -> None:
-    tally = Tally()
-    listeners = _listeners(kind, endpoints, options.streams, tally)
+def _disturb(
+    counts: dict[str, int], listeners: list[Listener], tally: Tally, options: argparse.Namespace, outcome: Outcome
+) -> None:
     for listener in listeners:
         listener.start()
     _until(lambda: all_heard(listeners, 0.0))
-    quiet_from = time.monotonic()
-    time.sleep(QUIET_S)
-    for number in range(round(QUIET_S / 2)):
-        since = quiet_from + 2 * number
-        outcome.quiet_silences_s.append(longest_silence_s(listeners, since, since + 2))
-    with tally.lock:
-        outcome.quiet_underruns_s = [s for s in tally.underruns_s if s > 0]
-        tally.underruns_s.clear()
-    rng = random.Random(f"{options.seed} {kind}")
     began = time.monotonic()
-    while outcome.num_kills < options.kills and time.monotonic() - began < options.seconds:
-        time.sleep(rng.uniform(*PAUSE_S))
-        victim = rng.choice(sorted(chaos_cluster.replica_pids(kind)))
-        at = time.monotonic()
-        chaos_cluster.kill(victim)
-        outcome.num_kills += 1
-        outcome.replaced_s.append(chaos_cluster.wait_whole(kind, count, {victim}))
-        whole_at = time.monotonic()
-        _until(lambda since=whole_at: all_heard(listeners, since))  # type: ignore[misc]
-        outcome.silences_s.append(longest_silence_s(listeners, at, whole_at))
-        text = f"longest silence {outcome.silences_s[-1]:.2f} s, replaced after {outcome.replaced_s[-1]:.1f} s"
-        print(f"{kind}: kill {outcome.num_kills}: {text}", file=sys.stderr, flush=True)
+    time.sleep(QUIET_S)
+    for second in range(0, int(QUIET_S), 2):
+        outcome.quiet_silences_s.append(longest_silence_s(listeners, began + second, began + second + 2))
+    outcome.num_quiet, outcome.quiet_underruns_s = tally.take_underruns()
+    rng = random.Random(f"{options.seed} {options.group}")
+    began = time.monotonic()
+    watchers: dict[str, threading.Thread] = {}
+    for _ in range(options.kills):
+        for kind, count in counts.items():
+            if kind in watchers:
+                watchers[kind].join()
+            if time.monotonic() - began > options.seconds:
+                break
+            kill = Kill(kind, count)
+            outcome.kills.append(kill)
+            watchers[kind] = _kill(kill, rng, listeners)
+    for watcher in watchers.values():
+        watcher.join()
+
+
+def _kill(kill: Kill, rng: random.Random, listeners: list[Listener]) -> threading.Thread:
+    """Kill one, wait until everybody has heard something since, and a little longer. Returns who waits for the
+    replacement."""
+    victim = rng.choice(sorted(chaos_cluster.replica_pids(kill.kind)))
+    at = time.monotonic()
+    chaos_cluster.kill(victim)
+
+    def watch() -> None:
+        kill.replaced_s = chaos_cluster.wait_whole(kill.kind, kill.num_replicas, {victim})
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    time.sleep(rng.uniform(*PAUSE_S))
+    if kill.num_replicas == 1:  # somebody may have to wait for the replacement
+        watcher.join()
+    whole_at = time.monotonic()
+    _until(lambda: all_heard(listeners, whole_at))
+    kill.silence_s = longest_silence_s(listeners, at, time.monotonic())
+    _say(f"{kill.kind} killed: longest silence {kill.silence_s:.2f} s")
+    return watcher
+
+
+def _end(listeners: list[Listener], tally: Tally, outcome: Outcome) -> None:
+    """Hear every song to its end, and count."""
     for listener in listeners:
         listener.stop()
     for listener in listeners:
-        listener.join(SPEED_BOUND_S)
+        listener.join(LIMIT_S)
     outcome.num_finished, outcome.num_different = tally.num_finished, tally.num_different
     outcome.num_failed = sum(tally.failed.values()) + sum(listener.is_alive() for listener in listeners)
     outcome.num_refused = sum(tally.refused.values())
-    outcome.underruns_s = [s for s in tally.underruns_s if s > 0]
     outcome.errors = {f"failed: {e}": n for e, n in tally.failed.items()}
     outcome.errors |= {f"refused: {e}": n for e, n in tally.refused.items()}
+    _, outcome.underruns_s = tally.take_underruns()
 
 
-def _listeners(kind: str, endpoints: Endpoints, num_streams: int, tally: Tally) -> list[Listener]:
-    """Half over HTTP, half over gRPC; every fourth follows a melody."""
+def _listeners(options: argparse.Namespace, endpoints: Endpoints, tally: Tally) -> list[Listener]:
+    """Of each four, two over HTTP and two over gRPC; two long songs, and two short ones that follow a melody."""
     assert endpoints.grpc is not None
+    retries = PATIENT if options.group == "ingresses" else None
     made: list[Listener] = []
-    for number in range(num_streams):
-        protocol = ("http", "grpc")[number % 2]
-        url = endpoints.http if protocol == "http" else endpoints.grpc
-        melody = _melody() if kind == "ChromaExtractor" or number % 4 == 3 else None
-        song = Song(PROMPTS[number % len(PROMPTS)], number, 3.0 if kind in ENCODERS else 10.0, melody)
-        may_resume = chaos_cluster.INGRESSES.get(kind) == protocol
-        made.append(Listener(url, song, undisturbed(url, song), tally, PATIENT if may_resume else None))
+    for number in range(options.streams):
+        url = (endpoints.http, endpoints.grpc)[number % 2]
+        is_short = number % 4 >= 2
+        prompt = PROMPTS[number % len(PROMPTS)]
+        song = Song(prompt, number, 3.0 if is_short else 10.0, _melody() if is_short else None)
+        made.append(Listener(url, song, undisturbed(url, song), tally, retries))
     return made
 
 
@@ -174,48 +180,17 @@ def _melody() -> bytes:
     return buffer.getvalue()
 
 
-def _until(condition: object, timeout_s: float = SPEED_BOUND_S) -> None:
+def _until(condition: object) -> None:
     """Raises: TimeoutError."""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + LIMIT_S
     while not condition():  # type: ignore[operator]
         if time.monotonic() > deadline:
-            raise TimeoutError(f"expected every listener to get audio within {timeout_s:g} s, some got none")
+            raise TimeoutError(f"expected every listener to get audio within {LIMIT_S:g} s, some got none")
         time.sleep(0.05)
 
 
-def _merged(path: Path) -> list[Outcome]:
-    """The outcomes of several runs, those of the same kind and number of replicas added up."""
-    merged: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        for values in json.loads(line)["kinds"]:
-            known = merged.setdefault((values["kind"], values["num_replicas"]), {})
-            for name, value in values.items():
-                if name in ("kind", "num_replicas"):
-                    known[name] = value
-                elif name == "errors":
-                    known[name] = known.get(name, {}) | value
-                else:
-                    known[name] = known[name] + value if name in known else value
-    return [Outcome(**values) for values in merged.values()]
-
-
-def _table(outcomes: list[Outcome]) -> str:
-    head = ("killed", "replicas", "kills", "finished", "different", "failed", "refused", "silence before s", "after s",
-            "max", "replaced s", "max", "pieces with a gap", "longest gap s")  # fmt: skip
-    rows = [head, ("---",) * len(head), *map(_row, outcomes)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _row(o: Outcome) -> tuple[str, ...]:
-    counts = (o.num_replicas, o.num_kills, o.num_finished, o.num_different, o.num_failed, o.num_refused)
-    return (
-        o.kind,
-        *map(str, counts),
-        f"{statistics.median(o.quiet_silences_s):.1f}",
-        *(f"{figure(seconds):.1f}" for seconds in (o.silences_s, o.replaced_s) for figure in (statistics.median, max)),
-        str(len(o.underruns_s)),
-        f"{max(o.underruns_s, default=0.0):.1f}",
-    )
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,12 @@ class Tally:
     """Not taken in: an error before anything came, by error."""
     underruns_s: list[float] = field(default_factory=list)
     """Seconds of silence of each piece at its player."""
-    num_connections: int = 0
-    """Connections of the clients that were lost and replaced."""
+
+    def take_underruns(self) -> tuple[int, list[float]]:
+        """Pieces heard since the last call, and the silence of those whose player fell silent."""
+        with self.lock:
+            heard, self.underruns_s = self.underruns_s, []
+        return len(heard), [seconds for seconds in heard if seconds > 0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from musicgen_serving import delay_points
-from musicgen_serving.deployments.language_model import Load
+from musicgen_serving.deployments.language_model import LanguageModel, Load
 from musicgen_serving.errors import NotFoundError
 from musicgen_serving.settings import ModelSettings, ServeSettings
 from serving.in_process import InProcess
@@ -16,6 +17,7 @@ from serving.in_process import InProcess
 from benchmarks.cancel_cells import MAX_REQUESTS, PHASES, PROTOCOLS, Phase, run_cell
 from benchmarks.cancel_victim import WAYS
 from benchmarks.reset_proxy import ResetProxy
+from musicgen.engine.sequence import Sequence
 
 
 class Local:
@@ -23,6 +25,27 @@ class Local:
 
     def __init__(self, service: InProcess) -> None:
         self.service, self.http, self.grpc = service, service.http_url, service.grpc_url
+        self.release_steps: list[int] = []
+        """For each request that was let go of, the engine's steps from the wish until its pages were free."""
+        self._watch(service.engine)
+
+    def _watch(self, engine: LanguageModel) -> None:
+        thread, runner = engine._engine._thread, engine._runner
+        core = thread._core
+        abort, end = thread.abort, core._end
+        wished: dict[str, int] = {}
+
+        def watched_abort(request_id: str) -> None:
+            wished[request_id] = runner.num_steps
+            abort(request_id)
+
+        def watched_end(sequence: Sequence, *how: Any) -> None:
+            end(sequence, *how)
+            steps = wished.pop(sequence.request.request_id, None)
+            if steps is not None:
+                self.release_steps.append(runner.num_steps - steps)
+
+        thread.abort, core._end = watched_abort, watched_end  # type: ignore[method-assign]
 
     def load(self) -> Load:
         return self.service.run(self.service.engine.load())
@@ -61,5 +84,6 @@ def test_nothing_goes_on_after_its_end(
 ) -> None:
     cell = run_cell(local, way, phase, protocol, per_cell, proxy, random.Random(f"{way} {phase.name} {protocol}"))
     assert cell.num_lost == 0, cell.reasons
+    assert max(local.release_steps, default=0) <= 2
     assert cell.num_hits >= per_cell
     local.service.run(local.service.gatekeeper.check())

@@ -14,6 +14,7 @@ from benchmarks.cancel_cells import PHASES, PROTOCOLS, run_cell
 from benchmarks.cancel_victim import WAYS
 from benchmarks.reset_proxy import ResetProxy
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's: what it warns of is not ours
 PATIENT = Retries(max_attempts=100, first_backoff_s=0.1, max_backoff_s=0.5)
 ONCE = Retries(max_attempts=1)
 DECODE = next(phase for phase in PHASES if phase.name == "decode")

@@ -23,6 +23,7 @@ from serving.cluster.conftest import DURATION_S, PROMPT, SEED, Running
 from musicgen.audio_encode import encode_audio
 from musicgen.errors import RequestCancelledError
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's: what it warns of is not ours
 GENERATIONS = "/v1/music/generations"
 LOSSLESS = ("wav", "flac", "pcm16", "f32")
 GRPC_FORMATS = {
