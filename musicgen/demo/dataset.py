@@ -19,7 +19,7 @@ from musicgen.demo.score import Label, describe
 
 SPECIAL = CODEBOOK_SIZE
 HIDDEN_SHARE, HIDDEN_RUN_LEN = 0.3, 12
-FOREIGN_SHARE, FOREIGN_RUN_LEN = 0.4, 100
+FOREIGN_SHARE, FOREIGN_RUN_LEN = 0.3, 100
 """Share of a batch's rows whose past is hidden or foreign in runs of so many steps."""
 MIN_MELODY_FRAMES = 40
 """Shortest melody, in chroma frames, that a crop is conditioned on before it is repeated: 5 s."""

@@ -8,6 +8,7 @@ never saw, rendered and tokenised like the training data.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, EncodecModel, MusicgenMelodyForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import EncodecModel, MusicgenMelodyForConditionalGeneration
 
 from musicgen.demo import checkpoint_path
 from musicgen.demo.dataset import SPECIAL, Clips, held_out_batch, load_clips
@@ -30,6 +31,8 @@ from musicgen.demo.tokenise import HOP_LEN, decode, encode
 from musicgen.demo.train_lm import CONDITIONS
 from musicgen.demo.train_lm import evaluate as evaluate_losses
 from musicgen.metrics import chroma_cosine_similarity, chromagram, spectral_distance
+from musicgen.model import Model
+from musicgen.weights import load_model
 
 SAMPLE_RATE_HZ = 32000
 SILENT_RMS = 0.01
@@ -125,31 +128,21 @@ def undelay(sequences: Tensor) -> Tensor:
 
 
 def generation_figures(
-    model: MusicgenMelodyForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    classifier: StyleClassifier,
-    melodies: Tensor,
-    prompts: Sequence[tuple[str, str]],
-    duration_s: float,
-    batch_size: int,
+    model: Model, classifier: StyleClassifier, melodies: Tensor, prompts: Sequence[tuple[str, str]], num_threads: int
 ) -> dict[str, Any]:
     """Melody following, style and collapse of generated music.
 
     Args:
-        melodies: float ``[B, samples]``, ``duration_s`` each.
+        melodies: float ``[B, samples]``.
         prompts: B pairs (style, prompt), which need not be those of the melodies' clips.
     """
-    parts = []
-    for start in range(0, len(melodies), batch_size):
-        texts = [prompt for _, prompt in prompts[start : start + batch_size]]
-        part = generate(model, tokenizer, texts, melodies[start : start + batch_size], duration_s, seed=start)
-        parts.append(part)
-        print(f"generated {start + len(texts)} of {len(melodies)}", flush=True)
-    wav = torch.cat(parts)
+    wav = generate(model, [prompt for _, prompt in prompts], melodies, num_threads=num_threads)
     pairs = similarities(melodies, wav)
     found = classifier.predict(wav)
-    result: dict[str, Any] = {"recordings": len(wav), "seconds": duration_s, **collapse(wav)}
+    result: dict[str, Any] = {"recordings": len(wav), "seconds": wav.shape[-1] / SAMPLE_RATE_HZ, **collapse(wav)}
     result |= {name: round(getattr(pairs, name), 4) for name in Similarities.__slots__}
+    heard = Counter(f"{style} heard as {guess}" for (style, _), guess in zip(prompts, found, strict=True))
+    result["styles"] = dict(sorted(heard.items()))
     result["style_accuracy"] = float(
         np.mean([style == guess for (style, _), guess in zip(prompts, found, strict=True)])
     )
@@ -176,7 +169,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--melodies", type=int, default=64)
     parser.add_argument("--duration", type=float, default=10.0)
-    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--recordings", type=Path, nargs="*", default=[], help="melodies from elsewhere")
     parser.add_argument("--pictures", type=Path, help="folder for pictures of those melodies and what was made of them")
     parser.add_argument("--threads", type=int, default=2)
@@ -190,7 +182,7 @@ def main() -> None:
 def all_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure, as a JSON-ready dictionary."""
     model = MusicgenMelodyForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    engine_model = load_model(str(arguments.checkpoint), "cpu")
     codec = model.audio_encoder
     num_samples = int(arguments.duration * SAMPLE_RATE_HZ) // HOP_LEN * HOP_LEN
     held = load_clips(arguments.data / "held")
@@ -210,13 +202,13 @@ def all_figures(arguments: argparse.Namespace) -> dict[str, Any]:
     styles = [held.labels[(index + NEXT_CLIP) % arguments.melodies] for index in range(arguments.melodies)]
     prompts = [(label.style, prompt_of(label)) for label in styles]
     figures["generation"] = generation_figures(
-        model, tokenizer, classifier, wav[: arguments.melodies], prompts, arguments.duration, arguments.batch
+        engine_model, classifier, wav[: arguments.melodies], prompts, arguments.threads
     )
     print(figures["generation"], flush=True)
     figures["recordings"] = {}
     for path in arguments.recordings:
         melody = load_recording(path, num_samples).expand(len(CARD_PROMPTS), -1)
-        out = generate(model, tokenizer, CARD_PROMPTS, melody, arguments.duration, seed=0)
+        out = generate(engine_model, CARD_PROMPTS, melody, num_threads=arguments.threads)
         figures["recordings"][path.stem] = recording_figures(melody, out, classifier)
         if arguments.pictures:
             rows = [("melody", melody[0]), *zip(CARD_PROMPTS, out, strict=True)]

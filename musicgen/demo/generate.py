@@ -1,7 +1,6 @@
-"""Generation with a Hugging Face checkpoint through transformers, for the evaluation.
+"""Generation for the evaluation: pieces by the project's engine, and codes by transformers to hold against them.
 
-Owns nothing but the call: chroma in, audio out.  The project's own engine is not used here, so a figure of the model
-never depends on it.
+Owns nothing but the calls.  Both make the same codes where they take the likeliest one; the tests show it.
 """
 
 from collections.abc import Sequence
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import MusicgenMelodyForConditionalGeneration, PreTrainedTokenizerFast
 
-from musicgen.demo.tokenise import decode
+from musicgen import MusicGen
+from musicgen.config import CacheConfig, EngineConfig, KVDtype, WeightDtype
 from musicgen.metrics import chromagram, one_hot_chroma
+from musicgen.model import Model
 
-FRAME_RATE_HZ = 50
+FRAME_RATE_HZ, SAMPLE_RATE_HZ = 50, 32000
 
 
 @torch.no_grad()
@@ -80,16 +81,31 @@ class _CodesReadyError(Exception):
 
 
 def generate(
-    model: MusicgenMelodyForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    texts: Sequence[str],
-    melodies: Tensor | None,
-    duration_s: float,
+    model: Model,
+    prompts: Sequence[str],
+    melodies: Tensor,
     *,
-    seed: int,
-    guidance: float = 3.0,
-    top_k: int = 250,
+    weights: WeightDtype = "float32",
+    kv: KVDtype = "float32",
+    num_threads: int = 1,
 ) -> Tensor:
-    """As ``generate_codes``, decoded: float32 ``[B, samples]`` at 32 kHz."""
-    codes = generate_codes(model, tokenizer, texts, melodies, duration_s, seed=seed, guidance=guidance, top_k=top_k)
-    return decode(model.audio_encoder, codes)
+    """What the engine makes of prompts and melodies with MusicGen's own settings (guidance 3, top-k 250).
+
+    Args:
+        model: loaded on the CPU.
+        prompts: B texts.
+        melodies: float ``[B, samples]`` at 32 kHz; the pieces get their length.
+        weights: kind of the decoder's matrices.
+        kv: kind of the keys and values.
+        num_threads: of the engine.
+
+    Returns:
+        float32 ``[B, samples]``; piece i is drawn with seed i.
+    """
+    engine = EngineConfig(weights=weights, cache=CacheConfig(dtype=kv), num_threads=num_threads)
+    musicgen = MusicGen(model, engine)
+    musicgen.set_generation_params(duration=melodies.shape[-1] / SAMPLE_RATE_HZ)
+    made = musicgen.generate_with_chroma(list(prompts), melodies[:, None], SAMPLE_RATE_HZ, seed=0)
+    musicgen.close()
+    assert isinstance(made, Tensor)
+    return made[:, 0, : melodies.shape[-1]].float()

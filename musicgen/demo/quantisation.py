@@ -23,11 +23,11 @@ from musicgen_kernels.pages import KVStore, new_kv_store
 from musicgen_kernels.step import StepBatch
 from torch import Tensor
 
-from musicgen import MusicGen
-from musicgen.config import CacheConfig, EngineConfig, KVDtype, WeightDtype
+from musicgen.config import KVDtype, WeightDtype
 from musicgen.demo import checkpoint_path
 from musicgen.demo.dataset import SPECIAL, Clips, held_out_batch, load_clips
-from musicgen.demo.evaluate import NEXT_CLIP, SAMPLE_RATE_HZ, load_held_out_audio, prompt_of, similarities
+from musicgen.demo.evaluate import NEXT_CLIP, load_held_out_audio, prompt_of, similarities
+from musicgen.demo.generate import generate
 from musicgen.demo.text import build_tokenizer
 from musicgen.engine.packing import pack_decoder
 from musicgen.metrics import NUM_CHROMA
@@ -106,19 +106,6 @@ def _pages(step: CpuStep, num_pages: int, kv: KVDtype) -> KVStore:
     return new_kv_store(len(weights.blocks), num_pages, weights.num_heads, head_dim, getattr(torch, kv))
 
 
-def generate(
-    model: Model, weights: WeightDtype, kv: KVDtype, prompts: Sequence[str], melodies: Tensor, num_threads: int
-) -> Tensor:
-    """What the engine makes of prompts and melodies, float32 ``[B, samples]`` of the melodies' length; seeds 0, 1, …"""
-    engine = EngineConfig(weights=weights, cache=CacheConfig(dtype=kv), num_threads=num_threads)
-    musicgen = MusicGen(model, engine)
-    musicgen.set_generation_params(duration=melodies.shape[-1] / SAMPLE_RATE_HZ)
-    made = musicgen.generate_with_chroma(list(prompts), melodies[:, None], SAMPLE_RATE_HZ, seed=0)
-    musicgen.close()
-    assert isinstance(made, Tensor)
-    return made[:, 0, : melodies.shape[-1]].float()
-
-
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A record for each kind of weights and keys: losses, perplexity, chroma cosine similarity."""
     model = load_model(str(arguments.checkpoint), "cpu")
@@ -135,7 +122,8 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             record: dict[str, Any] = {"weights": weights, "kv": kv, "losses": losses.tolist()}
             record["perplexity"] = losses.exp().tolist()
             record["perplexity_of_mean"] = losses.mean().exp().item()
-            made = generate(model, weights, kv, [prompt_of(label) for label in labels], melodies, arguments.threads)
+            prompts = [prompt_of(label) for label in labels]
+            made = generate(model, prompts, melodies, weights=weights, kv=kv, num_threads=arguments.threads)
             pairs = similarities(melodies, made)
             record |= {"right": pairs.right, "wrong": pairs.wrong, "right_soft": pairs.right_soft}
             print(json.dumps(record), flush=True)

@@ -26,6 +26,10 @@ from musicgen.demo.text import build_tokenizer
 
 LOSS_WEIGHTS = (2.0, 1.0, 0.6, 0.4)
 """The first codebook carries the pitch; the weights add up to the number of codebooks."""
+TEXT_RATE = 0.05
+"""Learning rate of text encoder and text projection, relative to AdamW's.  The decoder normalises what it is given, so
+nothing bounds the text states: at the full rate they grew to ten times the positions, in one direction, and the words
+in them could no longer be told apart."""
 WARM_UP_STEPS = 60
 DECAY_FROM = 0.55
 """Share of the training time after which the learning rate falls linearly, to 2 % of its peak."""
@@ -59,15 +63,23 @@ def learning_rate_factor(step: int, progress: float) -> float:
 
 
 def build_optimisers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan 2024) for the transformer's matrices, AdamW for everything else."""
+    """Muon (Jordan 2024) for the transformer's matrices, AdamW for everything else.
+
+    Every group keeps its highest rate as ``peak``.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    text: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (matrices if ".layers." in name and parameter.dim() == 2 else others).append(parameter)
+            is_text = name.startswith(("text_encoder.", "enc_to_dec_proj."))
+            is_matrix = ".layers." in name and parameter.dim() == 2
+            (text if is_text else matrices if is_matrix else others).append(parameter)
+    groups = [{"params": others, "peak": settings.adam_rate}, {"params": text, "peak": TEXT_RATE * settings.adam_rate}]
+    wide = [{"params": matrices, "peak": settings.muon_rate}]
     return [
-        torch.optim.Muon(matrices, lr=settings.muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.Muon(wide, lr=settings.muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
 
@@ -120,9 +132,9 @@ class Trainer:
         torch.autograd.backward((losses * torch.tensor(LOSS_WEIGHTS)).mean())
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1.0)
         factor = learning_rate_factor(self.step, self.progress)
-        for optimiser, peak in zip(self.optimisers, (self.settings.muon_rate, self.settings.adam_rate), strict=True):
+        for optimiser in self.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = peak * factor
+                group["lr"] = group["peak"] * factor
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.step += 1

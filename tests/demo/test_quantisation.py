@@ -11,6 +11,7 @@ from musicgen.config import WeightDtype
 from musicgen.demo import checkpoint_path, quantisation
 from musicgen.demo.dataset import held_out_batch, load_clips
 from musicgen.demo.forward import codebook_losses
+from musicgen.demo.generate import generate
 from musicgen.demo.text import build_tokenizer
 from musicgen.engine.packing import pack_decoder
 from musicgen.model import Model
@@ -49,9 +50,10 @@ def test_losses_through_the_engines_step(model: Model, cached: Path) -> None:
 
 def test_pieces_have_the_melodys_length(model: Model) -> None:
     melodies = 0.3 * torch.sin(torch.arange(16000) * 0.09)[None].repeat(2, 1)
-    exact = quantisation.generate(model, "float32", "float32", ["sad jazz", "happy rock"], melodies, 1)
+    exact = generate(model, ["sad jazz", "happy rock"], melodies)
     assert exact.shape == melodies.shape
-    coarse = quantisation.generate(model, "int4", "int8", ["sad jazz", "happy rock"], melodies, 1)
+    assert torch.equal(exact[:1], generate(model, ["sad jazz"], melodies[:1]))
+    coarse = generate(model, ["sad jazz", "happy rock"], melodies, weights="int4", kv="int8")
     assert not torch.equal(exact, coarse)
 
 

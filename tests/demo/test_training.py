@@ -44,6 +44,23 @@ def test_loss_falls_and_a_restart_changes_nothing(codec: EncodecModel, cached: P
     assert [second.train_step(clips)[0].item() for _ in range(6)] == losses[6:]
 
 
+def test_text_is_trained_slower_than_the_rest(codec: EncodecModel, cached: Path, tmp_path: Path) -> None:
+    trainer = train_lm.Trainer(settings(), codec, tmp_path)
+    trainer.step = train_lm.WARM_UP_STEPS
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train_step(load_clips(cached))
+
+    def largest_change(prefix: str) -> float:
+        after = trainer.model.named_parameters()
+        return max((p - before[name]).abs().max().item() for name, p in after if name.startswith(prefix))
+
+    # Adam's first update is the rate itself, wherever there is a gradient; weight decay adds a little.
+    assert largest_change("audio_enc_to_dec_proj.") == pytest.approx(2e-3, rel=0.1)
+    assert largest_change("enc_to_dec_proj.") == pytest.approx(train_lm.TEXT_RATE * 2e-3, rel=0.1)
+    assert 0 < largest_change("text_encoder.") < 2 * train_lm.TEXT_RATE * 2e-3
+    assert largest_change("audio_encoder.") == 0
+
+
 def test_evaluation_tells_conditions_apart(codec: EncodecModel, cached: Path, tmp_path: Path) -> None:
     trainer = train_lm.Trainer(settings(), codec, tmp_path)
     # Fresh weights are too small for the conditions to show in four decimals.
