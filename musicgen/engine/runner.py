@@ -221,6 +221,7 @@ class ModelRunner:
     def _sample_batch(self, sequences: list[Sequence]) -> SampleBatch:
         """The parameters of the deciding sequences; `steps` is filled in at each step."""
         params = [sequence.request.codes.sampling for sequence in sequences]
+        num_codes = self.model_config.decoder.codebook_size
 
         def floats(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=self.device)
@@ -235,7 +236,7 @@ class ModelRunner:
             guidance=floats([p.guidance_scale for p in params]),
             guidance_beta=floats([1.0 if p.melody_guidance is None else p.melody_guidance for p in params]),
             temperature=floats([0.0 if p.greedy else p.temperature for p in params]),
-            top_k=self._ints([p.top_k for p in params]),
+            top_k=self._ints([min(p.top_k, num_codes) for p in params]),  # kernels take no more than 31 bits
             top_p=floats([p.top_p for p in params]),
         )
 

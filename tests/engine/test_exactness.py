@@ -154,6 +154,14 @@ def equal(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert not wrong, f"requests {wrong} have other codes than alone"
 
 
+def test_more_likeliest_codes_than_there_are_is_all_of_them(models: dict[str, Model]) -> None:
+    """And no number of them ends the engine."""
+    params = [SamplingParams(top_k=k, seed=3) for k in (0, tiny.CODEBOOK_SIZE, 2**31 - 1, 2**31, 2**70)]
+    requests = [new_request(models["text"], "rock", 9, sampling) for sampling in params]
+    first, *others = each_alone(new_core(models["text"]), requests)
+    equal(others, [first] * len(others))
+
+
 @pytest.mark.parametrize(("weights", "kv"), QUANTISED)
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_alone_or_in_a_crowd(kind: str, weights: WeightDtype, kv: KVDtype, models: dict[str, Model]) -> None:
