@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.machine import load_average
 from benchmarks.serving_engine import Bare, measure
 from benchmarks.serving_load import Load, run_load
-from benchmarks.serving_plan import Ask, plan
+from benchmarks.serving_plan import Ask, Protocol, plan
 from benchmarks.serving_random import random_folder
 from benchmarks.serving_report import Figures, Slo, aligned, by_protocol, plot, table
 from benchmarks.serving_service import Service, own_service
@@ -40,7 +40,7 @@ def main() -> None:
     settings = {"models": [model], "admission": {"max_wait_s": args.max_wait_s}}
     running = nullcontext(_given(args)) if args.url else own_service(settings)
     with running as service:
-        run_load(_plan(args, math.inf, "warm-up", model["name"], 4), service.urls)
+        run_load(plan(4, math.inf, [1.0], _protocols(args), model=model["name"], name="warm-up"), service.urls)
         at_once = run_load(burst, service.urls)
         rows = by_protocol("all at once", at_once, None, _slo(args), load_average())
         loads: list[tuple[Figures, Load]] = [(rows[0], at_once)]
@@ -84,7 +84,7 @@ def _parse() -> argparse.Namespace:
     add("--requests", type=int, default=24, help="of the part with all at once")
     add("--durations", type=float, nargs="+", default=[4.0, 6.0, 8.0, 10.0], help="seconds, in turns")
     add("--rate", type=float, nargs="+", help="requests a second")
-    add("--load", type=float, nargs="+", default=[0.5, 0.8], help="shares of the measured throughput, without --rate")
+    add("--load", type=float, nargs="*", default=[0.5, 0.8], help="shares of the measured throughput, without --rate")
     add("--duration-s", type=float, default=60.0, help="of each rate")
     add("--requests-at-rate", type=int, help="of each rate, in place of --duration-s")
     add("--burstiness", type=float, default=1.0, help="coefficient of variation between arrivals; 1: Poisson")
@@ -114,9 +114,20 @@ def _model_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace, rate_hz: float, name: str, model: str, num: int) -> list[Ask]:
-    protocols = ["http", "grpc"] if args.protocol == "both" else [args.protocol]
-    options = {"model": model, "seed": args.seed, "burstiness": args.burstiness, "name": name}
-    return plan(num, rate_hz, args.durations, protocols, **options)  # type: ignore[arg-type]
+    return plan(
+        num,
+        rate_hz,
+        args.durations,
+        _protocols(args),
+        model=model,
+        seed=args.seed,
+        burstiness=args.burstiness,
+        name=name,
+    )
+
+
+def _protocols(args: argparse.Namespace) -> tuple[Protocol, ...]:
+    return ("http", "grpc") if args.protocol == "both" else (args.protocol,)
 
 
 def _given(args: argparse.Namespace) -> Service:
