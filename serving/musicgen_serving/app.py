@@ -17,6 +17,8 @@ from musicgen_serving.settings import ModelSettings, ReplicaSettings, ServeSetti
 
 APP_NAME = "musicgen"
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
+LOOK_BACK_S = 11.0
+"""Serve averages loads over this before the delays begin; by default over 30 s. It warns below its own 10 s."""
 MAX_ONGOING = 10_000
 """Serve's own limits would queue silently; the gatekeeper and the engine say no instead."""
 
@@ -70,6 +72,7 @@ def _deployment(cls: type, name: str, how: ReplicaSettings, settings: ServeSetti
                 max_replicas=how.max_replicas,
                 upscale_delay_s=how.upscale_delay_s,
                 downscale_delay_s=how.downscale_delay_s,
+                look_back_period_s=LOOK_BACK_S,
                 policy=policy,
             )
         }
