@@ -110,7 +110,7 @@ def run_cell(
         size = 1 if phase.name == "prefill" else size  # the next one would be refused after so long a step
     for wave in itertools.count():
         size = min(size, per_cell - cell.num_hits)
-        if size <= 0 or wave >= 8 + 4 * per_cell // size:
+        if size <= 0 or cell.num_lost or wave >= 8 + 4 * per_cell // size:
             break
         if way == "deadline":
             _quick(service, url)
@@ -183,6 +183,9 @@ def _judge(
         if state == "running" or (state == "finished" and not victim.whole and not phase.lm_may_finish):
             cell.num_lost += 1
             cell.reasons.append(f"the gatekeeper says {state}; the client saw {type(victim.error).__name__}")
+        elif victim.whole and victim.answer in ("running", "cancelled"):
+            cell.num_lost += 1
+            cell.reasons.append(f"it came to its end, though the answer to its being cancelled was {victim.answer}")
         elif victim.whole or _is_refused(victim) or _is_early(victim, phase) or _is_late(victim, phase):
             cell.num_missed += 1
         else:

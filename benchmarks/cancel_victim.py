@@ -49,6 +49,8 @@ class Victim(threading.Thread):
         self.ended_at: float | None = None
         """When its end was wanted (monotonic seconds)."""
         self.num_samples = self.num_wanted = 0
+        self.answer = ""
+        """What the service said to its being cancelled."""
         self.whole = False
         """It came to its own end."""
         self.error: MusicGenError | None = None
@@ -89,7 +91,7 @@ class Victim(threading.Thread):
             for _ in range(100):
                 self.ended_at = time.monotonic()
                 try:
-                    client.cancel(self.request.request_id)
+                    self.answer = client.cancel(self.request.request_id).state
                 except NotFoundError:  # it has been sent, but has not come in yet
                     time.sleep(0.02)
                 else:

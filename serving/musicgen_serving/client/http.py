@@ -39,8 +39,8 @@ _FIELDS = (
     "melody_guidance", "extend_stride_s",
 )  # fmt: skip
 _FILES = ("melody", "prompt_audio")
-_UNREACHABLE = (502, 503, 504)
-"""What a proxy answers in the service's place."""
+_UNREACHABLE = (500, 502, 503, 504)
+"""What a proxy answers in the service's place; Ray Serve's says 500 where a replica died before it answered."""
 
 
 class HttpClient(Client):

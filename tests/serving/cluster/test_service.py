@@ -42,10 +42,11 @@ def decoded(content: bytes, format: str) -> np.ndarray[Any, Any]:
 
 
 def expected(wanted: torch.Tensor, format: str) -> np.ndarray[Any, Any]:
-    """The API's samples as the format holds them."""
+    """The API's samples as the library's own file of the format holds them (a flac rounds otherwise than a wav)."""
     if format == "f32":
         return wanted[0].numpy()
-    return decoded(encode_audio(wanted, 32000, "wav"), "wav")
+    kind = "flac" if format == "flac" else "wav"
+    return decoded(encode_audio(wanted, 32000, kind), kind)
 
 
 @pytest.mark.parametrize("format", LOSSLESS)
