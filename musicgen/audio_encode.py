@@ -26,6 +26,9 @@ _WRITE_BLOCK = 65536
 """Samples a call: libsndfile's Vorbis encoder takes stack in proportion, and can overflow it on long pieces."""
 
 
+PCM_16 = "PCM_16"
+
+
 @dataclass(frozen=True, slots=True)
 class FileFormat:
     """How libsndfile writes a format."""
@@ -38,8 +41,8 @@ class FileFormat:
 
 
 FORMATS: Mapping[str, FileFormat] = {
-    "wav": FileFormat("WAV", "PCM_16"),
-    "flac": FileFormat("FLAC", "PCM_16"),
+    "wav": FileFormat("WAV", PCM_16),
+    "flac": FileFormat("FLAC", PCM_16),
     "mp3": FileFormat("MP3", "MPEG_LAYER_III", (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000), 2),
     "ogg": FileFormat("OGG", "VORBIS"),
     "opus": FileFormat("OGG", "OPUS", (48000,), 2),
@@ -90,10 +93,21 @@ def encode_audio(
     ) as file:
         for tag, value in tags.items():
             setattr(file, tag, value)
-        samples = np.ascontiguousarray(wav.clamp(-1, 1).numpy().T)
+        samples = to_frames(wav, target.subtype)
         for start in range(0, len(samples), _WRITE_BLOCK):
             file.write(samples[start : start + _WRITE_BLOCK])
     return buffer.getvalue()
+
+
+def to_frames(wav: Tensor, subtype: str) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
+    """`[C, N]` float → `[N, C]` as libsndfile is to write it: cut to [−1, 1], and rounded here where it is 16 bits.
+
+    Left to libsndfile, 16 bits are rounded down in a wav and to the nearest in a flac.
+    """
+    samples = np.ascontiguousarray(wav.clamp(-1, 1).numpy().T)
+    if subtype != PCM_16:
+        return samples
+    return np.clip(np.rint(samples.astype(np.float64) * 32768), -32768, 32767).astype(np.int16)
 
 
 def checked_format(format: str, channels: int) -> FileFormat:

@@ -354,3 +354,11 @@ def test_the_spectrogram_shows_the_pitch() -> None:
         band = int(mels[:, mels.shape[1] // 2].argmax())
         mel = 2595 * math.log10(1 + frequency_hz / 700)
         assert band + 1 == pytest.approx(mel / (2595 * math.log10(1 + 16000 / 700)) * 97, abs=1)
+
+
+def test_wav_and_flac_hold_the_same_nearest_16_bits() -> None:
+    wav = torch.rand(2, 5000, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    wanted = (wav.double().clamp(-1, 1) * 32768).round().clamp(-32768, 32767).short()
+    for name in ("wav", "flac"):
+        samples, _ = soundfile.read(io.BytesIO(audio.encode_audio(wav, 32000, name)), dtype="int16", always_2d=True)
+        assert torch.equal(torch.from_numpy(samples.T.copy()), wanted)

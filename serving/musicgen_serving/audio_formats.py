@@ -1,6 +1,7 @@
 """Samples to the bytes of a response: whole, or as a stream that decodes to exactly the same.
 
-The conversion of float to 16 bits is libsndfile's for the format, everywhere: so a wav is its pcm16 with a header.
+The conversion of float to 16 bits is `audio_encode.to_frames` everywhere: so a wav is its pcm16 with a header, and what
+a flac decodes to.
 mp3 and opus do not stream: an mp3's first frame tells its delay and length and can only be written at the end, and
 opus needs another sample rate, whose filter needs the whole piece to give the same samples.
 """
@@ -16,7 +17,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from musicgen.audio_encode import FORMATS, encode_audio
+from musicgen.audio_encode import FORMATS, PCM_16, encode_audio, to_frames
 
 STREAM_FORMATS = ("wav", "flac", "ogg", "pcm16", "f32")
 EVENT_FORMATS = ("pcm16", "f32")
@@ -57,16 +58,7 @@ def encode_raw(samples: Tensor, format: str) -> bytes:
     """`[C, N]` float32 → interleaved little-endian samples: f32 as they are, pcm16 as in a wav."""
     if format == "f32":
         return np.ascontiguousarray(samples.numpy().T, dtype="<f4").tobytes()
-    sink = io.BytesIO()
-    with soundfile.SoundFile(
-        sink, "w", 48000, samples.shape[0], "PCM_16", endian="LITTLE", format="RAW"
-    ) as file:  # the rate is written nowhere
-        file.write(_frames(samples))
-    return sink.getvalue()
-
-
-def _frames(samples: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    return np.ascontiguousarray(samples.clamp(-1, 1).numpy().T)
+    return to_frames(samples, PCM_16).astype("<i2", copy=False).tobytes()
 
 
 class StreamEncoder(Protocol):
@@ -120,6 +112,7 @@ class _FileStream:
         self, format: str, sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]
     ) -> None:
         kind = FORMATS[format]
+        self._subtype = kind.subtype
         self._sink = _ForgetfulSink()
         self._file = soundfile.SoundFile(self._sink, "w", sample_rate, channels, kind.subtype, format=kind.container)
         for tag, value in metadata.items():
@@ -137,13 +130,14 @@ class _FileStream:
         joined = torch.cat(self._waiting, dim=-1)
         num_whole = num_waiting - num_waiting % self._block
         for start in range(0, num_whole, max(self._block, 4096)):
-            self._file.write(_frames(joined[:, start : min(num_whole, start + max(self._block, 4096))]))
+            part = joined[:, start : min(num_whole, start + max(self._block, 4096))]
+            self._file.write(to_frames(part, self._subtype))
         self._waiting = [joined[:, num_whole:]] if num_whole < num_waiting else []
         return self._take()
 
     def finish(self) -> bytes:
         for part in self._waiting:
-            self._file.write(_frames(part))
+            self._file.write(to_frames(part, self._subtype))
         self._file.close()
         return self._take()
 
