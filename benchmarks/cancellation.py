@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from musicgen_serving.deployments.language_model import Load
 
 from benchmarks import chaos_cluster
 from benchmarks.cancel_cells import MAX_REQUESTS, PHASES, PROTOCOLS, Cell, run_cell
+from benchmarks.cancel_report import merged, row, table
 from benchmarks.cancel_victim import WAYS
 from benchmarks.reset_proxy import ResetProxy
 
@@ -83,7 +83,11 @@ def main() -> int:
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="append the line there too")
+    parser.add_argument("--table", type=Path, help="run nothing: the table of all lines of such a file")
     options = parser.parse_args()
+    if options.table is not None:
+        print(table(merged(options.table)))
+        return 0
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     cells = _run(options)
@@ -111,29 +115,8 @@ def _run(options: argparse.Namespace) -> list[Cell]:
                         began = time.monotonic()
                         cells.append(run_cell(service, way, phase, protocol, options.per_cell, proxy, rng))
                         took = f"{time.monotonic() - began:.1f} s"
-                        print(_row(cells[-1]), took, *cells[-1].reasons[:3], file=sys.stderr, flush=True)
+                        print(row(cells[-1]), took, *cells[-1].reasons[:3], file=sys.stderr, flush=True)
     return cells
-
-
-def table(cells: list[Cell]) -> str:
-    """One line a cell."""
-    head = (
-        "way", "phase", "protocol", "ended in it", "elsewhere", "lost", "let go after ms: median", "max",
-        "steps: median", "max",
-    )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + [_row(cell) for cell in cells])
-
-
-def _row(cell: Cell) -> str:
-    def two(values: list[float] | list[int], scale: float, digits: int) -> list[str]:
-        if not values:
-            return ["", ""]
-        return [f"{scale * statistics.median(values):.{digits}f}", f"{scale * max(values):.{digits}f}"]
-
-    counts = [str(cell.num_hits), str(cell.num_missed), str(cell.num_lost)]
-    row = [cell.way, cell.phase, cell.protocol, *counts, *two(cell.release_s, 1e3, 0), *two(cell.release_steps, 1, 0)]
-    return "| " + " | ".join(row) + " |"
 
 
 if __name__ == "__main__":

@@ -90,15 +90,16 @@ def handle(kind: str) -> Any:
 def replica_pids(kind: str) -> set[int]:
     """Processes of a kind's replicas, among those that this process has started."""
     title = f"ray::ServeReplica:{APP_NAME}:{deployment(kind)}"
-    found = set()
+    found: dict[int, int] = {}
     for process in psutil.Process().children(recursive=True):
         try:
             words = process.cmdline()
+            if words and words[0].split(".")[0].rstrip() == title:
+                found[process.pid] = process.ppid()
         except psutil.Error:
             continue
-        if words and words[0].split(".")[0].rstrip() == title:
-            found.add(process.pid)
-    return found
+    # What a replica has just forked has its title too, until it runs something else.
+    return {pid for pid, parent in found.items() if parent not in found}
 
 
 def kill(pid: int) -> None:
