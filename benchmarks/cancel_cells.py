@@ -68,7 +68,7 @@ class Phase:
 
 SLOW = "lm.step=0.05"
 PHASES = (
-    Phase("queued", "sent", 0.5, 1.0, "", "lm.step=0.1", 0.5),
+    Phase("queued", "sent", 0.5, 1.0, "", "lm.step=0.2", 0.5),
     Phase("prefill", "sent", 0.6, 1.0, "lm.prefill=0.8", "lm.prefill=0.8", 0.15, wave=8),
     Phase("decode", "first", 1.0, 3.0, "", SLOW, 1.5),
     Phase("sending", "first", 0.8, 3.0, "edge.send=0.2", "edge.send=0.2", 0.8, lm_may_finish=True),
@@ -191,7 +191,8 @@ def _judge(
         else:
             cell.num_hits += 1
     left = after.num_running + after.num_waiting - before.num_running - before.num_waiting
-    ran_on = after.num_finished - before.num_finished - sum(v.whole for v in victims)
+    others = max(-left, 0)  # those that took all places have come to their own end
+    ran_on = after.num_finished - before.num_finished - sum(v.whole for v in victims) - others
     if phase.lm_may_finish:
         ran_on = 0
     if left > 0 or ran_on > 0:
