@@ -69,7 +69,7 @@ class Phase:
 SLOW = "lm.step=0.05"
 PHASES = (
     Phase("queued", "sent", 0.5, 1.0, "", "lm.step=0.2", 0.5),
-    Phase("prefill", "sent", 0.6, 1.0, "lm.prefill=0.8", "lm.prefill=0.8", 0.15, wave=8),
+    Phase("prefill", "sent", 0.6, 1.0, "lm.prefill=1.2", "lm.prefill=1.2", 0.15, wave=8),
     Phase("decode", "first", 1.0, 3.0, "", SLOW, 1.5),
     Phase("sending", "first", 0.8, 3.0, "edge.send=0.2", "edge.send=0.2", 0.8, lm_may_finish=True),
     Phase("last chunk", "last", 0.6, 2.0, "codec.last=0.8", "codec.last=0.8", 0.8, wave=8, lm_may_finish=True),
