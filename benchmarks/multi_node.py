@@ -68,8 +68,8 @@ def _lose_a_node(
             event.wait(60)
         began = time.monotonic()
         nodes.remove_node(node, allow_graceful=False)
-        lost = replicas - {pid for pid in replicas if os.path.exists(f"/proc/{pid}")}
         got = [future.result() for future in futures]
+    lost = [pid for pid in replicas if not os.path.exists(f"/proc/{pid}")]
     return {
         "nodes": alive,
         "language_models_lost": len(lost),
