@@ -5,11 +5,13 @@ Owns the order of starting and stopping. Ray listens on loopback unless an addre
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +79,9 @@ def drain(on_running: Callable[[int], None], timeout_s: float) -> bool:
 def stop() -> None:
     """Stop everything that `start` started."""
     if ray.is_initialized():
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        with redirect_stdout(io.StringIO()):  # Ray prints there that the controller, which it has just ended, has died
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
 
 
 def _start_ray(settings: ServeSettings) -> None:
