@@ -177,7 +177,7 @@ def _serve(settings: Any) -> int:
     try:
         cluster.drain(on_running, settings.drain_s)
     finally:
-        cluster.stop()
+        cluster.stop(joined=settings.ray_address is not None)
     _say("stopped")
     return 0
 

@@ -57,7 +57,7 @@ def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: f
             deployed = pool.submit(serve.run, app, name=APP_NAME)
             _watch(deployed, on_state or (lambda _: None), timeout_s)
     except BaseException:
-        stop()
+        stop(joined=settings.ray_address is not None)
         raise
     grpc = f"grpc://{settings.grpc.host}:{settings.grpc.port}" if settings.grpc.port else None
     return Endpoints(f"http://{settings.http.host}:{settings.http.port}", grpc)
@@ -76,12 +76,20 @@ def drain(on_running: Callable[[int], None], timeout_s: float) -> bool:
     return False
 
 
-def stop() -> None:
-    """Stop everything that `start` started."""
-    if ray.is_initialized():
-        with redirect_stdout(io.StringIO()):  # Ray prints there that the controller, which it has just ended, has died
+def stop(*, joined: bool = False) -> None:
+    """Stop everything that `start` started.
+
+    Args:
+        joined: the cluster is somebody else's: only the service is taken away from it.
+    """
+    if not ray.is_initialized():
+        return
+    with redirect_stdout(io.StringIO()):  # Ray prints there that the controller, which it has just ended, has died
+        if joined:
+            serve.delete(APP_NAME)
+        else:
             serve.shutdown()  # type: ignore[no-untyped-call]
-            ray.shutdown()
+        ray.shutdown()
 
 
 def _start_ray(settings: ServeSettings) -> None:
