@@ -16,7 +16,8 @@ from transformers import MusicgenMelodyForConditionalGeneration
 from musicgen.demo import align
 from musicgen.demo.dataset import SPECIAL, Batch
 from musicgen.demo.model import CHROMA_LEN
-from musicgen.demo.text import TEXT_LEN
+from musicgen.demo.score import STYLES
+from musicgen.demo.text import TEXT_LEN, build_tokenizer
 
 PREFIX_LEN = CHROMA_LEN + TEXT_LEN
 MAX_STEPS = 1504
@@ -104,3 +105,16 @@ def codebook_losses(
         logits = F.linear(x, head.weight.to(dtype)).float().flatten(0, 1)
         losses.append(F.cross_entropy(logits, batch.targets[:, k].flatten(), ignore_index=SPECIAL))
     return torch.stack(losses)
+
+
+@torch.no_grad()
+def text_separation(model: MusicgenMelodyForConditionalGeneration) -> float:
+    """How well the decoder can tell the styles' names apart: 0 if two of them are the same to it.
+
+    The smallest distance between two styles' projected states (averaged over the tokens) over their mean norm.
+    """
+    tokenizer = build_tokenizer()
+    ids = torch.tensor([tokenizer.encode(style.names[0]).ids for style in STYLES.values()])
+    means = model.enc_to_dec_proj(model.text_encoder(input_ids=ids).last_hidden_state).mean(dim=1)
+    distances = torch.pdist(means)
+    return (distances.min() / means.norm(dim=1).mean()).item()

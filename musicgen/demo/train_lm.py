@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import EncodecModel, MusicgenMelodyForConditionalGeneration
 
 from musicgen.demo.dataset import Clips, held_out_batch, load_clips, sample_batch
-from musicgen.demo.forward import MAX_STEPS, codebook_losses, initialise
+from musicgen.demo.forward import MAX_STEPS, codebook_losses, initialise, text_separation
 from musicgen.demo.model import build_model, load_codec, save_checkpoint
 from musicgen.demo.text import build_tokenizer
 
@@ -147,6 +147,11 @@ class Trainer:
             file.write(line + "\n")
         print(line, flush=True)
 
+    def log_held_out(self, clips: Clips, num_clips: int) -> None:
+        """Logs the held-out losses, and whether the words can still be told apart."""
+        losses = evaluate(self.model, clips, num_clips)
+        self.log({"held_out": losses, "text_separation": round(text_separation(self.model), 4)})
+
     def save(self) -> None:
         """Writes everything needed to continue, atomically."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -189,10 +194,10 @@ def train(
             trainer.save()
             saved_s, clips = trainer.used_s, load_clips(data)
         if trainer.used_s - evaluated_s > eval_every_s:
-            trainer.log({"held_out": evaluate(trainer.model, held_out, 32)})
+            trainer.log_held_out(held_out, 32)
             evaluated_s = trainer.used_s
     trainer.save()
-    trainer.log({"held_out": evaluate(trainer.model, held_out, len(held_out))})
+    trainer.log_held_out(held_out, len(held_out))
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from transformers import EncodecModel
 
 from musicgen.demo import align
 from musicgen.demo.dataset import Batch, held_out_batch, load_clips
-from musicgen.demo.forward import PREFIX_LEN, codebook_losses, hidden_states, sinusoidal_positions
+from musicgen.demo.forward import PREFIX_LEN, codebook_losses, hidden_states, sinusoidal_positions, text_separation
 from musicgen.demo.model import CHROMA_LEN, build_model
 from musicgen.demo.text import build_tokenizer
 
@@ -75,3 +75,20 @@ def test_a_fitted_head_looks_there() -> None:
     found = scores.masked_fill(torch.ones(96, 116).triu(21).bool(), -torch.inf).argmax(dim=1)
     assert (found - targets.argmax(dim=1)).abs().float().mean() < 0.7
     assert loss < 2.5
+
+
+def test_words_that_are_alike_to_the_decoder_are_noticed(codec: EncodecModel) -> None:
+    model = build_model(codec, seed=1).eval()
+    fresh = text_separation(model)
+    assert fresh > 0.1
+    with torch.no_grad():
+        # A large common part, as the projection's bias, hides the words; the size of everything together does not.
+        model.enc_to_dec_proj.weight.mul_(3)
+        model.enc_to_dec_proj.bias.mul_(3)
+        assert text_separation(model) == pytest.approx(fresh, rel=1e-4)
+        model.enc_to_dec_proj.bias.fill_(10 * model.enc_to_dec_proj.weight.abs().max() * 128**0.5)
+        assert text_separation(model) < 0.1 * fresh
+        words = build_tokenizer()
+        rock, jazz = words.token_to_id("rock"), words.token_to_id("jazz")
+        model.text_encoder.shared.weight[rock] = model.text_encoder.shared.weight[jazz]
+        assert text_separation(model) == pytest.approx(0.0, abs=1e-6)
