@@ -1,4 +1,4 @@
-"""Kernel microbenchmarks: `python -m benchmarks.bench_kernels`.
+"""Kernel microbenchmarks: `python -m benchmarks.bench_kernels`. On a machine with a GPU also the GPU backends.
 
 Every row is measured between two STREAM probes of the same run and compared with them; a row whose probes differ by
 more than 10 % says so. The last line on stdout is one JSON object. Data is cold unless it is re-used within one call.
@@ -12,16 +12,16 @@ import json
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from musicgen_kernels.isa import LEVELS
 
-from .kernel_cases import Case, attention_case, kinds_of, linear_case, sampling_case
-from .machine import DRIFT_LIMIT, Machine, Peaks, gpu_name, load_average
+from .gpu_machine import GPU_BACKENDS
+from .kernel_cases import Case, Target, attention_case, kinds_of, linear_case, sampling_case
+from .kernel_places import Measured, backends, place
+from .machine import DRIFT_LIMIT, gpu_name, load_average
 from .step_case import SHAPES, step_case, transformers_step
 
 Row = dict[str, Any]
@@ -37,10 +37,11 @@ PRINTED = (
 )
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__)
     parser.add_argument("--op", default="linear,attention,sampling,step", help="comma-separated")
-    parser.add_argument("--backend", default="cpu", help="cpu, or cpu:level; comma-separated")
+    parser.add_argument("--backend", help="cpu, cpu:level, cuda or triton; comma-separated; default: all that run here")
+    parser.add_argument("--activations", default="bf16", choices=("fp32", "bf16", "fp16"), help="on a GPU")
     parser.add_argument("--weights", default="fp32,bf16,int8,int4")
     parser.add_argument("--kv", default="fp32,bf16,fp16,int8")
     parser.add_argument("--rows", default="2,16", help="rows of a linear; attention and step take the first")
@@ -57,61 +58,49 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="flush the caches before every repeat")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="roofline, PNG or SVG")
-    return parser.parse_args()
+    parser.add_argument("--plot", type=Path, help="roofline, PNG or SVG; the backend is added to the name")
+    return parser.parse_args(given)
 
 
-def cases(options: argparse.Namespace, backend: str) -> Iterator[Case]:
+def cases(options: argparse.Namespace, target: Target) -> Iterator[Case]:
     """The asked-for cases of one backend, made one after another so that their memory is freed."""
     ops, rows = options.op.split(","), [int(r) for r in options.rows.split(",")]
     n, k = (int(part) for part in options.size.split("x"))
     if "linear" in ops:
-        yield from (linear_case(backend, kind, r, n, k) for kind in kinds_of(options.weights) for r in rows)
+        yield from (linear_case(target, kind, r, n, k) for kind in kinds_of(options.weights) for r in rows)
     if "attention" in ops:
         for kv in options.kv.split(","):
-            yield attention_case(backend, kv, rows[0], options.length, options.heads)
+            yield attention_case(target, kv, rows[0], options.length, options.heads)
     if "sampling" in ops:
-        yield sampling_case(backend, 16, 4, 2048)
-    if "step" in ops:
+        yield sampling_case(target, 16, 4, 2048)
+    if "step" in ops and target.device == "cpu":  # a whole step in one call is the CPU's alone
         peer = transformers_step(options.model, rows[0], options.step_length) if options.peer else None
         for pair in options.step.split(","):
             kind, kv = pair.split("/")
-            yield step_case(backend, options.model, kinds_of(kind)[0], kv, rows[0], options.step_length, peer)
+            size = (rows[0], options.step_length)
+            yield step_case(target.backend, options.model, kinds_of(kind)[0], kv, *size, peer)
 
 
-def seconds_of(run: Callable[[], None], repeats: int, before: Callable[[], None] | None = None) -> list[float]:
-    """Sorted times of `repeats` calls, after one that is not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        if before is not None:
-            before()
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return sorted(times)
-
-
-def measure(case: Case, machine: Machine, peaks: Peaks, options: argparse.Namespace) -> Row:
+def measure(case: Case, machine: Measured, peaks: dict[str, float], options: argparse.Namespace) -> Row:
     """Time a case between two STREAM probes."""
     first = machine.stream_bytes_per_s()
-    times = seconds_of(case.run, options.repeats, machine.flush if options.cold else None)
+    times = machine.seconds_of(case.run, options.repeats, cold=options.cold)
     second = machine.stream_bytes_per_s()
     times = [t / case.calls for t in times]
     median, stream = statistics.median(times), (first + second) / 2
-    peak = peaks.int8 if case.int8_peak else peaks.fp32
+    peak = peaks[case.peak]
     bound = max(case.num_bytes / stream, case.operations / peak)
     notes = [case.note] if case.note else []
     if abs(first - second) > DRIFT_LIMIT * stream:
         notes.append(f"STREAM drifted: {first / 1e9:.1f} to {second / 1e9:.1f} GB/s")
-    peer = statistics.median(seconds_of(case.peer, 5)) if case.peer is not None else math.nan
+    peer = statistics.median(machine.seconds_of(case.peer, 5)) if case.peer is not None else math.nan
     error, ratio = case.errors() if options.refcheck else (math.nan, math.nan)
     return {
         **{name: getattr(case, name) for name in ("op", "backend", "weights", "activations", "kv")},
         **{name: getattr(case, name) for name in ("rows", "length", "heads")},
         "isa": machine.level,
         "page": 16,
-        "threads": options.threads,
+        "threads": 0 if case.backend in GPU_BACKENDS else options.threads,
         "bytes": case.num_bytes,
         "median_us": median * 1e6,
         "p10_us": quantile(times, 0.1) * 1e6,
@@ -140,7 +129,9 @@ def quantile(ordered: list[float], fraction: float) -> float:
 
 def command(case: Case, options: argparse.Namespace) -> str:
     """What repeats this row alone."""
-    text = f"python -m benchmarks.bench_kernels --backend {case.backend} --threads {options.threads}"
+    on_gpu = case.backend in GPU_BACKENDS
+    how = f"--activations {case.activations}" if on_gpu else f"--threads {options.threads}"
+    text = f"python -m benchmarks.bench_kernels --backend {case.backend} {how}"
     if case.op == "linear":
         return f"{text} --op linear --weights {case.weights} --rows {case.rows} --size {options.size}"
     if case.op == "paged_attention":
@@ -161,7 +152,7 @@ def show(row: Row) -> str:
     return "  ".join(f"{name}={cell(row[name])}" for name in PRINTED if row[name] not in ("", "-"))
 
 
-def plot(rows: list[Row], peaks: Peaks, path: Path) -> None:
+def plot(rows: list[Row], peaks: dict[str, float], path: Path) -> None:
     """A roofline: each row by its operations a byte and its operations a second."""
     import matplotlib
 
@@ -171,15 +162,15 @@ def plot(rows: list[Row], peaks: Peaks, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 6))
     stream = statistics.median(row["stream_gb_per_s"] for row in rows)
     grid = [2.0**i for i in range(-3, 9)]
-    for label, peak in (("fp32", peaks.fp32), ("8-bit", peaks.int8)):
-        axes.plot(grid, [min(x * stream, peak / 1e9) for x in grid], label=f"bound, {label} arithmetic")
+    for name, peak in peaks.items():
+        axes.plot(grid, [min(x * stream, peak / 1e9) for x in grid], label=f"bound, {name} arithmetic")
     for row in rows:
         if row["gflop_per_s"] > 0:
             x, y = row["gflop_per_s"] / row["gb_per_s"], row["gflop_per_s"]
             axes.plot([x], [y], "o")
             name = f"{row['op']} {row['weights']} {row['kv']} x{row['rows']}".replace(" -", "")
             axes.annotate(name, (x, y), fontsize=6)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s (8-bit: GOP/s)")
+    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s (int8: GOP/s)")
     axes.legend()
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
@@ -190,19 +181,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows: list[Row] = []
     summary: dict[str, Any] = {"gpu": gpu_name(), "threads": options.threads}
-    for backend in options.backend.split(","):
-        level = backend.partition(":")[2] or None
-        if level is not None and level not in LEVELS:
-            raise SystemExit(f"--backend: expected cpu or cpu:{{{','.join(LEVELS)}}}, got {backend!r}")
-        machine = Machine(level, options.threads)
-        peaks = machine.peaks()
-        print(f"# {backend} ({machine.level}): fp32 {peaks.fp32 / 1e9:.0f} GFLOP/s, 8-bit {peaks.int8 / 1e9:.0f} GOP/s")
-        for case in cases(options, backend):
-            rows.append(measure(case, machine, peaks, options))
-            print(show(rows[-1]), flush=True)
-        summary[f"peaks {backend}"] = {"fp32_flop_per_s": peaks.fp32, "int8_op_per_s": peaks.int8}
+    for backend in backends(options.backend):
+        target, machine = place(backend, options.activations, options.threads)
+        peaks = machine.peak_rates()
+        told = ", ".join(f"{name} {peak / 1e9:.0f} GOP/s" for name, peak in peaks.items())
+        print(f"# {backend} ({machine.level}): {told}")
+        own = []
+        for case in cases(options, target):
+            own.append(measure(case, machine, peaks, options))
+            print(show(own[-1]), flush=True)
+        summary[f"peaks {backend}"] = {f"{name}_op_per_s": peak for name, peak in peaks.items()}
+        rows += own
         if options.plot:
-            plot(rows, peaks, options.plot)
+            plot(own, peaks, options.plot.with_stem(f"{options.plot.stem}-{backend.replace(':', '-')}"))
     write(rows, summary, options)
 
 

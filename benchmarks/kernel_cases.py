@@ -1,6 +1,6 @@
 """The cases of the kernel benchmark: for each, a closure to time, its bytes and operations, its error, its inputs.
 
-A CPU case works through enough copies of its data that none of it stays in a cache between two calls on the same copy.
+A case works through enough copies of its data that none of it stays in a cache between two calls on the same copy.
 """
 
 from __future__ import annotations
@@ -14,8 +14,33 @@ from musicgen_kernels.isa import empty_bytes
 from musicgen_kernels.packing import KINDS, Kind
 from torch import Tensor
 
-WORKING_SET = 96 << 20
+WORKING_SET = {"cpu": 96 << 20, "cuda": 512 << 20}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a case runs.
+
+    Attributes:
+        backend: name of a backend.
+        device: "cpu" or "cuda".
+        dtype: of the activations.
+    """
+
+    backend: str
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def activations(self) -> str:
+        """The dtype's name."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    @property
+    def matrix_peak(self) -> str:
+        """The arithmetic peak of products of two matrices of that dtype."""
+        return "fp32" if self.dtype == torch.float32 else "16-bit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +55,7 @@ class Case:
         calls: calls in one `run`.
         num_bytes: read and written by one call, each byte counted once.
         operations: multiplications and additions of one call.
-        int8_peak: whether the arithmetic bound is the 8-bit peak.
+        peak: which of the machine's arithmetic peaks is the bound: "fp32", "int8" or "16-bit".
         errors: gives (largest error, ratio to PyTorch's in the same dtype) against float64, or (NMSE, NaN).
         peer: the same work in PyTorch, or None.
         note: what the numbers do not say.
@@ -48,7 +73,7 @@ class Case:
     calls: int
     num_bytes: int
     operations: int
-    int8_peak: bool
+    peak: str
     errors: Callable[[], tuple[float, float]]
     peer: Callable[[], None] | None = None
     note: str = field(default="")
@@ -63,19 +88,22 @@ def _errors(result: Tensor, exact: Tensor, torch_result: Tensor | None) -> tuple
     return error, error / peer if peer else float("nan")
 
 
-def attention_case(backend: str, kv: str, rows: int, length: int, heads: int) -> Case:
+def attention_case(target: Target, kv: str, rows: int, length: int, heads: int) -> Case:
     """Decode: one query a row over `length` positions in shuffled pages."""
+    backend, device = target.backend, target.device
     per_row, dtype = (length + 15) // 16, DTYPES[kv]
     layer_bytes = kernels.page_bytes(1, heads, 64, dtype) * per_row * rows
-    layers = max(2, WORKING_SET // layer_bytes)
-    store = kernels.new_kv_store(layers, per_row * rows, heads, 64, dtype)
-    table = torch.randperm(per_row * rows).to(torch.int32).view(rows, per_row)
-    offsets, lens = torch.arange(rows + 1, dtype=torch.int32), torch.full((rows,), length, dtype=torch.int32)
-    keys, values = torch.randn(2, rows * length, heads, 64).unbind(0)
+    layers = max(2, WORKING_SET[device] // layer_bytes)
+    store = kernels.new_kv_store(layers, per_row * rows, heads, 64, dtype, device=device)
+    table = torch.randperm(per_row * rows).to(device, torch.int32).view(rows, per_row)
+    offsets = torch.arange(rows + 1, dtype=torch.int32, device=device)
+    lens = torch.full((rows,), length, dtype=torch.int32, device=device)
+    keys, values = torch.randn(2, rows * length, heads, 64).to(device, target.dtype).unbind(0)
     views = [store.layer(i) for i in range(layers)]
     for view in views:
         kernels.append_paged_kv(keys, values, view, table, offsets * length, lens, backend=backend)
-    query, out = torch.randn(rows, heads, 64), torch.empty(rows, heads, 64)
+    query = torch.randn(rows, heads, 64).to(device, target.dtype)
+    out = torch.empty_like(query)
 
     def run() -> None:
         for view in views:
@@ -89,17 +117,22 @@ def attention_case(backend: str, kv: str, rows: int, length: int, heads: int) ->
         return _errors(got, exact, None if dtype == torch.int8 else rounded)
 
     return Case(
-        op="paged_attention", backend=backend, weights="-", activations="fp32", kv=kv, rows=rows, length=length,
-        heads=heads, run=run, calls=layers, num_bytes=layer_bytes * length // (16 * per_row) + 2 * query.nbytes,
-        operations=4 * rows * length * heads * 64, int8_peak=False, errors=errors,
+        op="paged_attention", backend=backend, weights="-", activations=target.activations, kv=kv, rows=rows,
+        length=length, heads=heads, run=run, calls=layers,
+        num_bytes=layer_bytes * length // (16 * per_row) + 2 * query.nbytes,
+        operations=4 * rows * length * heads * 64, peak="fp32", errors=errors,
     )  # fmt: skip
 
 
-def linear_case(backend: str, kind: Kind, rows: int, n: int, k: int) -> Case:
+def linear_case(target: Target, kind: Kind, rows: int, n: int, k: int) -> Case:
     """x [rows, k] by packed weights [n, k]."""
-    one = kernels.pack_linear(torch.randn(n, k) / k**0.5, kind)
-    weights = [kernels.unpack_header(_placed(one.data)) for _ in range(max(2, WORKING_SET // one.data.nbytes))]
-    x, out = torch.randn(rows, k), torch.empty(rows, n)
+    backend, device = target.backend, target.device
+    one = kernels.pack_linear((torch.randn(n, k) / k**0.5).to(device), kind)
+    copies = max(2, WORKING_SET[device] // one.data.nbytes)
+    weights = [kernels.unpack_header(_placed(one.data)) for _ in range(copies)]
+    x = torch.randn(rows, k).to(device, target.dtype)
+    out = torch.empty(rows, n, dtype=x.dtype, device=device)
+    on_8_bits = backend.startswith("cpu") and kind in ("int8", "int4")
 
     def run() -> None:
         for weight in weights:
@@ -108,32 +141,33 @@ def linear_case(backend: str, kind: Kind, rows: int, n: int, k: int) -> Case:
     def errors() -> tuple[float, float]:
         got, dense = kernels.linear(x, one, backend=backend), one.dequantise()
         exact = x.double() @ dense.double().T
-        return _errors(got, exact, x @ dense.T if kind in ("fp32", "bf16") else None)
+        return _errors(got, exact, x @ dense.to(x.dtype).T if kind in ("fp32", "bf16") else None)
 
     return Case(
-        op="linear", backend=backend, weights=kind, activations="fp32", kv="-", rows=rows, length=0, heads=0,
-        run=run, calls=len(weights), num_bytes=one.data.nbytes + x.nbytes + out.nbytes,
-        operations=2 * rows * n * k, int8_peak=kind in ("int8", "int4"), errors=errors, note=f"{n}x{k}",
+        op="linear", backend=backend, weights=kind, activations=target.activations, kv="-", rows=rows, length=0,
+        heads=0, run=run, calls=len(weights), num_bytes=one.data.nbytes + x.nbytes + out.nbytes,
+        operations=2 * rows * n * k, peak="int8" if on_8_bits else target.matrix_peak, errors=errors, note=f"{n}x{k}",
     )  # fmt: skip
 
 
 def _placed(data: Tensor) -> Tensor:
-    return empty_bytes(data.nbytes).copy_(data)
+    return data.clone() if data.is_cuda else empty_bytes(data.nbytes).copy_(data)
 
 
-def sampling_case(backend: str, requests: int, codebooks: int, num_codes: int) -> Case:
+def sampling_case(target: Target, requests: int, codebooks: int, num_codes: int) -> Case:
     """Guidance over two rows a request, top-k 250, the draw and the write-back; the peer is the same in PyTorch."""
-    logits = torch.randn(2 * requests, codebooks, num_codes) * 3
-    sequences = torch.empty(requests, codebooks, 16, dtype=torch.int32)
-    delays = torch.arange(codebooks, dtype=torch.int32)
+    backend, device = target.backend, target.device
+    logits = (torch.randn(2 * requests, codebooks, num_codes) * 3).to(device)
+    sequences = torch.empty(requests, codebooks, 16, dtype=torch.int32, device=device)
+    delays = torch.arange(codebooks, dtype=torch.int32, device=device)
 
     def full(value: float, dtype: torch.dtype) -> Tensor:
-        return torch.full((requests,), value, dtype=dtype)
+        return torch.full((requests,), value, dtype=dtype, device=device)
 
     batch = kernels.SampleBatch(
-        torch.arange(requests + 1, dtype=torch.int32) * 2,
-        torch.arange(requests, dtype=torch.int32),
-        *(full(10, torch.int32), full(100, torch.int32), torch.arange(requests)),
+        torch.arange(requests + 1, dtype=torch.int32, device=device) * 2,
+        torch.arange(requests, dtype=torch.int32, device=device),
+        *(full(10, torch.int32), full(100, torch.int32), torch.arange(requests, device=device)),
         *(full(3.0, torch.float32), full(0.0, torch.float32), full(1.0, torch.float32)),
         *(full(250, torch.int32), full(0.0, torch.float32)),
     )
@@ -161,7 +195,7 @@ def sampling_case(backend: str, requests: int, codebooks: int, num_codes: int) -
     return Case(
         op="delayed_sample_step", backend=backend, weights="-", activations="fp32", kv="-", rows=2 * requests,
         length=num_codes, heads=codebooks, run=run, calls=1, num_bytes=logits.nbytes,
-        operations=0, int8_peak=False, errors=errors, peer=composite,
+        operations=0, peak="fp32", errors=errors, peer=composite,
         note="error: codes that differ from the reference",
     )  # fmt: skip
 

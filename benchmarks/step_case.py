@@ -87,8 +87,8 @@ def step_case(
     return Case(
         op=f"step {model}", backend=backend, weights=kind, activations="fp32", kv=kv, rows=rows, length=length,
         heads=heads, run=run, calls=1,
-        num_bytes=_read_bytes(weights, kv_bytes), operations=2 * rows * macs, int8_peak=kind in ("int8", "int4"),
-        errors=errors, peer=peer,
+        num_bytes=_read_bytes(weights, kv_bytes), operations=2 * rows * macs,
+        peak="int8" if kind in ("int8", "int4") else "fp32", errors=errors, peer=peer,
     )  # fmt: skip
 
 
