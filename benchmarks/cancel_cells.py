@@ -117,7 +117,8 @@ def run_cell(
         name = f"{way}-{phase.name.replace(' ', '-')}-{protocol}-{wave}-{rng.randrange(10**9)}"
         base_s = deadline_s if way == "deadline" else 0.0
         plans = [Plan(way, phase.ready, base_s + rng.uniform(0, phase.window_s), num_before_last) for _ in range(size)]
-        with _blockers(service, phase):
+        # The engine foresees when a place is free: a deadline must lie behind that.
+        with _blockers(service, phase, 2.0 if way == "deadline" and protocol == "grpc" else 20.0):
             victims = _run_wave(service, url, name, phase, plans, proxy, cell)
         early = sum(_is_refused(v) or _is_early(v, phase) for v in victims)
         late = sum(v.whole or _is_late(v, phase) for v in victims)
@@ -261,13 +262,13 @@ def _calibrate(url: str, phase: Phase) -> int:
 
 
 @contextmanager
-def _blockers(service: Service, phase: Phase) -> Iterator[None]:
+def _blockers(service: Service, phase: Phase, duration_s: float) -> Iterator[None]:
     """For `queued`: requests that take all places of the language model; they leave at the end."""
     if phase.name != "queued":
         yield
         return
     url = f"{service.http}/v1/music/generations"
-    body = {"num_samples": 8, "duration_s": 2.0, "stream_format": "sse", "prompt": "block"}
+    body = {"num_samples": 8, "duration_s": duration_s, "stream_format": "sse", "prompt": "block"}
     with httpx2.Client(timeout=60) as client:
         streams = [client.stream("POST", url, json=body) for _ in range(MAX_REQUESTS // 8)]
         for stream in streams:

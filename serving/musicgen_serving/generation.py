@@ -98,7 +98,7 @@ class GenerationService:
     async def _generate(self, tenant: Tenant, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         try:
             config = await self._checked(tenant, request)
-            ticket = await self._gatekeeper.admit(_admission(tenant, request))
+            ticket = await self._register.admit(_admission(tenant, request))
         except MusicGenError as error:
             self._watch.rejected(request.model, tenant.tenant_class, errors.report(error).code)
             raise

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import uuid
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from musicgen.config import ModelConfig
 from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen.types import FinishReason
 from musicgen_serving import errors
-from musicgen_serving.admission import Gatekeeper, Progress, Settlement, Ticket
+from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Progress, Settlement, Ticket
 from musicgen_serving.maker import Maker
 from musicgen_serving.types import GenerationEnd, GenerationRequest, PieceAudio, PieceReport
 from musicgen_serving.watch import RequestWatch
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 REPORT_S = 1.0
 """Between two reports to the gatekeeper."""
@@ -81,7 +84,7 @@ class Register:
         self._gatekeeper = gatekeeper
         self._edge = uuid.uuid4().hex
         self._running: set[Running] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._loops: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -103,6 +106,24 @@ class Register:
         for running in self._running:
             if running.request.request_id == request_id and tenant in (None, running.ticket.tenant):
                 running.maker.stop(RequestCancelledError("the request was cancelled"))
+
+    async def admit(self, request: AdmissionRequest) -> Ticket:
+        """A ticket from the gatekeeper. A caller that leaves meanwhile leaves none behind: it is settled when it comes.
+
+        Raises: as `Gatekeeper.admit`.
+        """
+        admission = self._spawn(self._gatekeeper.admit(request))
+        try:
+            return await asyncio.shield(admission)
+        except asyncio.CancelledError:
+            self._spawn(self._give_back(admission))
+            raise
+
+    async def _give_back(self, admission: asyncio.Task[Ticket]) -> None:
+        with suppress(MusicGenError):
+            ticket = await admission
+            code = errors.report(RequestCancelledError("")).code
+            await self._settle(Settlement(ticket.request_id, FinishReason.CANCELLED, 0.0, None, 0.0, 0, code))
 
     @asynccontextmanager
     async def holding(self, running: Running) -> AsyncIterator[None]:
@@ -149,8 +170,10 @@ class Register:
                 return
         logger.error("request %s: the gatekeeper could not be told of its end", settlement.request_id)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Work that goes on when the request that it belongs to is cancelled. Its context is empty: Ray Serve cancels
+        every call that was made in the context of a request whose client has left."""
+        task = contextvars.Context().run(asyncio.create_task, work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
