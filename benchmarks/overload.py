@@ -81,7 +81,7 @@ class Overload:
         rate, args = self.report.capacity_hz, self.args
         at = self._load("at capacity", rate, round(rate * args.duration_s / 2), "steady")
         over = self._load(
-            f"× {args.factor:g}", args.factor * rate, round(args.factor * rate * args.duration_s), "steady"
+            f"{args.factor:g} times", args.factor * rate, round(args.factor * rate * args.duration_s), "steady"
         )
         num_bad = sum(o.num_terminal != 1 or o.status in ("cut", "timeout") for o in over.outcomes)
         self._check("requests without exactly one end", f"{num_bad} of {len(over.outcomes)}", "0", num_bad == 0)
@@ -171,7 +171,7 @@ class Overload:
         options: dict[str, Any] = {
             "model": self.args.model,
             "seed": self.args.seed + seed,
-            "name": re.sub("[^a-z0-9]", "-", name),  # request ids are ASCII
+            "name": re.sub("[^a-z0-9]+", "-", name).strip("-"),  # request ids are plain
         }
         return plan(num, rate_hz, self.args.durations, ("http", "grpc"), api_key=self.keys[tenant], **options)
 
