@@ -1,4 +1,5 @@
-"""Two habits of asyncio that the pipeline needs: receiving ahead of the consumer, and waiting for several at once."""
+"""Habits of asyncio that the pipeline needs: receiving ahead of the consumer, waiting for several at once, ending tasks
+for certain."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ T = TypeVar("T")
 
 MAX_WAITING = 64
 """Items that may wait for the consumer of `ahead`."""
+CANCEL_AGAIN_S = 1.0
 
 
 async def ahead(events: AsyncGenerator[T, None]) -> AsyncGenerator[list[T], None]:
@@ -40,8 +42,7 @@ async def ahead(events: AsyncGenerator[T, None]) -> AsyncGenerator[list[T], None
             if isinstance(batch[-1], BaseException):
                 raise batch[-1]
     finally:
-        receiver.cancel()
-        await asyncio.wait({receiver})
+        await ended(receiver)
 
 
 async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
@@ -50,6 +51,16 @@ async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
     try:
         return list(await asyncio.gather(*tasks))
     finally:
-        for task in tasks:
+        await ended(*tasks)
+
+
+async def ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait until they have ended.
+
+    A task may miss a cancellation: before Python 3.12 `asyncio.wait_for` forgets one that comes in the moment in which
+    what it waits for is there. So it is cancelled again, seldom enough to leave it time to clean up.
+    """
+    while waiting := [task for task in tasks if not task.done()]:
+        for task in waiting:
             task.cancel()
-        await asyncio.wait(tasks)
+        await asyncio.wait(waiting, timeout=CANCEL_AGAIN_S)

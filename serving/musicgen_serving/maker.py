@@ -15,7 +15,7 @@ from musicgen.config import ModelConfig
 from musicgen.errors import MusicGenError
 from musicgen_serving import tracing
 from musicgen_serving.admission import Ticket
-from musicgen_serving.concurrency import together
+from musicgen_serving.concurrency import ended, together
 from musicgen_serving.pipeline import PieceEvent, Pipeline, Prepared
 from musicgen_serving.types import GenerationRequest
 
@@ -40,6 +40,7 @@ class Maker:
         if self._reason is None and not self._task.done():
             self._reason = reason
             self._task.cancel()
+            self._news.set()  # should the task miss it, the consumer cancels again
 
     async def events(self) -> AsyncGenerator[Prepared | PieceEvent, None]:
         """`Prepared`, then the events of all pieces. Leaving early stops everything.
@@ -60,8 +61,7 @@ class Maker:
                     self._task.result()
                     return
         finally:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await ended(self._task)
 
     async def _put(self, event: Prepared | PieceEvent) -> None:
         await self._room.acquire()

@@ -20,6 +20,7 @@ from musicgen.errors import InvalidRequestError, MusicGenError, RequestCancelled
 from musicgen.types import FinishReason
 from musicgen_serving import delay_points
 from musicgen_serving.admission import Tenant
+from musicgen_serving.concurrency import ended
 from musicgen_serving.http_api.errors import ConnectionCutError
 from musicgen_serving.service import MusicService
 from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationRequest, PieceAudio, Started
@@ -88,10 +89,7 @@ class GenerationResponse(Response):
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:  # also when the server cancels this handler, as Ray Serve does
-            if not work.done():
-                work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            await ended(work, gone)
         if not work.cancelled():
             work.result()  # raises what it raised
 
