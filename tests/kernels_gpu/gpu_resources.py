@@ -2,7 +2,7 @@
 
     python tests/kernels_gpu/gpu_resources.py            compare all six architectures with resources.json
     python tests/kernels_gpu/gpu_resources.py --update   write the table anew and say what changed
-    … --arch 80 90 --only triton                         a part
+    … --arch 80 90 --only triton --quick                 a part; quick: the kernels of a 16-bit model
 
 Triton kernels are compiled as the backend would launch them: each operation is called with tensors that have
 no storage, and a driver that names an architecture stands in for the GPU, so that types, alignments and
@@ -107,13 +107,14 @@ def main() -> int:
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--only", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"])
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if "cuda" in options.only and (reason := gpu_nvcc.missing()):
         print(f"cuda left out: {reason}")
         options.only.remove("cuda")
-    complete = tuple(options.arch) == ARCHITECTURES
-    measured = measure(options.only, options.arch, options.processes)
+    complete = tuple(options.arch) == ARCHITECTURES and not options.quick
+    measured = measure(options.only, options.arch, options.processes, options.quick)
     lines = [line for backend, rows in measured.items() for line in compare(backend, rows, complete)]
     print("\n".join(lines) or "no difference")
     for backend, rows in measured.items():
