@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from musicgen.demo.dataset import SPECIAL, delay, disturb_past, held_out_batch, load_clips, repeat_melody, sample_batch
+from musicgen.demo.dataset import (
+    SPECIAL,
+    _foreign_clip,
+    delay,
+    disturb_past,
+    held_out_batch,
+    load_clips,
+    repeat_melody,
+    sample_batch,
+)
 from musicgen.demo.evaluate import undelay
 from musicgen.demo.text import TEXT_LEN, build_tokenizer
 
@@ -81,6 +90,12 @@ def test_a_foreign_past_plays_the_same_melody_in_another_style(cached: Path) -> 
         assert len(partners) == 1
         donors.add((index, partners[0]))
     assert donors == {(0, 1), (0, 2), (4, 3), (4, 5)}
+    rng = random.Random(1)
+    assert {_foreign_clip(clips, 4, rng) for _ in range(60)} == {3, 5}
+    for one in fields:
+        one["group"] = None
+    labels.write_text(json.dumps(fields))
+    assert {_foreign_clip(load_clips(cached), 4, rng) for _ in range(60)} == {0, 2, 3, 5}
 
 
 def test_held_out_conditions(cached: Path) -> None:
