@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.cancel_cells import Cell
+from benchmarks.cancel_types import Cell
 
 
 def merged(path: Path) -> list[Cell]:

@@ -25,8 +25,9 @@ from musicgen_serving.cluster import Endpoints
 from musicgen_serving.deployments.language_model import Load
 
 from benchmarks import chaos_cluster
-from benchmarks.cancel_cells import MAX_REQUESTS, PHASES, PROTOCOLS, Cell, run_cell
+from benchmarks.cancel_cells import run_cell
 from benchmarks.cancel_report import merged, row, table
+from benchmarks.cancel_types import MAX_REQUESTS, PHASES, PROTOCOLS, Cell
 from benchmarks.cancel_victim import WAYS
 from benchmarks.reset_proxy import ResetProxy
 

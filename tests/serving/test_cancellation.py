@@ -14,8 +14,9 @@ from musicgen_serving.errors import NotFoundError
 from musicgen_serving.settings import ModelSettings, ServeSettings
 from serving.in_process import InProcess
 
-from benchmarks.cancel_cells import MAX_REQUESTS, PHASES, PROTOCOLS, Phase, run_cell
+from benchmarks.cancel_cells import run_cell
 from benchmarks.cancel_report import row
+from benchmarks.cancel_types import MAX_REQUESTS, PHASES, PROTOCOLS, Phase
 from benchmarks.cancel_victim import WAYS
 from benchmarks.reset_proxy import ResetProxy
 from musicgen.engine.sequence import Sequence

@@ -10,7 +10,8 @@ from musicgen_serving.client import Retries, connect
 from serving.cluster.conftest import PROMPT, SEED, Running
 
 from benchmarks import chaos_cluster
-from benchmarks.cancel_cells import PHASES, PROTOCOLS, run_cell
+from benchmarks.cancel_cells import run_cell
+from benchmarks.cancel_types import PHASES, PROTOCOLS
 from benchmarks.cancel_victim import WAYS
 from benchmarks.reset_proxy import ResetProxy
 
