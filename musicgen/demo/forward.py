@@ -117,4 +117,4 @@ def text_separation(model: MusicgenMelodyForConditionalGeneration) -> float:
     ids = torch.tensor([tokenizer.encode(style.names[0]).ids for style in STYLES.values()])
     means = model.enc_to_dec_proj(model.text_encoder(input_ids=ids).last_hidden_state).mean(dim=1)
     distances = torch.pdist(means)
-    return (distances.min() / means.norm(dim=1).mean()).item()
+    return float(distances.min() / means.norm(dim=1).mean())
