@@ -60,13 +60,11 @@ def test_cuda_kernels_for_all_architectures() -> None:
     _hold("cuda", list(gpu_resources.ARCHITECTURES), quick=False)
 
 
-@pytest.mark.parametrize(
-    ("backend", "architectures"), [("cuda", gpu_resources.ARCHITECTURES), ("triton", QUICK_ARCHITECTURES)]
-)
-def test_the_table_is_whole(backend: str, architectures: list[int]) -> None:
-    """Every row has its architectures, no spills, and kernels that stream weights or pages load 16 bytes."""
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_table_is_whole(backend: str) -> None:
+    """Every row has all architectures, no spills, and kernels that stream weights or pages load 16 bytes."""
     table = gpu_resources.load()[backend]["kernels"]
-    wanted = {f"sm_{arch}" for arch in architectures}
+    wanted = {f"sm_{arch}" for arch in gpu_resources.ARCHITECTURES}
     streaming = ("decode", "prefill", "linear", "_split<")
     for kernel, by_arch in table.items():
         assert set(by_arch) >= wanted, kernel
