@@ -53,9 +53,9 @@ def fuzz(num_requests: int, seed: int, settings: dict[str, Any] | None = None) -
         before = local.look()
         num_warm = round(WARM_UP_SHARE * num_requests)
         first = _send(local, num_warm, seed)
-        warm = _settled(local, before)
+        warm = settled(local, before)
         second = _send(local, num_requests - num_warm, seed + 1000)
-        after = _settled(local, before)
+        after = settled(local, before)
     found = {name: _sum(first[name], second[name]) for name in FUZZERS}
     return Result(before, warm, after, found, problems(before, warm, after, found), time.time() - began)
 
@@ -76,12 +76,13 @@ def _send(local: LocalProcess, num: int, seed: int) -> dict[str, Findings]:
     return found
 
 
-def _settled(local: LocalProcess, before: Held) -> Held:
+def settled(local: LocalProcess, before: Held) -> Held:
     """What is held once nothing runs any more, or after `SETTLE_S`."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         held = local.look()
-        idle = held.running == held.pieces == 0 and held.num_files <= before.num_files
+        idle = held.running == held.pieces == 0
+        idle = idle and held.num_files <= before.num_files and held.num_tasks <= before.num_tasks
         if idle or time.monotonic() > deadline:
             return held
         time.sleep(0.5)

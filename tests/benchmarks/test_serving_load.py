@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.autoscaling import step_plan
-from benchmarks.fuzz_serving import SETTINGS, problems
+from benchmarks.fuzz_serving import SETTINGS, problems, settled
 from benchmarks.serving_fuzzers import FUZZERS, Findings
 from benchmarks.serving_load import percentile, run_load
 from benchmarks.serving_local import Held, LocalProcess, local_process
@@ -147,7 +147,7 @@ def test_some_hundred_broken_requests(local: LocalProcess) -> None:
         found[name] = FUZZERS[name](*_urls(local), num, 5)
         assert found[name].num_sent >= 0.8 * num
         assert len(found[name].by_answer) > 1
-    after = local.look()
+    after = settled(local, before)
     assert problems(before, before, after, found) == []
     assert after.admitted > before.admitted
 
