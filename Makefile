@@ -35,7 +35,7 @@ serve: $(INSTALLED) ## the same service, left running: HTTP on port 8000, gRPC o
 test: lint ## everything that must hold: lint, then all quick tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-long: $(INSTALLED) ## the slow tests too: every kernel compiled for every GPU, whole matrices under sanitizers, long state machine
+test-long: $(INSTALLED) ## the slow tests too: every kernel for every GPU, CPU kernels under sanitizers, kills on a cluster, a long state machine
 	$(BIN)/python -m pytest -m slow
 	ENGINE_TRANSITIONS=120000 $(BIN)/python -m pytest -s tests/engine/test_state_machine.py
 
@@ -102,5 +102,5 @@ $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(INSTALLED): $(DEPENDENCIES) setup.py $(NATIVE)
-	$(PIP) --no-build-isolation -e '.[serve,dev]'
+	$(PIP) --no-build-isolation -e '.[serve,tracing,redis,dev]'
 	@touch $@
