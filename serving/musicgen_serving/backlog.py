@@ -15,6 +15,9 @@ own that wait, `W_t` seconds; and of each other tenant `u` of the same priority 
 meantime: those that begin within its first `W_t · w_u / w_t` seconds, hence always its oldest, which was there before.
 A tenant that floods the service waits for itself; another waits for one request of the flood.
 
+**Who is not refused.** A tenant that has fewer pieces here than its share of the slots, by weight, is taken in however
+long it would wait: it is others that are too many.
+
 **The speed** `v` is seconds of audio given out per second, as a ratio of two sums that forget with a time constant, so
 that audio which comes in lumps counts as what it is over time. There are two such ratios. One counts all time with
 work. The other counts only time with all slots taken, and starts with the speed that the settings promise. `v` is the
@@ -128,10 +131,10 @@ class Backlog:
         """Seconds that a request would wait until its decoding starts.
 
         Raises:
-            OverloadedError: it is longer than `max_wait_s`; with `retry_after_s`.
+            OverloadedError: it is longer than `max_wait_s`, and the tenant has its share; with `retry_after_s`.
         """
         wait_s = self.quote(tenant, weight, priority)
-        if wait_s > self._max_wait_s:
+        if wait_s > self._max_wait_s and not self._is_below_share(tenant, weight, priority):
             retry_after_s = min(MAX_RETRY_S, max(MIN_RETRY_S, wait_s - self._max_wait_s))
             raise OverloadedError(
                 f"the request would wait {wait_s:.0f} s to start, more than {self._max_wait_s:g} s; "
@@ -139,6 +142,14 @@ class Backlog:
                 retry_after_s=retry_after_s,
             )
         return wait_s
+
+    def _is_below_share(self, tenant: str, weight: float, priority: int) -> bool:
+        """Whether rivals of the same priority keep a tenant from the slots that its weight entitles it to."""
+        if any(work.priority < priority for work in self._works.values()):
+            return False
+        rivals = {w.tenant: w.weight for w in self._works.values() if w.priority == priority and w.tenant != tenant}
+        num_own = sum(work.num_pieces for work in self._works.values() if work.tenant == tenant)
+        return bool(rivals) and num_own < self._slots * weight / (weight + math.fsum(rivals.values()))
 
     def quote(self, tenant: str, weight: float, priority: int) -> float:
         """Seconds that a request would wait until its decoding starts."""

@@ -248,3 +248,19 @@ def test_more_work_never_shortens_a_wait(works: list[tuple[float, int, str]], nu
     for index in range(len(works)):
         queue.remove(str(index), 0.0)
     assert queue.load() == ModelLoad(wait_s=0.0, speed=queue.speed, left_s=0.0, num_requests=0)
+
+
+def test_a_tenant_below_its_share_is_not_refused_because_another_floods() -> None:
+    queue = backlog(Clock(), num_slots=4, speed=0.1)
+    for number in range(10):
+        add(queue, f"flood {number}", 10.0, tenant="flood")
+    with pytest.raises(OverloadedError):
+        queue.check("flood", 1.0, 0)
+    for number in range(2):  # half of the slots, at equal weights
+        assert queue.check("steady", 1.0, 0) > 20.0
+        add(queue, f"steady {number}", 10.0, tenant="steady")
+    with pytest.raises(OverloadedError):
+        queue.check("steady", 1.0, 0)
+    assert queue.check("steady", 4.0, 0) > 20.0  # three are fewer than four fifths of four
+    with pytest.raises(OverloadedError):
+        queue.check("light", 0.1, 1)  # others go before it
