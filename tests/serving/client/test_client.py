@@ -41,8 +41,9 @@ ONCE = Retries(max_attempts=1)
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> None:
-    logging.getLogger("musicgen_serving").setLevel(logging.CRITICAL)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Failures that are meant are not logged; the level is put back afterwards."""
+    caplog.set_level(logging.CRITICAL, logger="musicgen_serving")
 
 
 @BOTH

@@ -50,7 +50,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         with chaos_cluster.running(how) as endpoints:
             yield Running(endpoints, RayService(endpoints, delays), usage_file)
     finally:
-        del os.environ[delay_points.VARIABLE]
+        os.environ.pop(delay_points.VARIABLE, None)
 
 
 @pytest.fixture
