@@ -15,8 +15,8 @@ own that wait, `W_t` seconds; and of each other tenant `u` of the same priority 
 meantime: those that begin within its first `W_t · w_u / w_t` seconds, hence always its oldest, which was there before.
 A tenant that floods the service waits for itself; another waits for one request of the flood.
 
-**Who is not refused.** A tenant that has fewer pieces here than its share of the slots, by weight, is taken in however
-long it would wait: it is others that are too many.
+**Who is not refused.** A tenant whose next piece is still within its share of the slots, by weight, is taken in however
+long it would wait: it is others that are too many. All shares together are the slots, so this cannot pile up.
 
 **The speed** `v` is seconds of audio given out per second, as a ratio of two sums that forget with a time constant, so
 that audio which comes in lumps counts as what it is over time. There are two such ratios. One counts all time with
@@ -149,7 +149,7 @@ class Backlog:
             return False
         rivals = {w.tenant: w.weight for w in self._works.values() if w.priority == priority and w.tenant != tenant}
         num_own = sum(work.num_pieces for work in self._works.values() if work.tenant == tenant)
-        return bool(rivals) and num_own < self._slots * weight / (weight + math.fsum(rivals.values()))
+        return bool(rivals) and num_own + 1 <= self._slots * weight / (weight + math.fsum(rivals.values()))
 
     def quote(self, tenant: str, weight: float, priority: int) -> float:
         """Seconds that a request would wait until its decoding starts."""
