@@ -37,7 +37,7 @@ test: lint ## everything that must hold: lint, then all quick tests
 
 test-long: $(INSTALLED) ## the slow tests too: every kernel for every GPU, CPU kernels under sanitizers, kills on a cluster, a long state machine
 	$(BIN)/python -m pytest -m slow
-	ENGINE_TRANSITIONS=120000 $(BIN)/python -m pytest -s tests/engine/test_state_machine.py
+	ENGINE_TRANSITIONS=160000 $(BIN)/python -m pytest -s tests/engine/test_state_machine.py
 
 lint: $(INSTALLED) ## ruff, mypy (strict) and the import contracts
 	$(BIN)/ruff check .
