@@ -1,7 +1,7 @@
 # Everything a newcomer needs, from a bare clone. `make help` lists the targets.
 #
 #   VENV     where the virtual environment is made (default .venv)
-#   PYTHON   the interpreter to make it from, 3.10 or newer (default python3)
+#   PYTHON   the interpreter to make it from, 3.11 or newer (default python3)
 #   PIP_ARGS more arguments for pip, such as an index with CPU-only torch
 #   OUT      where `make demo` writes (default out)
 
@@ -91,8 +91,8 @@ clean: ## remove what was built here (not .venv, and not the music in out/)
 
 # An existing environment is used as it is.
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	    { echo "make: expected Python 3.10 or newer, got `$(PYTHON) --version 2>&1`; run make PYTHON=python3.x"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "make: expected Python 3.11 or newer, got `$(PYTHON) --version 2>&1`; run make PYTHON=python3.x"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # First what the build needs, so that the project is built against the pinned set and without a second download.

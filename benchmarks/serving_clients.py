@@ -47,7 +47,8 @@ class Listener:
         if "http" in protocols:
             await self._http.get("/healthz")
         if "grpc" in protocols:
-            await asyncio.wait_for(self._channel.channel_ready(), 30)
+            async with asyncio.timeout(30):
+                await self._channel.channel_ready()
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -67,8 +68,9 @@ class Listener:
             outcome.status = status
 
         try:
-            await asyncio.wait_for(run(ask, outcome, end), self._timeout_s)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(self._timeout_s):
+                await run(ask, outcome, end)
+        except TimeoutError:
             end("timeout")
         except (httpx2.TransportError, httpx2.StreamError):
             end("cut")

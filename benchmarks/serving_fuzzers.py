@@ -294,12 +294,13 @@ async def _wire(http_url: str, grpc_url: str, num: int, seed: int) -> Findings:
             if not leaves:
                 writer.write_eof()
             # A server may wait for the rest of what is not finished; then the client leaves.
-            head = await asyncio.wait_for(reader.read(64), 0.02 if leaves else HANG_S)
+            async with asyncio.timeout(0.02 if leaves else HANG_S):
+                head = await reader.read(64)
             words = head.split(b" ")
             name = words[1].decode("latin-1") if head.startswith(b"HTTP/1") and len(words) > 1 else "no HTTP answer"
             if name.isdigit() and _is_bad_http(int(name)):
                 bad = f"{data[:300]!r}: {name}"
-        except asyncio.TimeoutError:
+        except TimeoutError:
             name = "left soon" if leaves else "no answer"
             bad = None if leaves else f"{data[:300]!r}: no answer and no end"
         except OSError as error:

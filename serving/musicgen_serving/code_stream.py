@@ -128,7 +128,8 @@ async def _timed(
     limit_s = settings.first_answer_s
     while True:
         try:
-            event = await asyncio.wait_for(anext(events), limit_s)
+            async with asyncio.timeout(limit_s):
+                event = await anext(events)
         except StopAsyncIteration:
             return
         limit_s = settings.silence_s

@@ -57,8 +57,9 @@ async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
 async def ended(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks and wait until they have ended.
 
-    A task may miss a cancellation: before Python 3.12 `asyncio.wait_for` forgets one that comes in the moment in which
-    what it waits for is there. So it is cancelled again, seldom enough to leave it time to clean up.
+    A task may miss a cancellation: before Python 3.12 `asyncio.wait_for`, which libraries use, forgets one that comes
+    in the moment in which what it waits for is there. So it is cancelled again, seldom enough to leave it time to clean
+    up.
     """
     while waiting := [task for task in tasks if not task.done()]:
         for task in waiting:

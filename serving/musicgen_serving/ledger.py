@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -62,7 +62,7 @@ class UsageLine:
         """One line, without its end. `time`: seconds of the epoch."""
         return json.dumps(
             {
-                "time": datetime.fromtimestamp(time, timezone.utc).isoformat(timespec="milliseconds"),
+                "time": datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds"),
                 "request_id": self.request_id,
                 "tenant": self.tenant,
                 "tenant_class": self.tenant_class,

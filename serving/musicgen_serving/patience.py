@@ -56,7 +56,8 @@ async def insist(settings: FailoverSettings, what: str, call: Callable[[], Await
     patience = Patience(settings, what)
     while True:
         try:
-            return await asyncio.wait_for(call(), settings.call_s), patience.num_failures
+            async with asyncio.timeout(settings.call_s):
+                return await call(), patience.num_failures
         except (LostError, TimeoutError) as error:
             await patience.lost(error)
 

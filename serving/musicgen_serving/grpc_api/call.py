@@ -56,8 +56,9 @@ class Call:
         await delay_points.pause(delay_points.EDGE_SEND)
         stall_s = self.service.limits.reader_stall_s
         try:
-            await asyncio.wait_for(self.context.write(message), stall_s)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(stall_s):
+                await self.context.write(message)
+        except TimeoutError:
             message_text = f"expected the reader to take audio, got no sign of it for {stall_s:g} s; read faster"
             raise RequestCancelledError(message_text) from None
 

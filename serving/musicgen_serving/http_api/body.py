@@ -33,8 +33,9 @@ async def read_body(request: Request, stall_s: float) -> bytes:
     parts: list[bytes] = []
     while True:
         try:
-            message = await asyncio.wait_for(request.receive(), stall_s)
-        except asyncio.TimeoutError:
+            async with asyncio.timeout(stall_s):
+                message = await request.receive()
+        except TimeoutError:
             raise HTTPException(408, f"expected the rest of the body, got nothing for {stall_s:g} s") from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnect

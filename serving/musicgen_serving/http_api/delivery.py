@@ -61,8 +61,9 @@ class Sender:
             await delay_points.pause(delay_points.EDGE_SEND)
             message = {"type": "http.response.body", "body": part, "more_body": more}
             try:
-                await asyncio.wait_for(self._send(message), self._stall_s)
-            except asyncio.TimeoutError:
+                async with asyncio.timeout(self._stall_s):
+                    await self._send(message)
+            except TimeoutError:
                 raise ConnectionCutError(f"the client took nothing for {self._stall_s:g} s") from None
 
 

@@ -93,7 +93,7 @@ def test_the_deadline_reaches_the_service() -> None:
     asyncio.run(main())
     deadline_s = service.requests[0].deadline_s
     assert deadline_s is not None
-    assert 10 < deadline_s <= 12
+    assert 10 < deadline_s < 12.5  # grpc rounds a deadline up on its way
 
 
 def test_a_reader_that_takes_nothing_is_cut_off() -> None:
