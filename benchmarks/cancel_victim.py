@@ -18,6 +18,8 @@ from musicgen.errors import MusicGenError
 
 WAYS = ("cancel", "deadline", "reset")
 ONCE = Retries(max_attempts=1)
+FAR_S = 600.0
+"""The engine refuses what it does not foresee to finish in time; while its steps are delayed that is long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Victim(threading.Thread):
         self.error: MusicGenError | None = None
 
     def run(self) -> None:
-        timeout_s = self.plan.after_s if self.plan.way == "deadline" else 60.0
+        timeout_s = self.plan.after_s if self.plan.way == "deadline" else FAR_S
         if self.plan.way == "deadline":
             self.ended_at = time.monotonic() + timeout_s
         with connect(self._url, retries=ONCE, timeout_s=timeout_s) as client:
