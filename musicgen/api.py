@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from musicgen.codec_stream import StreamingCodec, StreamPiece, decode_audio, decode_on_grid, grid_floor
+from musicgen.codec_stream import GridBuffer, StreamingCodec, decode_audio, decode_on_grid
 from musicgen.conditioning import Melody, condition
 from musicgen.config import EngineConfig, WeightDtype
 from musicgen.engine.packing import KINDS, pack_decoder
@@ -360,14 +360,13 @@ class MusicGen:
     def _stream(self, request: CodesRequest, chunks: ChunkPolicy) -> Iterator[AudioChunk]:
         codec = StreamingCodec(self.model.codec, self.audio_channels)
         state = codec.initial_state()
-        waiting = torch.empty(self.model.config.decoder.num_codebooks, 0, dtype=torch.int32)
+        buffer = GridBuffer(self.model.config.decoder.num_codebooks, request.num_frames)
         for codes in self._engine.stream(request, chunks):
-            waiting = torch.cat((waiting, codes), dim=-1)
-            offset, num_frames = state.num_samples, state.num_frames + waiting.shape[-1]
-            last = num_frames == request.num_frames
-            num_ready = waiting.shape[-1] if last else grid_floor(num_frames) - state.num_frames
-            ready, waiting = waiting[:, :num_ready], waiting[:, num_ready:]
-            samples, state = decode_on_grid(codec, StreamPiece(ready, state, last))
+            buffer.add(codes)
+            if (piece := buffer.take(state)) is None:
+                continue
+            offset = state.num_samples
+            samples, state = decode_on_grid(codec, piece)
             if samples.shape[-1]:
                 yield AudioChunk(samples.cpu(), offset, self.sample_rate)
 

@@ -67,6 +67,32 @@ def grid_floor(num_frames: int) -> int:
         boundary += cell
 
 
+class GridBuffer:
+    """The codes of one stream that wait for the next boundary.
+
+    Args:
+        num_frames: of the whole piece.
+    """
+
+    def __init__(self, num_codebooks: int, num_frames: int) -> None:
+        self._num_frames = num_frames
+        self._waiting = torch.empty(num_codebooks, 0, dtype=torch.int32)
+
+    def add(self, codes: Tensor) -> None:
+        """The next codes `[K, T]` of the stream."""
+        self._waiting = torch.cat((self._waiting, codes), dim=-1)
+
+    def take(self, state: StreamState) -> StreamPiece | None:
+        """What can be decoded after `state` for `decode_on_grid`; None: nothing yet."""
+        num_there = state.num_frames + self._waiting.shape[-1]
+        last = num_there == self._num_frames
+        num_ready = self._waiting.shape[-1] if last else grid_floor(num_there) - state.num_frames
+        if num_ready == 0:
+            return None
+        ready, self._waiting = self._waiting[:, :num_ready], self._waiting[:, num_ready:]
+        return StreamPiece(ready, state, last)
+
+
 def decode_on_grid(codec: StreamingCodec, piece: StreamPiece) -> tuple[Tensor, StreamState]:
     """Decode the next codes of one stream cell by cell, so that rounding does not depend on how they were cut.
 

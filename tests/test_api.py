@@ -200,7 +200,7 @@ BAD_PARAMS = {
     "duration": [0, -1, float("nan"), 1e9, 0.001],
     "top_k": [-1, 2.5, True],
     "top_p": [-0.1, 1.1, float("nan")],
-    "temperature": [-1.0, float("nan")],
+    "temperature": [-1.0, float("nan"), float("inf"), 1e-300, 9e-5],
     "cfg_coef": [float("nan"), float("inf")],
     "extend_stride": [0, 30, -2],
 }

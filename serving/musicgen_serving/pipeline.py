@@ -12,10 +12,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from musicgen.codec_stream import StreamPiece, grid_floor
+from musicgen.codec_stream import GridBuffer, StreamState
 from musicgen.config import ModelConfig
 from musicgen.errors import InvalidRequestError
 from musicgen.generation import plan_windows
@@ -67,16 +66,17 @@ class Pipeline:
 
     def __init__(self, spokes: Spokes, settings: FailoverSettings) -> None:
         self.spokes, self._settings = spokes, settings
+        self._initial_state: StreamState | None = None
 
     async def prepare(self, request: GenerationRequest, config: ModelConfig) -> Prepared:
         """Condition every piece; texts, melody and prompt recording at the same time.
 
         Raises:
-            InvalidRequestError: a recording that cannot be read or used, a prompt that is too long.
+            InvalidRequestError: a recording that cannot be read or used, a prompt that is too long. What `check_fits`
+                refuses must not come here.
             MissingDependencyError: stems cannot be separated here.
             ReplicaLostError: a part of the model cannot be reached.
         """
-        check_fits(request, config)
         lost = _Counter()
         texts = list({piece.prompt for piece in request.pieces})
         *states, known = await together(*(self._text(text, lost) for text in texts), self._known_codes(request, lost))
@@ -119,23 +119,20 @@ class Pipeline:
             lease_s=self._settings.lease_s,
         )
         stream = CodeStream(self.spokes, engine_request, self._settings)
-        waiting = codes.known_codes
-        if waiting is None:
-            waiting = torch.empty(prepared.config.decoder.num_codebooks, 0, dtype=torch.int32)
+        buffer = GridBuffer(prepared.config.decoder.num_codebooks, codes.num_frames)
+        if codes.known_codes is not None:
+            buffer.add(codes.known_codes)
         sound = Sound(prepared.num_samples, request.first_sample)
-        state, num_failovers = await self._insist_on(request, "codec", self.spokes.initial_state)
+        state, num_failovers = await self._first_state(request), 0
         async with aclosing(ahead(stream.events())) as events:
             async for batch in events:
                 if isinstance(batch[0], CodesStarted):
                     yield PieceStarted(piece, batch[0].quoted_start_s)
-                waiting = torch.cat([waiting, *(event for event in batch if isinstance(event, Tensor))], dim=-1)
-                num_frames = state.num_frames + waiting.shape[-1]
-                last = num_frames == codes.num_frames
-                num_ready = waiting.shape[-1] if last else grid_floor(num_frames) - state.num_frames
-                if num_ready > 0:
-                    part = StreamPiece(waiting[:, :num_ready], state, last)
-                    waiting = waiting[:, num_ready:]
-                    await delay_points.pause(delay_points.CODEC_LAST if last else delay_points.CODEC_CALL)
+                for event in batch:
+                    if isinstance(event, Tensor):
+                        buffer.add(event)
+                if (part := buffer.take(state)) is not None:
+                    await delay_points.pause(delay_points.CODEC_LAST if part.last else delay_points.CODEC_CALL)
                     (samples, state), lost = await self._insist_on(
                         request,
                         "codec",
@@ -147,6 +144,13 @@ class Pipeline:
                         yield audio
                 if isinstance(batch[-1], CodesEnd):
                     yield sound.report(piece, batch[-1], num_failovers + prepared.num_failovers)
+
+    async def _first_state(self, request: GenerationRequest) -> StreamState:
+        """A value like any other, and always the same: asked for once."""
+        if self._initial_state is None:
+            found = await self._insist_on(request, "codec", self.spokes.initial_state)
+            self._initial_state = found[0]
+        return self._initial_state
 
     async def _text(self, text: str | None, lost: _Counter) -> Tensor | None:
         if not text:  # the empty text is none, as everywhere
