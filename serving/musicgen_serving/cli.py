@@ -70,9 +70,9 @@ class ServeCommand:
             print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), end="")
             return 0
         if values["print_serve_config"]:
-            from musicgen_serving.serve_config import to_serve_config
+            from musicgen_serving.serve_config import to_serve_config, to_yaml
 
-            print(yaml.safe_dump(to_serve_config(settings), sort_keys=False), end="")
+            print(to_yaml(to_serve_config(settings)), end="")
             return 0
         return _serve(settings)
 
@@ -104,20 +104,10 @@ class HashKeyCommand:
 
 def _merged(values: dict[str, Any]) -> dict[str, Any]:
     """The file's settings, with what was typed in their place."""
-    import yaml
+    from musicgen_serving.settings import read_settings
 
-    from musicgen.errors import InvalidRequestError
-
-    merged: dict[str, Any] = {}
-    if (path := values["config"]) is not None:
-        try:
-            merged = yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise InvalidRequestError("a readable YAML file", f"{path} ({error})", param="config") from error
-        if not isinstance(merged, dict):
-            raise InvalidRequestError("a mapping of settings", type(merged).__name__, param="config")
-    else:
-        merged["access"] = {"open": True}
+    path = values["config"]
+    merged: dict[str, Any] = {"access": {"open": True}} if path is None else read_settings(path)
     if values["model"]:
         typed = {"weights": values["weights"], "device": values["device"]}
         extra = {name: value for name, value in typed.items() if value is not None}

@@ -18,7 +18,6 @@ from typing import Any
 import ray
 from ray import serve
 from ray._private import ray_constants
-from ray.serve._private.common import ReplicaState
 from ray.serve.config import HTTPOptions
 
 from musicgen.errors import MusicGenError
@@ -134,4 +133,4 @@ def _watch(deployed: Future[Any], on_state: OnState, timeout_s: float) -> None:
 
 def _state(replicas: Mapping[Any, int]) -> str:
     """One word for a deployment."""
-    return "ready" if replicas and set(replicas) == {ReplicaState.RUNNING} else "starting"
+    return "ready" if {state.value for state in replicas} == {"RUNNING"} else "starting"

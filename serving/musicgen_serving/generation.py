@@ -15,6 +15,7 @@ from musicgen.errors import InvalidRequestError, MusicGenError, RequestCancelled
 from musicgen.types import FinishReason
 from musicgen_serving import errors
 from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Tenant
+from musicgen_serving.concurrency import together
 from musicgen_serving.deployments.language_model import ModelCard
 from musicgen_serving.errors import DeadlineExceededError, ForbiddenError, NotFoundError
 from musicgen_serving.maker import Maker
@@ -23,6 +24,7 @@ from musicgen_serving.pipeline import PieceStarted, Pipeline, Prepared, check_fi
 from musicgen_serving.register import Register, Running
 from musicgen_serving.service import Readiness
 from musicgen_serving.settings import LimitSettings, ModelSettings, ServeSettings
+from musicgen_serving.spokes import LostError
 from musicgen_serving.types import (
     GenerationEvent,
     GenerationRequest,
@@ -35,6 +37,12 @@ from musicgen_serving.types import (
 from musicgen_serving.watch import Watch
 
 logger = logging.getLogger(__name__)
+
+READY = "ready"
+READINESS_S = 1.0
+"""For how long a look at the parts counts."""
+READINESS_WAIT_S = 2.0
+"""A part that takes longer to answer is not ready."""
 
 
 class GenerationService:
@@ -51,6 +59,8 @@ class GenerationService:
         self._settings, self._pipelines, self._gatekeeper, self._watch = settings, pipelines, gatekeeper, watch
         self._register = Register(gatekeeper)
         self._cards: dict[str, ModelCard] = {}
+        self._readiness = Readiness(False, dict.fromkeys(pipelines, "not reached"))
+        self._look_again_at = 0.0
 
     @property
     def limits(self) -> LimitSettings:
@@ -79,14 +89,21 @@ class GenerationService:
         return [_info(model, await self._card(model.name), self._settings, tenant) for model in allowed]
 
     async def readiness(self) -> Readiness:
-        details = {}
-        for name in self._pipelines:
-            try:
-                await asyncio.wait_for(self._card(name), 2)
-                details[name] = "ready"
-            except Exception:
-                details[name] = "loading"
-        return Readiness(all(state == "ready" for state in details.values()), details)
+        now = asyncio.get_running_loop().time()
+        if now >= self._look_again_at:  # probes of both protocols come often
+            self._look_again_at = now + READINESS_S
+            states = await together(*(self._state(name) for name in self._pipelines))
+            details = dict(zip(self._pipelines, states, strict=True))
+            self._readiness = Readiness(all(state == READY for state in states), details)
+        return self._readiness
+
+    async def _state(self, model: str) -> str:
+        try:
+            async with asyncio.timeout(READINESS_WAIT_S):
+                await self._pipelines[model].spokes.check()
+        except (LostError, MusicGenError, TimeoutError):
+            return "not reached"
+        return READY
 
     @asynccontextmanager
     async def generate(

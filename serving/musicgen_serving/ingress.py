@@ -89,9 +89,5 @@ class GrpcIngress(Ingress):
         await self.start()
         self._server: GrpcServer = await start_server(lambda: self.service, settings.grpc, settings.limits)
 
-    async def port(self) -> int:
-        """The port that it listens on."""
-        return self._server.port
-
     async def __del__(self) -> None:
         await self._server.stop(self.settings.drain_s)

@@ -22,6 +22,7 @@ from musicgen.errors import EngineDeadError, MusicGenError
 from musicgen.types import EngineRequest
 from musicgen_serving import tracing
 from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Tenant, Ticket
+from musicgen_serving.concurrency import together
 from musicgen_serving.deployments.chroma import Recording
 from musicgen_serving.deployments.language_model import LanguageModelEvent, ModelCard
 from musicgen_serving.errors import ReplicaLostError
@@ -73,15 +74,16 @@ class RaySpokes:
         lease_s: of requests to the language model; they are renewed several times as often.
     """
 
-    def __init__(
-        self,
-        parts: tuple[Handle, Handle, Handle, Handle],
-        lease_s: float,
-    ) -> None:
+    def __init__(self, parts: tuple[Handle, Handle, Handle, Handle], lease_s: float) -> None:
         self._language_model, self._codec, self._text_encoder, self._chroma = parts
+        self._streaming = self._language_model.options(stream=True)
         self._lease_s = lease_s
         self._leased: set[str] = set()
         self._renewer: asyncio.Task[None] | None = None
+
+    async def check(self) -> None:
+        others = (self._codec, self._text_encoder, self._chroma)
+        await together(call(self._language_model.describe), *(call(other.num_calls) for other in others))
 
     async def describe(self) -> ModelCard:
         card = await call(self._language_model.describe)
@@ -121,7 +123,7 @@ class RaySpokes:
             self._leased.discard(request.request_id)
 
     async def _generate(self, request: EngineRequest) -> AsyncGenerator[LanguageModelEvent, None]:
-        stream: Any = self._language_model.options(stream=True).generate.remote(request, **_traced())
+        stream: Any = self._streaming.generate.remote(request, **_traced())
         try:
             async for event in stream:
                 yield event
@@ -138,10 +140,6 @@ class RaySpokes:
                     response = self._language_model.broadcast("renew", list(self._leased))
                     await response.results_async(timeout_s=self._lease_s / 4, return_exceptions=True)
             await asyncio.sleep(self._lease_s / 4)
-
-    async def close(self) -> None:
-        if self._renewer is not None:
-            self._renewer.cancel()
 
 
 class RayGatekeeper:
@@ -189,7 +187,8 @@ class RayGatekeeper:
         while True:
             left_s = deadline - asyncio.get_running_loop().time()
             try:
-                return await asyncio.wait_for(call(getattr(self._handle, method), *arguments), left_s)
+                async with asyncio.timeout(left_s):
+                    return await call(getattr(self._handle, method), *arguments)
             except (LostError, TimeoutError) as error:
                 logger.warning("gatekeeper.%s: %s", method, str(error).splitlines()[:1])
                 if left_s < 0.5:

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import logging
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -179,17 +179,34 @@ class Register:
         return task
 
     async def _report_forever(self) -> None:
+        async def report() -> None:
+            progress = [running.progress() for running in self._running]
+            for request_id in await self._gatekeeper.report(self._edge, progress):
+                self.stop(request_id)
+
         while True:
-            progress = [r.progress() for r in self._running]
-            with suppress(MusicGenError):
-                for request_id in await self._gatekeeper.report(self._edge, progress):
-                    self.stop(request_id)
+            await _outlived(report)
             await asyncio.sleep(REPORT_S)
 
     async def _listen_forever(self) -> None:
+        async def listen() -> None:
+            for request_id in await self._gatekeeper.wait_cancelled(self._edge):
+                self.stop(request_id)
+
         while True:
-            try:
-                for request_id in await self._gatekeeper.wait_cancelled(self._edge):
-                    self.stop(request_id)
-            except MusicGenError:
+            if not await _outlived(listen):
                 await asyncio.sleep(RETRY_S)
+
+
+async def _outlived(talk: Callable[[], Awaitable[None]]) -> bool:
+    """Talk with the gatekeeper; whether it went well. No error may end such a loop: every request of this replica would
+    be given up."""
+    try:
+        await talk()
+    except MusicGenError as error:
+        logger.warning("gatekeeper: %s", error)
+    except Exception:
+        logger.exception("gatekeeper: an error that was not expected")
+    else:
+        return True
+    return False

@@ -162,7 +162,7 @@ class GatekeeperReplica(LocalGatekeeper):
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
         set_up("gatekeeper", settings.observability)
-        super().__init__(settings, edge_silence_s=settings.failover.edge_silence_s)
+        super().__init__(settings)
         self._draining = False
         self._gauges = asyncio.create_task(self._show_gauges())
 

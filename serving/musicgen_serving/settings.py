@@ -252,20 +252,28 @@ class ServeSettings(BaseSettings):
         return env_settings, init_settings
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a YAML file says, unchecked.
+
+    Raises:
+        InvalidRequestError: no such file, not YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidRequestError("a readable YAML file", f"{path} ({error})", param="config") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError("a mapping of settings", type(values).__name__, param="config")
+    return values
+
+
 def load_settings(source: Path | dict[str, Any] | None = None) -> ServeSettings:
     """Settings from a YAML file, or values, and the environment.
 
     Raises:
         InvalidRequestError: an unknown key or a value out of its range; it names each.
     """
-    values: object = source or {}
-    if isinstance(source, Path):
-        try:
-            values = yaml.safe_load(source.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise InvalidRequestError("a readable YAML file", f"{source} ({error})", param="config") from error
-    if not isinstance(values, dict):
-        raise InvalidRequestError("a mapping of settings", type(values).__name__, param="config")
+    values = read_settings(source) if isinstance(source, Path) else source or {}
     try:
         return ServeSettings(**values)
     except ValidationError as error:

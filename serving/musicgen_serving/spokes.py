@@ -29,6 +29,9 @@ class LostError(Exception):
 class Spokes(Protocol):
     """One model's parts."""
 
+    async def check(self) -> None:
+        """Whether every part answers. Raises: LostError: one does not."""
+
     async def describe(self) -> ModelCard:
         """Raises: LostError."""
 
@@ -63,6 +66,12 @@ class LocalSpokes:
     codec: CodecDecoder
     text_encoder: TextEncoder
     chroma: ChromaExtractor
+
+    async def check(self) -> None:
+        try:
+            self.language_model.check_health()
+        except EngineDeadError as error:
+            raise LostError(str(error)) from error
 
     async def describe(self) -> ModelCard:
         return await self.language_model.describe()

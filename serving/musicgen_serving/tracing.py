@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from opentelemetry import propagate, trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from musicgen.errors import MissingDependencyError
 
@@ -20,24 +20,22 @@ _TRACER = "musicgen"
 _HEADER = "traceparent"
 
 
-def set_up(endpoint: str | None, part: str, exporter: SpanExporter | None = None) -> None:
+def set_up(endpoint: str | None, part: str) -> None:
     """Send this process's spans to an OTLP endpoint (gRPC).
 
     Args:
         part: name of what runs here.
-        exporter: where the spans go instead; for tests.
     Raises:
         MissingDependencyError: an endpoint, and the exporter is not installed.
     """
-    if endpoint is None and exporter is None:
+    if endpoint is None:
         return
-    if exporter is None:
-        try:
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-        except ImportError as error:
-            install = "pip install 'musicgen-serve[tracing]'"
-            raise MissingDependencyError(f"tracing: expected the OTLP exporter, got {error}; {install}") from error
-        exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not (endpoint or "").startswith("https"))
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    except ImportError as error:
+        install = "pip install 'musicgen-serve[tracing]'"
+        raise MissingDependencyError(f"tracing: expected the OTLP exporter, got {error}; {install}") from error
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https"))
     provider = TracerProvider(resource=Resource.create({"service.name": f"musicgen-{part}"}))
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)

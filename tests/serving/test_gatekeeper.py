@@ -48,6 +48,7 @@ class Setting:
         values = {
             "models": [{"name": "demo", "max_requests": 2}],
             "admission": {"max_wait_s": 20.0},
+            "failover": {"edge_silence_s": SILENCE_S},
             "access": {
                 "tenants": [
                     {"name": "a", "key_sha256": ["a" * 64], "tenant_class": "paid"},
@@ -303,7 +304,7 @@ async def pass_time(s: Setting, seconds: float, *alive: tuple[str, Ticket]) -> N
 
 def test_requests_of_an_edge_that_died_are_settled_as_cancelled(tmp_path: Path) -> None:
     async def body() -> None:
-        s = Setting(tmp_path / "usage", edge_silence_s=SILENCE_S)
+        s = Setting(tmp_path / "usage")
         dead, alive = await s.admit("dead", "small", 30.0), await s.admit("alive")
         await s.report("edge 1", dead, done_s=4.5, audio_s=30.0)
         await pass_time(s, SILENCE_S + GRACE_S - 0.5, ("edge 2", alive))
@@ -324,7 +325,7 @@ def test_requests_of_an_edge_that_died_are_settled_as_cancelled(tmp_path: Path) 
 
 def test_a_ticket_that_no_edge_received_ends_too() -> None:
     async def body() -> None:
-        s = Setting(edge_silence_s=SILENCE_S)
+        s = Setting()
         await s.admit("r")
         await pass_time(s, SILENCE_S + GRACE_S + 2.0)
         assert await s.total("cancelled") == 1
@@ -334,7 +335,7 @@ def test_a_ticket_that_no_edge_received_ends_too() -> None:
 
 def test_a_gatekeeper_that_was_held_up_blames_no_edge() -> None:
     async def body() -> None:
-        s = Setting(edge_silence_s=SILENCE_S)
+        s = Setting()
         tickets = [await s.admit("1"), await s.admit("2")]
         for index, ticket in enumerate(tickets):
             await s.report(f"edge {index}", ticket)

@@ -64,9 +64,9 @@ class Life:
                     "models": [{"name": "demo", "max_requests": 2}],
                     "admission": {"max_wait_s": 20.0, "initial_speed": speed},
                     "access": {"tenants": tenants, "usage_file": self.file},
+                    "failover": {"edge_silence_s": SILENCE_S},
                 }
             ),
-            edge_silence_s=SILENCE_S,
             takeover_s=0.002,
             cancel_wait_s=0.0,
             poll_s=0.0,

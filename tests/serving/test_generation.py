@@ -11,6 +11,7 @@ import pytest
 import torch
 from musicgen_serving.deployments.language_model import LanguageModelEvent
 from musicgen_serving.errors import DeadlineExceededError, NotFoundError, ReplicaLostError
+from musicgen_serving.generation import READINESS_S
 from musicgen_serving.settings import FailoverSettings
 from musicgen_serving.spokes import LostError, Spokes
 from musicgen_serving.types import GenerationEnd, GenerationRequest, Piece, PieceAudio, Started
@@ -32,11 +33,17 @@ class Lossy:
     def __init__(self, parts: Spokes) -> None:
         self._parts = parts
         self.num_codec_losses = self.num_text_losses = self.num_silences = 0
+        self.is_lost = False
         self.lost_after_events: list[int] = []
         """For each coming attempt of the language model: events until it is lost."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parts, name)
+
+    async def check(self) -> None:
+        if self.is_lost:
+            raise LostError("planned")
+        await self._parts.check()
 
     async def encode_text(self, prompt: str) -> Tensor:
         if self.num_text_losses:
@@ -261,6 +268,20 @@ def test_what_cannot_be_made_is_refused(service: InProcess, fields: dict[str, An
     with pytest.raises(error):
         service.run(collect(service, request("refused", **fields)))
     service.run(at_rest(service))
+
+
+def test_readiness_follows_the_parts(service: InProcess, lossy: list[Lossy]) -> None:
+    async def seen() -> bool:
+        await asyncio.sleep(READINESS_S)
+        readiness = await service.service.readiness()
+        assert list(readiness.details) == ["demo"]
+        return readiness.ready
+
+    assert service.run(seen())
+    lossy[0].is_lost = True
+    assert not service.run(seen())
+    lossy[0].is_lost = False
+    assert service.run(seen())
 
 
 def test_an_unknown_model_is_not_found(service: InProcess) -> None:

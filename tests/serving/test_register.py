@@ -6,7 +6,9 @@ import asyncio
 import contextvars
 
 import pytest
+from musicgen_serving import register
 from musicgen_serving.admission import AdmissionRequest, Settlement, Ticket
+from musicgen_serving.errors import ReplicaLostError
 from musicgen_serving.register import Register
 
 from musicgen.errors import OverloadedError
@@ -81,3 +83,49 @@ def test_the_gatekeeper_is_not_called_in_the_context_of_a_request() -> None:
         return gatekeeper.contexts
 
     assert asyncio.run(run()) == ["nobody", "nobody"]
+
+
+class FailingGatekeeper:
+    """Fails in ways of its own, and in the ways that are expected; then answers."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, list[Exception]] = {
+            "report": [RuntimeError("not foreseen"), ReplicaLostError("gone")],
+            "listen": [ReplicaLostError("gone"), RuntimeError("not foreseen")],
+        }
+        self.answered: set[str] = set()
+        self.all_answered = asyncio.Event()
+
+    async def report(self, edge: str, progress: object) -> list[str]:
+        return self._answer("report")
+
+    async def wait_cancelled(self, edge: str) -> list[str]:
+        answer = self._answer("listen")
+        await asyncio.sleep(0.01)
+        return answer
+
+    def _answer(self, what: str) -> list[str]:
+        if self.errors[what]:
+            raise self.errors[what].pop(0)
+        self.answered.add(what)
+        if len(self.answered) == 2:
+            self.all_answered.set()
+        return []
+
+
+def test_no_error_of_the_gatekeeper_ends_the_register(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Edges that are silent lose their requests."""
+    monkeypatch.setattr(register, "REPORT_S", 0.01)
+    monkeypatch.setattr(register, "RETRY_S", 0.01)
+
+    async def run() -> None:
+        gatekeeper = FailingGatekeeper()
+        there = Register(gatekeeper)  # type: ignore[arg-type]
+        there.start()
+        await asyncio.wait_for(gatekeeper.all_answered.wait(), 5)
+        await there.close()
+
+    asyncio.run(run())
+    assert sorted(record.levelname for record in caplog.records) == ["ERROR", "ERROR", "WARNING", "WARNING"]

@@ -55,7 +55,6 @@ class LocalGatekeeper:
     """The gatekeeper, in this process.
 
     Args:
-        edge_silence_s: a request that no edge has reported for so long is settled as cancelled.
         takeover_s: longest wait of a repeat for the end of the request whose place it takes.
         cancel_wait_s: longest wait of `cancel` for the end it brings about.
         poll_s: longest wait of `wait_cancelled`.
@@ -71,7 +70,6 @@ class LocalGatekeeper:
         self,
         settings: ServeSettings,
         *,
-        edge_silence_s: float = 10.0,
         takeover_s: float = 3.0,
         cancel_wait_s: float = 1.0,
         poll_s: float = 5.0,
@@ -80,7 +78,7 @@ class LocalGatekeeper:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self._edge_silence_s, self._takeover_s = edge_silence_s, takeover_s
+        self._edge_silence_s, self._takeover_s = settings.failover.edge_silence_s, takeover_s
         self._cancel_wait_s, self._poll_s = cancel_wait_s, poll_s
         self._clock, self._wall_clock = clock, wall_clock
         self._tenancy = Tenancy(settings.access)
@@ -318,7 +316,8 @@ class LocalGatekeeper:
 async def _wait(event: asyncio.Event, seconds: float) -> bool:
     """Wait for an event, but not longer; returns whether it came."""
     try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except asyncio.TimeoutError:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
         return False
     return True
