@@ -1,8 +1,8 @@
 """The errors of the kernel package; it knows nothing of requests, users or servers.
 
-KernelError
-├── KernelArgumentError      an argument has the wrong shape, dtype, device, layout or value (also a
-ValueError) └── BackendUnavailableError  the backend asked for cannot run here; the message says why
+- KernelError
+    - KernelArgumentError: an argument has the wrong shape, dtype, device, layout or value (also a ValueError)
+    - BackendUnavailableError: the backend asked for cannot run here; the message says why
 """
 
 from __future__ import annotations

@@ -7,11 +7,13 @@ text, audio or transport.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from musicgen_kernels.errors import KernelArgumentError
 
 from musicgen.config import EngineConfig
 from musicgen.engine.checks import check_request
@@ -22,6 +24,8 @@ from musicgen.engine.sequence import Phase, Sequence
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from musicgen.models.language_model import LanguageModel
 from musicgen.types import CodeChunk, EndOfRequest, EngineEvent, EngineRequest, FinishReason
+
+logger = logging.getLogger(__name__)
 
 STEP_TIME_MEMORY = 0.9
 """How much of the running mean of step times each new step keeps."""
@@ -165,8 +169,7 @@ class EngineCore:
             batch = self.scheduler.schedule(began)
             self._open_admitted(batch)
             if batch.chunks:
-                codes = self.runner.run(batch)
-                self._postprocess(batch, codes)
+                self._postprocess(*self._compute(batch))
                 self._measure(self._clock() - began)
         except Exception as error:
             self._die(error)
@@ -177,6 +180,28 @@ class EngineCore:
         """What there is to tell since the last call, without a step."""
         events, self._events = self._events, []
         return events
+
+    def _compute(self, batch: ScheduledBatch) -> tuple[ScheduledBatch, np.ndarray]:
+        """Run a step; returns what was computed, and the codes.
+
+        The kernels refuse arguments before they write anything. Whose they are they cannot tell, so each sequence is
+        tried by itself then: those that are refused fail, the others get the codes that they would have got together.
+        """
+        try:
+            return batch, self.runner.run(batch)
+        except KernelArgumentError:
+            parts = batch.by_sequence()
+        computed, codes = ScheduledBatch(), []
+        for part in parts:
+            try:
+                codes.append(self.runner.run(part))
+            except KernelArgumentError:
+                logger.exception("request %s: the kernels refuse it", part.sequence.request.request_id)
+                self._end(part.sequence, FinishReason.FAILED, "the model's kernels refuse this request")
+            else:
+                computed.chunks.extend(part.chunks)
+                computed.deciding.extend(part.deciding)
+        return computed, np.concatenate([*codes, np.empty((0, self.model_config.decoder.num_codebooks), np.int32)])
 
     def _postprocess(self, batch: ScheduledBatch, codes: np.ndarray) -> None:
         for chunk in batch.chunks:

@@ -55,6 +55,23 @@ class ScheduledBatch:
     def num_tokens(self) -> int:
         return sum(chunk.num_new for chunk in self.chunks)
 
+    @property
+    def sequence(self) -> Sequence:
+        """Whose it is, where it has one."""
+        return self.chunks[0].sequence
+
+    def by_sequence(self) -> list[ScheduledBatch]:
+        """The same step, one sequence at a time; the first has all copies."""
+        deciding = set(map(id, self.deciding))
+        parts: dict[int, ScheduledBatch] = {}
+        for chunk in self.chunks:
+            key = id(chunk.sequence)
+            if key not in parts:
+                own = [chunk.sequence] if key in deciding else []
+                parts[key] = ScheduledBatch(deciding=own, copies=[] if parts else self.copies)
+            parts[key].chunks.append(chunk)
+        return list(parts.values())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prefill:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from musicgen_kernels import PAGE_LEN
+from musicgen_kernels.errors import KernelArgumentError
 
 from musicgen.config import ChromaConfig, CodecConfig, DecoderConfig, EngineConfig, ModelConfig, SchedulerConfig
 from musicgen.delay import UNKNOWN_CODE
@@ -130,6 +131,8 @@ class FakeRunner:
         self.num_pages = num_pages
         self.memory = np.zeros((num_pages, PAGE_LEN), np.uint64)
         self.fail = False
+        self.refused: set[str] = set()
+        """Requests that the kernels refuse, after all has been written."""
         self.num_runs = 0
         self.most_step_rows = 0
         self.most_prefill_beside_decode = 0
@@ -159,6 +162,8 @@ class FakeRunner:
         writers: set[int] = set()
         for chunk in batch.chunks:
             self._write(chunk, writers)
+        if refused := self.refused & {chunk.sequence.request.request_id for chunk in batch.chunks}:
+            raise KernelArgumentError("top_k", "an argument that can be", str(refused))
         self._count(batch)
         ends = {id(chunk.row): chunk.start + chunk.num_new for chunk in batch.chunks}
         return np.array([self._decide(s, ends) for s in batch.deciding], np.int32).reshape(-1, 2)

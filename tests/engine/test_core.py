@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine.fakes import CONFIG, MAX_FRAMES, FakeRunner, Listener, codes_request, new_core, run_all
+from engine.fakes import CONFIG, MAX_FRAMES, FakeRunner, Listener, alone, codes_request, new_core, run_all
 
 from musicgen.engine.checks import check_request
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
@@ -141,6 +141,29 @@ def test_a_failed_step_reaches_everyone() -> None:
         with pytest.raises(EngineDeadError, match="replace this replica"):
             call()
     core.check()
+
+
+@pytest.mark.parametrize("refused", [{"0"}, {"1"}, {"2"}, {"0", "2"}, {"0", "1", "2"}])
+def test_a_request_that_the_kernels_refuse_fails_alone(refused: set[str], caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever the step: in its prefill or while it decodes."""
+    pieces = {str(seed): codes_request(40, seed=seed) for seed in range(3)}
+    for num_steps in (0, 1, 5, 30):
+        core = new_core(40, max_requests=3)
+        assert isinstance(core.runner, FakeRunner)
+        listener = Listener()
+        for name, piece in pieces.items():
+            core.add(EngineRequest(name, piece))
+        for _ in range(num_steps):
+            listener.take(core.step())
+        core.runner.refused = refused
+        core.add(EngineRequest("later", codes_request(20)))
+        run_all(core, listener)
+        assert {name for name, end in listener.ends.items() if end.reason is FinishReason.FAILED} == refused
+        for name in pieces.keys() - refused:
+            assert torch.equal(listener.codes(name), alone(pieces[name]))
+        assert core.stats().pages_held == 0
+        core.check()
+    assert "top_k" in caplog.text
 
 
 def test_a_cancelled_request_frees_its_pages_at_once_and_frees_a_waiting_one() -> None:

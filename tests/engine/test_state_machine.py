@@ -117,6 +117,13 @@ class Life(RuleBasedStateMachine):
             assert due <= self.listener.ends.keys()
             assert all(self.listener.ends[i].reason is FinishReason.CANCELLED for i in due)
 
+    @precondition(lambda self: not self.dead and self.core.scheduler.running)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        """The kernels refuse one of them from now on."""
+        running = sorted(s.request.request_id for s in self.core.scheduler.running)
+        self.runner.refused.add(data.draw(st.sampled_from(running)))
+
     @precondition(lambda self: not self.dead and len(self.requests) > 6 and self.core.scheduler.running)
     @rule()
     def fail(self) -> None:
