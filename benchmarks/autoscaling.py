@@ -147,7 +147,7 @@ def settings(args: argparse.Namespace, ports: tuple[int, int], max_waiting: int)
         "access": {"open": True},
         "admission": {"max_wait_s": 120.0},
         "http": {"port": ports[0]},
-        "grpc": {"port": ports[1]},
+        "grpc": {"port": ports[1], "ingress": {"min_replicas": 2, "max_replicas": 2}},  # while one is replaced
     }
 
 

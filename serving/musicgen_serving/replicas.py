@@ -28,21 +28,27 @@ from musicgen_serving.deployments.text_encoder import TextEncoder
 from musicgen_serving.metrics import RayRecorder
 from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings, ServeSettings
 
+COMPUTING_NICENESS = 5
+"""Of threads that compute: where edges and gatekeeper share their cores, what is short goes first."""
 GAUGES_S = 1.0
 """Between two looks at a replica's load."""
+SAME_EVERYWHERE = 1
+"""Threads of torch where its results must be the same in every process."""
 
 
-def set_up(part: str, observability: ObservabilitySettings, num_threads: int = 1) -> None:
+def set_up(part: str, observability: ObservabilitySettings, num_threads: int | None = None) -> None:
     """Prepare the process of a replica.
 
     Args:
         part: what runs here, for logs and spans.
-        num_threads: of torch. One by default: results are the same in every process.
+        num_threads: of torch, in a replica that computes; None: it does not.
     """
     logs.set_up(observability.log_level, part)
     tracing.set_up(observability.otlp_endpoint, part)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads or 1)
+    if num_threads is not None:
+        os.nice(COMPUTING_NICENESS)  # this thread, and those that it will start
 
 
 def _labels(model: str) -> dict[str, str]:
@@ -93,7 +99,7 @@ class CodecReplica(CodecDecoder):
     async def __init__(  # type: ignore[misc]
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
     ) -> None:
-        set_up("codec", observability)
+        set_up("codec", observability, SAME_EVERYWHERE)
         super().__init__(settings, limits)
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
@@ -123,7 +129,7 @@ class TextEncoderReplica(TextEncoder):
     """The text encoder of one replica."""
 
     async def __init__(self, settings: ModelSettings, observability: ObservabilitySettings) -> None:  # type: ignore[misc]
-        set_up("text-encoder", observability)
+        set_up("text-encoder", observability, SAME_EVERYWHERE)
         super().__init__(settings)
         await self.warm_up()
 
@@ -143,7 +149,7 @@ class ChromaReplica(ChromaExtractor):
     async def __init__(  # type: ignore[misc]
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
     ) -> None:
-        set_up("chroma", observability)
+        set_up("chroma", observability, SAME_EVERYWHERE)
         super().__init__(settings, limits)
         await self.warm_up()
 
