@@ -27,6 +27,7 @@ from musicgen_serving.deployments.chroma import Recording
 from musicgen_serving.deployments.language_model import LanguageModelEvent, ModelCard
 from musicgen_serving.errors import ReplicaLostError
 from musicgen_serving.spokes import LostError
+from musicgen_serving.tenancy import hash_key
 from musicgen_serving.types import GenerationStatus
 
 Handle = DeploymentHandle[Any]
@@ -35,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 GATEKEEPER_WAIT_S = 10.0
 """Longest wait for a gatekeeper that is being replaced."""
+
+KNOWN_S = 10.0
+"""For how long a key counts that the gatekeeper has known: its callers save a call for each request."""
+MAX_KNOWN = 1000
 
 
 def translated(error: BaseException) -> BaseException:
@@ -147,10 +152,19 @@ class RayGatekeeper:
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
+        self._known: dict[str | None, tuple[float, Tenant]] = {}
+        """Of hashed keys the tenant, and until when it counts."""
 
     async def authenticate(self, api_key: str | None) -> Tenant:
-        tenant = await self._call("authenticate", api_key)
-        assert isinstance(tenant, Tenant)
+        key = None if api_key is None else hash_key(api_key)
+        now = asyncio.get_running_loop().time()
+        until, tenant = self._known.get(key, (0.0, None))
+        if tenant is None or now >= until:
+            tenant = await self._call("authenticate", api_key)
+            assert isinstance(tenant, Tenant)
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[key] = now + KNOWN_S, tenant
         return tenant
 
     async def admit(self, request: AdmissionRequest) -> Ticket:
