@@ -18,9 +18,9 @@ from torch import Tensor
 
 from benchmarks.meter import Meter
 from musicgen.config import EngineConfig
+from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
 from musicgen.engine.runner import ModelRunner
-from musicgen.engine.scheduler import ScheduledBatch
 from musicgen.models.language_model import LanguageModel
 from musicgen.types import CodeChunk, EndOfRequest, EngineRequest, FinishReason
 

@@ -20,9 +20,9 @@ from benchmarks.simulation.leaping import LeapingScheduler
 from benchmarks.simulation.step_time import Floats, StepLoad, StepTime
 from benchmarks.simulation.workload import Request, new_sequence
 from musicgen.config import ModelConfig, SchedulerConfig
+from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import STEP_TIME_MEMORY
 from musicgen.engine.kv_cache import PageAllocator
-from musicgen.engine.scheduler import ScheduledBatch
 from musicgen.engine.sequence import Phase, Sequence
 from musicgen.types import ChunkPolicy
 

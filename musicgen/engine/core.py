@@ -16,10 +16,11 @@ import numpy as np
 from musicgen_kernels.errors import KernelArgumentError
 
 from musicgen.config import EngineConfig
+from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.checks import check_request
 from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.runner import ModelRunner
-from musicgen.engine.scheduler import ScheduledBatch, Scheduler
+from musicgen.engine.scheduler import Scheduler
 from musicgen.engine.sequence import Phase, Sequence
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from musicgen.models.language_model import LanguageModel

@@ -14,22 +14,19 @@ import torch
 from musicgen_kernels import PAGE_LEN, KVStore, SampleBatch, delayed_sample_step, new_kv_store, page_bytes
 from musicgen_kernels.cpu_step import CpuStep
 from musicgen_kernels.errors import BackendUnavailableError
-from musicgen_kernels.step import DecoderWeights, StepBatch, step_by_operations, write_cross_by_operations
+from musicgen_kernels.step import DecoderWeights, StepBatch, step_by_operations
 from torch import Tensor
 
 from musicgen.config import EngineConfig, ModelConfig
 from musicgen.delay import UNKNOWN_CODE
-from musicgen.engine.kv_cache import PageAllocator, num_pages_for
+from musicgen.engine.batch import MAX_GUIDANCE_ROWS, RowChunk, ScheduledBatch
+from musicgen.engine.kv_cache import num_pages_for
 from musicgen.engine.packing import OnLayer, kind_of, pack_decoder
-from musicgen.engine.scheduler import RowChunk, ScheduledBatch
 from musicgen.engine.sequence import Sequence
+from musicgen.engine.text_pages import TextPages
 from musicgen.errors import InvalidRequestError
 from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import MAX_TEXT_TOKENS
-
-MAX_GUIDANCE_ROWS = 3
-FIRST_TEXT_PAGES = 64
-
 
 _LayoutKey = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
 """The rows (by `id`) with their numbers of positions, and the deciding sequences."""
@@ -89,7 +86,7 @@ class ModelRunner:
         self._native = self._native_step()
         self.pages = self._new_pages(config)
         self.num_pages = self.pages.k.shape[1]
-        self.text_pages = _TextPages(self.weights, self.pages.k.dtype) if self.weights.has_cross else None
+        self.text_pages = TextPages(self.weights, self.pages.k.dtype) if self.weights.has_cross else None
         num_slots = config.scheduler.max_requests
         self._codes = torch.empty(num_slots, lm.config.decoder.num_codebooks, 0, dtype=torch.int32, device=self.device)
         tables = (num_slots * MAX_GUIDANCE_ROWS, num_pages_for(self.max_row_len))
@@ -284,65 +281,6 @@ class ModelRunner:
         return new_kv_store(
             decoder.num_layers, budget // size, decoder.num_heads, decoder.head_dim, dtype, device=self.device
         )
-
-
-class _TextPages:
-    """Keys and values of the texts of models with cross-attention: written once, read at every step."""
-
-    def __init__(self, weights: DecoderWeights, dtype: torch.dtype) -> None:
-        self._weights = weights
-        heads, head_dim = weights.num_heads, weights.dim // weights.num_heads
-        device = weights.embeddings.device
-        self.store = new_kv_store(len(weights.blocks), FIRST_TEXT_PAGES, heads, head_dim, dtype, device=device)
-        self._allocator = PageAllocator(FIRST_TEXT_PAGES)
-        self._pages: dict[int, list[int]] = {}
-        self.lens: dict[int, int] = {}
-        """By row id; 0 for rows without text, whose cross-attention is zero."""
-        self.table = torch.zeros(0, num_pages_for(MAX_TEXT_TOKENS), dtype=torch.int32, device=device)
-
-    def open(self, slot: int, text: Tensor, native: CpuStep | None) -> None:
-        """Write the texts `[R, L, dim]` of a sequence's rows."""
-        self.close(slot)
-        first = slot * MAX_GUIDANCE_ROWS
-        if self.table.shape[0] < first + MAX_GUIDANCE_ROWS:
-            grown = self.table.new_zeros(first + MAX_GUIDANCE_ROWS, self.table.shape[1])
-            grown[: self.table.shape[0]] = self.table
-            self.table = grown
-        self._pages[slot] = []
-        for row, states in enumerate(text):
-            length = states.shape[0] if bool(states.any()) else 0
-            self.lens[first + row] = length
-            if length:
-                self._write(slot, first + row, states, native)
-
-    def close(self, slot: int) -> None:
-        self._allocator.release(self._pages.pop(slot, []))
-
-    def _write(self, slot: int, row_id: int, states: Tensor, native: CpuStep | None) -> None:
-        num_pages = num_pages_for(states.shape[0])
-        if self._allocator.num_available < num_pages:
-            self._grow()
-        pages = self._allocator.allocate(num_pages)
-        self._pages[slot] += pages
-        device = self.table.device
-        self.table[row_id, :num_pages] = torch.tensor(pages, dtype=torch.int32, device=device)
-        offsets = torch.tensor([0, states.shape[0]], dtype=torch.int32, device=device)
-        states, table = states.float().contiguous(), self.table[row_id : row_id + 1]
-        if native is not None:
-            native.write_cross(states, table, offsets, offsets[1:], self.store)
-        else:
-            write_cross_by_operations(self._weights, states, table, offsets, offsets[1:], self.store)
-
-    def _grow(self) -> None:
-        """Twice the pages; page numbers stay."""
-        old, num_old = self.store, self._allocator.num_pages
-        layers, _, heads, _, head_dim = old.k.shape
-        self.store = new_kv_store(layers, 2 * num_old, heads, head_dim, old.k.dtype, device=old.k.device)
-        for name in ("k", "v", "k_scales", "v_scales"):
-            source = getattr(old, name)
-            if source is not None:
-                getattr(self.store, name)[:, :num_old] = source
-        self._allocator.grow(2 * num_old)
 
 
 def _row_id(chunk: RowChunk) -> int:

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from musicgen.config import SchedulerConfig
+from musicgen.engine.batch import RowChunk, ScheduledBatch
 from musicgen.engine.fairness import VirtualCounters
 from musicgen.engine.forecast import Capacity, Demand, Forecast
 from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.page_tables import PageTables
 from musicgen.engine.queue import WaitingQueue
-from musicgen.engine.sequence import Phase, Row, Sequence
+from musicgen.engine.sequence import Phase, Sequence
 
 MAX_BACKFILL = 8
 """Requests behind one that does not fit yet that are tried at a time."""
@@ -30,47 +31,6 @@ MAX_SLIP_STEPS = 64
 """If the start of the first in turn slips by more than so many steps, nobody passes it any more."""
 RETRY_STEPS = 16
 """Admission is tried again after so many steps, even if nothing began or ended."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RowChunk:
-    """Positions `start` … `start + num_new` − 1 of one row, to be computed in this step."""
-
-    sequence: Sequence
-    row: Row
-    start: int
-    num_new: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ScheduledBatch:
-    """One step. The rows of a deciding sequence are adjacent, and each one's last position gets logits."""
-
-    chunks: list[RowChunk] = field(default_factory=list)
-    deciding: list[Sequence] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    """Pages (from, to) to be copied before anything is computed."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.num_new for chunk in self.chunks)
-
-    @property
-    def sequence(self) -> Sequence:
-        """Whose it is, where it has one."""
-        return self.chunks[0].sequence
-
-    def by_sequence(self) -> list[ScheduledBatch]:
-        """The same step, one sequence at a time; the first has all copies."""
-        deciding = set(map(id, self.deciding))
-        parts: dict[int, ScheduledBatch] = {}
-        for chunk in self.chunks:
-            key = id(chunk.sequence)
-            if key not in parts:
-                own = [chunk.sequence] if key in deciding else []
-                parts[key] = ScheduledBatch(deciding=own, copies=[] if parts else self.copies)
-            parts[key].chunks.append(chunk)
-        return list(parts.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

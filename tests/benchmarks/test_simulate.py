@@ -24,8 +24,8 @@ from benchmarks.simulation.search import fewest
 from benchmarks.simulation.step_time import MeasuredTable, Roofline, StepLoad
 from benchmarks.simulation.workload import Mix, Request, Tenant, engine_request, guidance_rows
 from musicgen.config import EngineConfig, SchedulerConfig, WeightDtype
+from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
-from musicgen.engine.scheduler import ScheduledBatch
 from musicgen.engine.sequence import Sequence
 from musicgen.errors import InvalidRequestError
 from musicgen.models.language_model import GuidanceRows

@@ -16,8 +16,8 @@ from musicgen_kernels.errors import KernelArgumentError
 
 from musicgen.config import ChromaConfig, CodecConfig, DecoderConfig, EngineConfig, ModelConfig, SchedulerConfig
 from musicgen.delay import UNKNOWN_CODE
+from musicgen.engine.batch import RowChunk, ScheduledBatch
 from musicgen.engine.core import EngineCore
-from musicgen.engine.scheduler import RowChunk, ScheduledBatch
 from musicgen.engine.sequence import Sequence
 from musicgen.generation import plan_windows
 from musicgen.models.language_model import GuidanceRows

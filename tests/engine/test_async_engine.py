@@ -16,8 +16,8 @@ import torch
 from engine.fakes import FakeRunner, Listener, VirtualClock, alone, codes_request, new_core
 
 from musicgen.engine.async_engine import AsyncEngine, AsyncStream
+from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
-from musicgen.engine.scheduler import ScheduledBatch
 from musicgen.engine.thread import EngineStream, EngineThread, get_stats
 from musicgen.errors import EngineDeadError, InvalidRequestError
 from musicgen.types import ChunkPolicy, CodeChunk, CodesRequest, EndOfRequest, EngineRequest, FinishReason

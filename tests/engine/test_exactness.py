@@ -20,8 +20,8 @@ from torch import Tensor
 
 from musicgen.conditioning import Melody, condition
 from musicgen.config import CacheConfig, EngineConfig, KVDtype, SchedulerConfig, WeightDtype
+from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
-from musicgen.engine.scheduler import ScheduledBatch
 from musicgen.generation import generate_codes, plan_windows
 from musicgen.model import Model
 from musicgen.types import ChunkPolicy, CodesRequest, EngineRequest, FinishReason, SamplingParams

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.runner import ModelRunner
-from musicgen.engine.scheduler import ScheduledBatch
 from musicgen.engine.sequence import Phase
 from musicgen_serving import delay_points
 

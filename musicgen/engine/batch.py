@@ -1,0 +1,51 @@
+"""What one step computes: the value that the scheduler makes, the runner computes and the core takes apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from musicgen.engine.sequence import Row, Sequence
+
+MAX_GUIDANCE_ROWS = 3
+"""Rows that a sequence has at most."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowChunk:
+    """Positions `start` … `start + num_new` − 1 of one row, to be computed in this step."""
+
+    sequence: Sequence
+    row: Row
+    start: int
+    num_new: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScheduledBatch:
+    """One step. The rows of a deciding sequence are adjacent, and each one's last position gets logits."""
+
+    chunks: list[RowChunk] = field(default_factory=list)
+    deciding: list[Sequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """Pages (from, to) to be copied before anything is computed."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_new for chunk in self.chunks)
+
+    @property
+    def sequence(self) -> Sequence:
+        """Whose it is, where it has one."""
+        return self.chunks[0].sequence
+
+    def by_sequence(self) -> list[ScheduledBatch]:
+        """The same step, one sequence at a time; the first has all copies."""
+        deciding = set(map(id, self.deciding))
+        parts: dict[int, ScheduledBatch] = {}
+        for chunk in self.chunks:
+            key = id(chunk.sequence)
+            if key not in parts:
+                own = [chunk.sequence] if key in deciding else []
+                parts[key] = ScheduledBatch(deciding=own, copies=[] if parts else self.copies)
+            parts[key].chunks.append(chunk)
+        return list(parts.values())
