@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.machine import load_average
 from benchmarks.serving_plan import Ask, asks, to_lines
-from musicgen.codec_stream import StreamPiece, grid_floor
+from musicgen.codec_stream import GridBuffer
 from musicgen.types import (
     ChunkPolicy,
     CodeChunk,
@@ -81,15 +81,11 @@ class _Parts:
         text = await self.text_encoder.encode(ask.prompt)
         num_frames, num_samples = self.config.num_frames(ask.duration_s), 0
         state = await self.codec.initial_state()
-        waiting = torch.empty(self.config.decoder.num_codebooks, 0, dtype=torch.int32)
+        buffer = GridBuffer(self.config.decoder.num_codebooks, num_frames)
         async for new in self.codes(ask, text):
-            waiting = torch.cat([waiting, new], dim=-1)
-            num_there = state.num_frames + waiting.shape[-1]
-            last = num_there == num_frames
-            num_ready = waiting.shape[-1] if last else grid_floor(num_there) - state.num_frames
-            if num_ready > 0:
-                samples, state = await self.codec.decode(StreamPiece(waiting[:, :num_ready], state, last))
-                waiting = waiting[:, num_ready:]
+            buffer.add(new)
+            if (piece := buffer.take(state)) is not None:
+                samples, state = await self.codec.decode(piece)
                 num_samples += samples.shape[-1]
         return num_samples
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,16 +105,36 @@ def decode_on_grid(codec: StreamingCodec, piece: StreamPiece) -> tuple[Tensor, S
     Raises:
         InvalidRequestError: as `StreamingCodec.decode`, or codes off the grid.
     """
+    return decode_all_on_grid(codec, [piece])[0]
+
+
+def decode_all_on_grid(codec: StreamingCodec, pieces: Sequence[StreamPiece]) -> list[tuple[Tensor, StreamState]]:
+    """As `decode_on_grid` for pieces of several streams, cells of one length in one pass.
+
+    More than one piece: not to the bit what each would be alone.
+    """
+    cells = [deque(_cells(piece)) for piece in pieces]
+    states = [piece.state for piece in pieces]
+    samples: list[list[Tensor]] = [[] for _ in pieces]
+    while going := [i for i in range(len(pieces)) if cells[i]]:
+        parts = []
+        for i in going:
+            codes, last = cells[i].popleft()
+            parts.append(StreamPiece(codes, states[i], last))
+        for i, (out, state) in zip(going, codec.decode_batch(parts), strict=True):
+            samples[i].append(out)
+            states[i] = state
+    return [(torch.cat(own, dim=-1), state) for own, state in zip(samples, states, strict=True)]
+
+
+def _cells(piece: StreamPiece) -> Iterator[tuple[Tensor, bool]]:
+    """The codes of each cell, and whether nothing follows. Raises: InvalidRequestError: codes off the grid."""
     start, end = piece.state.num_frames, piece.state.num_frames + piece.codes.shape[-1]
     if grid_floor(start) != start or not (piece.last or grid_floor(end) == end):
         raise InvalidRequestError("codes between boundaries of the grid", f"frames {start} to {end}", param="codes")
-    state, samples = piece.state, []
     boundaries = [frame for frame in range(start + 1, end) if grid_floor(frame) == frame]
     for first, after in itertools.pairwise([start, *boundaries, end]):
-        part = StreamPiece(piece.codes[:, first - start : after - start], state, piece.last and after == end)
-        ((out, state),) = codec.decode_batch([part])
-        samples.append(out)
-    return torch.cat(samples, dim=-1), state
+        yield piece.codes[:, first - start : after - start], piece.last and after == end
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from musicgen.codec_stream import StreamingCodec, StreamPiece, StreamState, decode_audio, split_channels
+from musicgen.codec_stream import (
+    GridBuffer,
+    StreamingCodec,
+    StreamPiece,
+    StreamState,
+    decode_all_on_grid,
+    decode_audio,
+    decode_on_grid,
+    split_channels,
+)
 from musicgen.config import CodecConfig, PadMode
 from musicgen.errors import InvalidRequestError
 from musicgen.models.encodec import EncodecDecoder
@@ -210,3 +219,35 @@ def test_wrong_pieces_are_refused() -> None:
             StreamState.from_bytes(wrong)
     with pytest.raises(InvalidRequestError, match="multiple of 2"):
         split_channels(torch.zeros(1, 5, 3, dtype=torch.long), 2)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(num_frames=st.integers(1, 170), sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4))
+def test_on_the_grid_any_chunking_gives_the_whole_to_the_bit(num_frames: int, sizes: list[int]) -> None:
+    codec, codes = StreamingCodec(DECODERS["reflect"], 1), draw_codes(4, num_frames)
+    buffer, state, parts = GridBuffer(4, num_frames), codec.initial_state(), []
+    for new in cut(codes, sizes):
+        buffer.add(new)
+        if (piece := buffer.take(state)) is not None:
+            samples, state = decode_on_grid(codec, piece)
+            parts.append(samples)
+    assert state.finished
+    assert torch.equal(torch.cat(parts, dim=-1), decode_audio(codec.decoder, codes[None], 1)[0])
+
+
+def test_on_the_grid_streams_share_passes() -> None:
+    codec = StreamingCodec(DECODERS["reflect"], 1)
+    lengths = [7, 12, 30, 30, 130]
+    pieces = [StreamPiece(draw_codes(4, n, seed=n), codec.initial_state(), last=True) for n in lengths]
+    for piece, (samples, state) in zip(pieces, decode_all_on_grid(codec, pieces), strict=True):
+        alone, alone_state = decode_on_grid(codec, piece)
+        assert samples.shape == alone.shape
+        assert (samples - alone).abs().max() <= 1e-5
+        assert (state.finished, state.num_samples) == (True, alone_state.num_samples)
+
+
+def test_off_the_grid_is_refused() -> None:
+    codec = StreamingCodec(DECODERS["reflect"], 1)
+    piece = StreamPiece(draw_codes(4, 13), codec.initial_state(), last=False)
+    with pytest.raises(InvalidRequestError, match="boundaries"):
+        decode_on_grid(codec, piece)

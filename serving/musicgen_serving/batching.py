@@ -23,15 +23,20 @@ class Batcher(Generic[Item, Result]):
 
     def __init__(self, compute: Callable[[Sequence[Item]], Sequence[Result | Exception]], max_batch: int) -> None:
         self._compute, self._max_batch = compute, max_batch
+        self._urgent: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self.num_calls = 0
         """Waiting and under way."""
 
-    async def __call__(self, item: Item) -> Result:
-        """The result of one item. Raises: what `compute` gave for it."""
+    async def __call__(self, item: Item, *, urgent: bool = False) -> Result:
+        """The result of one item. Raises: what `compute` gave for it.
+
+        Args:
+            urgent: before all that are not.
+        """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+        (self._urgent if urgent else self._waiting).append((item, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         self.num_calls += 1
@@ -41,8 +46,8 @@ class Batcher(Generic[Item, Result]):
             self.num_calls -= 1
 
     async def _work(self) -> None:
-        while self._waiting:
-            batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
+        while num_waiting := len(self._urgent) + len(self._waiting):
+            batch = [(self._urgent or self._waiting).popleft() for _ in range(min(self._max_batch, num_waiting))]
             wanted = [(item, future) for item, future in batch if not future.cancelled()]
             if not wanted:
                 continue

@@ -1,7 +1,8 @@
 """The codec of one replica: codes to samples for any stream of any replica, and recordings to codes.
 
-Holds no stream: its state travels with each call. Calls that wait at the same time are taken together, each decoded by
-itself on the codec's grid, so that a stream sounds the same to the bit whatever else is decoded, and where.
+Holds no stream: its state travels with each call. On a CPU calls are decoded one after the other, each by itself on the
+codec's grid, so that a stream sounds the same to the bit whatever else is decoded, and where. A GPU takes what waits
+together. Streams that begin go first: their listeners hear nothing yet.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor
 
 from musicgen.audio import load_audio
-from musicgen.codec_stream import StreamingCodec, StreamPiece, StreamState, decode_on_grid
+from musicgen.codec_stream import StreamingCodec, StreamPiece, StreamState, decode_all_on_grid
 from musicgen.inputs import checked_prompt
 from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
 MAX_BATCH = 16
-"""Calls that are taken together at most; more would only make each wait longer."""
+"""Calls that a GPU takes together at most; more would only make each wait longer."""
 
 
 class CodecDecoder:
-    """Decodes chunks of streams, in batches.
+    """Decodes chunks of streams.
 
     Raises:
         InvalidRequestError, WeightsError: the settings' model cannot be loaded.
@@ -35,7 +36,8 @@ class CodecDecoder:
         self._config, self._limits = checkpoint.config, limits
         decoder, self._encoder = checkpoint.codec()
         self._codec = StreamingCodec(decoder, self._config.audio_channels)
-        self._decode = Batcher(self._decode_batch, MAX_BATCH)
+        on_cpu = decoder.codebooks.device.type == "cpu"
+        self._decode = Batcher(self._decode_all, max_batch=1 if on_cpu else MAX_BATCH)
 
     async def warm_up(self) -> None:
         """Decode a little silence."""
@@ -52,17 +54,16 @@ class CodecDecoder:
         Raises:
             InvalidRequestError: codes or a state that do not fit the codec.
         """
-        return await self._decode(piece)
+        return await self._decode(piece, urgent=piece.state.num_frames == 0)
 
     @torch.inference_mode()
-    def _decode_batch(self, pieces: Sequence[StreamPiece]) -> list[tuple[Tensor, StreamState] | Exception]:
-        results: list[tuple[Tensor, StreamState] | Exception] = []
-        for piece in pieces:
-            try:
-                results.append(_on_host(*decode_on_grid(self._codec, piece)))
-            except Exception as error:
-                results.append(error)
-        return results
+    def _decode_all(self, pieces: Sequence[StreamPiece]) -> Sequence[tuple[Tensor, StreamState] | Exception]:
+        try:
+            return [_on_host(*result) for result in decode_all_on_grid(self._codec, pieces)]
+        except Exception as error:  # somebody's; whose, only each alone can tell
+            if len(pieces) == 1:
+                return [error]
+        return [result for piece in pieces for result in self._decode_all([piece])]
 
     async def encode(self, content: bytes, duration_s: float) -> Tensor:
         """A recording to go on from → codes `[K, P]`.
