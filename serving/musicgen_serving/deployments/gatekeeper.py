@@ -70,7 +70,7 @@ class LocalGatekeeper:
         self,
         settings: ServeSettings,
         *,
-        takeover_s: float = 3.0,
+        takeover_s: float = 1.5,
         cancel_wait_s: float = 1.0,
         poll_s: float = 5.0,
         remember_s: float = 600.0,
