@@ -3,6 +3,10 @@
 //
 // int8 pages stay integers: the query is rounded to 15 bits once, a page's scores are exact sums of 16-bit pairs; the
 // weights times the values' scales are rounded to 15 bits of the split's largest, and their sums are exact again.
+//
+// A single query is bound by memory: several pages are read side by side, line by line, because pages lie anywhere and
+// one core's outstanding misses do not fill the bandwidth with a single run of a few KB (measured with 16 KB runs in
+// random order: 12 GB/s for one at a time, 18 for four, 24 for four with prefetches; 31 for reading in order).
 #include "attention.h"
 
 #include <cmath>
@@ -21,14 +25,13 @@ namespace MGK_ISA {
 namespace {
 
 #if defined(MGK_LEVEL_AVX512)
-constexpr int kChains = 4, kQueries = 4, kValueLanes = 64;
+constexpr int kChains = 4, kQueries = 4, kValueLanes = 64, kStreams = 4;
 #elif defined(MGK_LEVEL_AVX2)
-constexpr int kChains = 2, kQueries = 2, kValueLanes = 32;
+constexpr int kChains = 2, kQueries = 2, kValueLanes = 32, kStreams = 2;
 #else
-constexpr int kChains = 2, kQueries = 2, kValueLanes = 16;
+constexpr int kChains = 2, kQueries = 2, kValueLanes = 16, kStreams = 1;
 #endif
-constexpr int kAhead = 8;     // pieces of memory, one page of one head each, that are fetched ahead
-constexpr int kMaxGroup = 4;  // heads that one walk over the pages serves
+constexpr int kMaxGroup = 8;  // heads that one walk over the pages serves
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kQuant = 32767.0f;
@@ -43,8 +46,8 @@ template <KVKind kind> MGK_INLINE F16 load_element(const typename Element<kind>:
     else return load_fp16(p);
 }
 
-// What is fetched while a page is worked on: pages lie anywhere, no hardware can guess the next. Into the second-level
-// cache: the first level has too few outstanding misses for it (measured 24 instead of 16 GB/s on two threads).
+// Into the second-level cache: the first level is too small for what is fetched (measured 24 instead of 16 GB/s on two
+// threads).
 MGK_INLINE void prefetch_line(const char* next, int64_t offset) {
     if (offset % 64 == 0) _mm_prefetch(next + offset, _MM_HINT_T1);
 }
@@ -63,7 +66,8 @@ template <KVKind kind, int dim, int queries> struct Pass {
     float query_scale[queries];
     alignas(64) float score[queries][kSplit];
     alignas(64) float value[queries][dim];
-    alignas(64) int32_t weight_pairs[quantised ? queries : 1][kSplit / 2];  // int8 values: weight · scale as codes, two each
+    alignas(64) float parts[quantised ? 1 : kStreams][queries][dim];  // of one split: page n adds to part n mod kStreams
+    alignas(64) int16_t weight_codes[quantised ? queries : 1][kSplit];  // int8 values: weight · scale
     alignas(64) int32_t sums[quantised ? queries : 1][dim];
     float unit[queries];
     F16 mass[queries];
@@ -74,12 +78,6 @@ template <KVKind kind, int dim, int queries> struct Pass {
     const T* keys(int64_t page) const { return reinterpret_cast<const T*>(pages.k + pages.offset(table[page], head)); }
     const T* values(int64_t page) const { return reinterpret_cast<const T*>(pages.v + pages.offset(table[page], head)); }
     int64_t scale_offset(int64_t page) const { return (table[page] * int64_t(pages.num_heads) + head) * kPage; }
-
-    MGK_INLINE void prefetch_scales(int64_t first_page, int64_t page, int64_t num_pages) const {
-        const int64_t later = page + 2 < num_pages ? page + 2 : page;
-        _mm_prefetch(reinterpret_cast<const char*>(pages.k_scales + scale_offset(first_page + later)), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(pages.v_scales + scale_offset(first_page + page)), _MM_HINT_T0);
-    }
 
     void start(const float* q, int64_t stride, float scale) {
         for (int i = 0; i < queries; ++i) {
@@ -103,39 +101,44 @@ template <KVKind kind, int dim, int queries> struct Pass {
         }
     }
 
-    // Scores of 16 positions, in units of log2.
-    MGK_INLINE void score_page(int64_t page, int64_t in_split, const char* next) {
-        const T* k = keys(page);
+    // Scores of `num` pages from `page` on, in units of log2; `next` is what is fetched meanwhile, of each page one.
+    template <int num> MGK_INLINE void score_pages(int64_t page, int64_t in_split, const char* const* next) {
+        const T* k[num];
+        for (int s = 0; s < num; ++s) k[s] = keys(page + s);
         if constexpr (quantised) {
-            I16 sum[queries][2];
-            for (int i = 0; i < queries; ++i) sum[i][0] = sum[i][1] = int_zero();
-            for (int pair = 0; pair < dim / 2; pair += 2) {
-                prefetch_line(next, pair * 32);
-                const I16 first = widen_bytes(k + pair * 32), second = widen_bytes(k + pair * 32 + 32);
-                for (int i = 0; i < queries; ++i) {
-                    sum[i][0] = dot_pairs(first, int_set1(query_pairs[i][pair]), sum[i][0]);
-                    sum[i][1] = dot_pairs(second, int_set1(query_pairs[i][pair + 1]), sum[i][1]);
+            I16 sum[num][queries];
+            for (int s = 0; s < num; ++s)
+                for (int i = 0; i < queries; ++i) sum[s][i] = int_zero();
+            for (int pair = 0; pair < dim / 2; ++pair)
+                for (int s = 0; s < num; ++s) {
+                    prefetch_line(next[s], pair * 32);
+                    const I16 key = widen_bytes(k[s] + pair * 32);
+                    for (int i = 0; i < queries; ++i) sum[s][i] = dot_pairs(key, int_set1(query_pairs[i][pair]), sum[s][i]);
                 }
+            for (int s = 0; s < num; ++s) {
+                const F16 scales = load(pages.k_scales + scale_offset(page + s));
+                _mm_prefetch(reinterpret_cast<const char*>(pages.v_scales + scale_offset(page + s)), _MM_HINT_T0);
+                for (int i = 0; i < queries; ++i)
+                    store(&score[i][(in_split + s) * kPage], to_float(sum[s][i]) * (scales * set1(query_scale[i])));
             }
-            const F16 scales = load(pages.k_scales + scale_offset(page));
-            for (int i = 0; i < queries; ++i)
-                store(&score[i][in_split * kPage], to_float(sum[i][0] + sum[i][1]) * (scales * set1(query_scale[i])));
         } else {
-            F16 sum[queries][kChains];
-            for (int i = 0; i < queries; ++i)
-                for (int c = 0; c < kChains; ++c) sum[i][c] = zero();
+            F16 sum[num][queries][kChains];
+            for (int s = 0; s < num; ++s)
+                for (int i = 0; i < queries; ++i)
+                    for (int c = 0; c < kChains; ++c) sum[s][i][c] = zero();
             for (int d = 0; d < dim; d += kChains)
-                for (int c = 0; c < kChains; ++c) {
-                    const T* p = k + (d + c) * kPage;
-                    prefetch_line(next, (d + c) * kPage * int64_t(sizeof(T)));
-                    const F16 key = load_element<kind>(p);
-                    for (int i = 0; i < queries; ++i) sum[i][c] = fma(key, set1(query[i][d + c]), sum[i][c]);
+                for (int s = 0; s < num; ++s)
+                    for (int c = 0; c < kChains; ++c) {
+                        prefetch_line(next[s], (d + c) * kPage * int64_t(sizeof(T)));
+                        const F16 key = load_element<kind>(k[s] + (d + c) * kPage);
+                        for (int i = 0; i < queries; ++i) sum[s][i][c] = fma(key, set1(query[i][d + c]), sum[s][i][c]);
+                    }
+            for (int s = 0; s < num; ++s)
+                for (int i = 0; i < queries; ++i) {
+                    F16 total = sum[s][i][0] + sum[s][i][1];
+                    if constexpr (kChains == 4) total = total + (sum[s][i][2] + sum[s][i][3]);
+                    store(&score[i][(in_split + s) * kPage], total);
                 }
-            for (int i = 0; i < queries; ++i) {
-                F16 total = sum[i][0] + sum[i][1];
-                if constexpr (kChains == 4) total = total + (sum[i][2] + sum[i][3]);
-                store(&score[i][in_split * kPage], total);
-            }
         }
     }
 
@@ -163,30 +166,44 @@ template <KVKind kind, int dim, int queries> struct Pass {
         }
     }
 
-    // Weighted values of the first `count` positions of a page; kValueLanes head elements at a time.
-    MGK_INLINE void add_page(int64_t page, int64_t in_split, int count, const char* next) {
-        constexpr int lanes = kValueLanes < dim ? kValueLanes : dim, vectors = lanes / kLanes;
-        const T* v = values(page);
-        for (int part = 0; part < dim; part += lanes) {
-            F16 sum[queries][vectors];
-            for (int i = 0; i < queries; ++i)
-                for (int c = 0; c < vectors; ++c) sum[i][c] = load(&value[i][part + c * kLanes]);
-            for (int p = 0; p < count; ++p) {
-                for (int64_t line = 0; line < int64_t(lanes * sizeof(T)); line += 64)
-                    prefetch_line(next, (p * dim + part) * int64_t(sizeof(T)) + line);
-                F16 row[vectors];
-                for (int c = 0; c < vectors; ++c) row[c] = load_element<kind>(v + p * dim + part + c * kLanes);
-                for (int i = 0; i < queries; ++i) {
-                    const F16 weight = set1(score[i][in_split * kPage + p]);
-                    for (int c = 0; c < vectors; ++c) sum[i][c] = fma(row[c], weight, sum[i][c]);
-                }
+    void start_values() {
+        for (int i = 0; i < queries; ++i)
+            for (int d = 0; d < dim; d += kLanes) {
+                if constexpr (quantised) int_store(&sums[i][d], int_zero());
+                else
+                    for (int s = 0; s < kStreams; ++s) store(&parts[s][i][d], zero());
             }
-            for (int i = 0; i < queries; ++i)
-                for (int c = 0; c < vectors; ++c) store(&value[i][part + c * kLanes], sum[i][c]);
+    }
+
+    // Weighted values of the first `count` positions of `num` pages; kValueLanes head elements at a time.
+    template <int num> MGK_INLINE void add_pages(int64_t page, int64_t in_split, int count, const char* const* next) {
+        constexpr int lanes = kValueLanes < dim ? kValueLanes : dim, vectors = lanes / kLanes;
+        float (*to)[queries][dim] = &parts[in_split % kStreams];
+        const T* v[num];
+        for (int s = 0; s < num; ++s) v[s] = values(page + s);
+        for (int part = 0; part < dim; part += lanes) {
+            F16 sum[num][queries][vectors];
+            for (int s = 0; s < num; ++s)
+                for (int i = 0; i < queries; ++i)
+                    for (int c = 0; c < vectors; ++c) sum[s][i][c] = load(&to[s][i][part + c * kLanes]);
+            for (int p = 0; p < count; ++p)
+                for (int s = 0; s < num; ++s) {
+                    for (int64_t line = 0; line < int64_t(lanes * sizeof(T)); line += 64)
+                        prefetch_line(next[s], (p * dim + part) * int64_t(sizeof(T)) + line);
+                    F16 row[vectors];
+                    for (int c = 0; c < vectors; ++c) row[c] = load_element<kind>(v[s] + p * dim + part + c * kLanes);
+                    for (int i = 0; i < queries; ++i) {
+                        const F16 weight = set1(score[i][(in_split + s) * kPage + p]);
+                        for (int c = 0; c < vectors; ++c) sum[s][i][c] = fma(row[c], weight, sum[s][i][c]);
+                    }
+                }
+            for (int s = 0; s < num; ++s)
+                for (int i = 0; i < queries; ++i)
+                    for (int c = 0; c < vectors; ++c) store(&to[s][i][part + c * kLanes], sum[s][i][c]);
         }
     }
 
-    // int8 values: weights · scales as 15-bit codes of the split's largest, two positions a lane.
+    // int8 values: weights · scales as 15-bit codes of the split's largest.
     void weights_to_codes(int i, int64_t first, int64_t num_pages) {
         F16 top = zero();
         for (int64_t page = 0; page < num_pages; ++page) {
@@ -199,39 +216,46 @@ template <KVKind kind, int dim, int queries> struct Pass {
         const float peak = max_lanes(top);
         const F16 inverse = set1(peak > 0.0f ? kQuant / peak : 0.0f);
         unit[i] = peak / kQuant;
-        alignas(64) int32_t codes[kPage];
-        for (int64_t page = 0; page < num_pages; ++page) {
-            int_store(codes, round_to_int(load(&score[i][page * kPage]) * inverse));
-            for (int j = 0; j < kPage / 2; ++j) weight_pairs[i][page * kPage / 2 + j] = codes[2 * j] | codes[2 * j + 1] << 16;
-        }
-        for (int d = 0; d < dim; d += kLanes) int_store(&sums[i][d], int_zero());
+        for (int64_t page = 0; page < num_pages; ++page)
+            store_int16(&weight_codes[i][page * kPage], round_to_int(load(&score[i][page * kPage]) * inverse));
     }
 
-    MGK_INLINE void add_int8_page(int64_t page, int64_t in_split, const char* next) {
+    template <int num> MGK_INLINE void add_int8_pages(int64_t page, int64_t in_split, const char* const* next) {
         constexpr int lanes = kValueLanes < dim ? kValueLanes : dim, vectors = lanes / kLanes;
-        const int8_t* v = reinterpret_cast<const int8_t*>(values(page));
+        const int8_t* v[num];
+        for (int s = 0; s < num; ++s) v[s] = reinterpret_cast<const int8_t*>(values(page + s));
         for (int part = 0; part < dim; part += lanes) {
             I16 sum[queries][vectors];
             for (int i = 0; i < queries; ++i)
                 for (int c = 0; c < vectors; ++c) sum[i][c] = int_load(&sums[i][part + c * kLanes]);
-            for (int j = 0; j < kPage / 2; ++j) {
-                for (int64_t line = 0; line < lanes * 2; line += 64) prefetch_line(next, (j * dim + part) * 2 + line);
-                I16 row[vectors];
-                for (int c = 0; c < vectors; ++c) row[c] = widen_bytes(v + (j * dim + part + c * kLanes) * 2);
-                for (int i = 0; i < queries; ++i) {
-                    const I16 weight = int_set1(weight_pairs[i][in_split * kPage / 2 + j]);
-                    for (int c = 0; c < vectors; ++c) sum[i][c] = dot_pairs(row[c], weight, sum[i][c]);
+            for (int p = 0; p < kPage; p += 2)
+                for (int s = 0; s < num; ++s) {
+                    for (int64_t line = 0; line < lanes * 2; line += 64) prefetch_line(next[s], p * dim + part * 2 + line);
+                    I16 row[vectors];
+                    for (int c = 0; c < vectors; ++c) row[c] = widen_bytes(v[s] + p * dim + (part + c * kLanes) * 2);
+                    for (int i = 0; i < queries; ++i) {
+                        const I16 weight = set1_pair(&weight_codes[i][(in_split + s) * kPage + p]);
+                        for (int c = 0; c < vectors; ++c) sum[i][c] = dot_pairs(row[c], weight, sum[i][c]);
+                    }
                 }
-            }
             for (int i = 0; i < queries; ++i)
                 for (int c = 0; c < vectors; ++c) int_store(&sums[i][part + c * kLanes], sum[i][c]);
         }
     }
 
-    void end_split() {
-        for (int i = 0; quantised && i < queries; ++i)
-            for (int d = 0; d < dim; d += kLanes)
-                store(&value[i][d], fma(to_float(int_load(&sums[i][d])), set1(unit[i]), load(&value[i][d])));
+    void end_values() {
+        for (int i = 0; i < queries; ++i)
+            for (int d = 0; d < dim; d += kLanes) {
+                F16 total = load(&value[i][d]);
+                if constexpr (quantised) {
+                    total = fma(to_float(int_load(&sums[i][d])), set1(unit[i]), total);
+                } else {
+                    F16 sum = load(&parts[0][i][d]);
+                    for (int s = 1; s < kStreams; ++s) sum = sum + load(&parts[s][i][d]);
+                    total = total + sum;
+                }
+                store(&value[i][d], total);
+            }
     }
 
     void finish(float* out, int64_t out_stride) const {
@@ -249,29 +273,51 @@ template <KVKind kind, int dim, int queries> struct HeadGroup {
     using P = Pass<kind, dim, queries>;
     alignas(P) char memory[kMaxGroup][sizeof(P)];
     int groups;
-    int64_t first_page, num_pages;
+    int64_t first_page, end_page;  // of the split
+    int64_t all_pages;
 
     P& pass(int64_t g) { return *reinterpret_cast<P*>(memory[g]); }
 
-    // The piece of memory that is `kAhead` pieces later in the walk over keys, then values, of a split.
-    MGK_INLINE const char* ahead(int64_t page, int64_t g, bool is_keys) {
-        int64_t piece = page * groups + g + kAhead;
-        const int64_t count = num_pages * groups;
-        if (piece >= count) {
-            if (!is_keys) return reinterpret_cast<const char*>(pass(g).values(first_page + page));
-            piece -= count;
-            is_keys = false;
-            if (piece >= count) piece = count - 1;
+    // What comes kStreams pages later in the walk over a split's keys, its values and the next split's keys.
+    MGK_INLINE const char* ahead(P& p, int64_t page, bool is_keys) {
+        int64_t later = page + kStreams;
+        if (is_keys && later >= end_page) {
+            later -= end_page - first_page;
+            return reinterpret_cast<const char*>(p.values(later < end_page ? later : end_page - 1));
         }
-        P& p = pass(piece % groups);
-        const int64_t at = first_page + piece / groups;
-        return is_keys ? reinterpret_cast<const char*>(p.keys(at)) : reinterpret_cast<const char*>(p.values(at));
+        if (is_keys ? later < end_page : later >= end_page && later < all_pages) {
+            if constexpr (P::quantised)
+                _mm_prefetch(reinterpret_cast<const char*>(p.pages.k_scales + p.scale_offset(later)), _MM_HINT_T0);
+            return reinterpret_cast<const char*>(p.keys(later));
+        }
+        return reinterpret_cast<const char*>(p.values(later < end_page ? later : page));
+    }
+
+    // Keys or values of `num` pages for all heads; `valid` positions of the split are in use.
+    template <int num> MGK_INLINE void step(int64_t page, bool is_keys, int64_t valid) {
+        const int64_t in_split = page - first_page, left = valid - in_split * kPage;
+        for (int g = 0; g < groups; ++g) {
+            const char* next[num];
+            for (int s = 0; s < num; ++s) next[s] = ahead(pass(g), page + s, is_keys);
+            if (is_keys) pass(g).template score_pages<num>(page, in_split, next);
+            else if constexpr (P::quantised) pass(g).template add_int8_pages<num>(page, in_split, next);
+            else pass(g).template add_pages<num>(page, in_split, int(left < kPage ? left : kPage), next);
+        }
+    }
+
+    // A single query is bound by memory and takes kStreams whole pages at once; many are bound by arithmetic and registers.
+    void walk(bool is_keys, int64_t valid) {
+        int64_t page = first_page;
+        if constexpr (queries == 1)
+            for (; (page - first_page + kStreams) * kPage <= valid; page += kStreams) step<kStreams>(page, is_keys, valid);
+        for (; page < end_page; ++page) step<1>(page, is_keys, valid);
     }
 
     void run(const KVPages& pages, const int32_t* table, int64_t head, const int64_t (&lens)[queries], const float* q,
              int64_t q_stride, float scale, float* out, int64_t out_stride) {
         int64_t longest = 0;
         for (int64_t length : lens) longest = length > longest ? length : longest;
+        all_pages = (longest + kPage - 1) / kPage;
         for (int g = 0; g < groups; ++g) {
             P* p = new (memory[g]) P(pages, table, head + g);
             for (int i = 0; i < queries; ++i) p->lens[i] = lens[i];
@@ -279,28 +325,18 @@ template <KVKind kind, int dim, int queries> struct HeadGroup {
         }
         for (int64_t first = 0; first < longest; first += kSplit) {
             const int64_t valid = longest - first < kSplit ? longest - first : kSplit;
-            num_pages = (valid + kPage - 1) / kPage;
             first_page = first / kPage;
-            for (int64_t page = 0; page < num_pages; ++page)
-                for (int g = 0; g < groups; ++g) {
-                    if constexpr (P::quantised) pass(g).prefetch_scales(first_page, page, num_pages);
-                    pass(g).score_page(first_page + page, page, ahead(page, g, true));
-                }
-            for (int g = 0; g < groups; ++g)
+            end_page = first_page + (valid + kPage - 1) / kPage;
+            walk(true, valid);
+            for (int g = 0; g < groups; ++g) {
                 for (int i = 0; i < queries; ++i) {
-                    pass(g).weigh(i, first, num_pages);
-                    if constexpr (P::quantised) pass(g).weights_to_codes(i, first, num_pages);
+                    pass(g).weigh(i, first, end_page - first_page);
+                    if constexpr (P::quantised) pass(g).weights_to_codes(i, first, end_page - first_page);
                 }
-            for (int64_t page = 0; page < num_pages; ++page) {
-                const int64_t left = valid - page * kPage;
-                for (int g = 0; g < groups; ++g) {
-                    if constexpr (P::quantised)
-                        pass(g).add_int8_page(first_page + page, page, ahead(page, g, false));
-                    else
-                        pass(g).add_page(first_page + page, page, int(left < kPage ? left : kPage), ahead(page, g, false));
-                }
+                pass(g).start_values();
             }
-            for (int g = 0; g < groups; ++g) pass(g).end_split();
+            walk(false, valid);
+            for (int g = 0; g < groups; ++g) pass(g).end_values();
         }
         for (int g = 0; g < groups; ++g) pass(g).finish(out + g * dim, out_stride);
     }
@@ -404,7 +440,7 @@ void attend(const KVPages& pages, const AttendItem& item, float scale) {
 
 int64_t heads_per_item(int64_t num_rows, int64_t num_heads, int num_threads) {
     int64_t heads = kMaxGroup;
-    while (heads > 1 && (num_heads % heads != 0 || num_rows * (num_heads / heads) < 4 * num_threads)) heads /= 2;
+    while (heads > 1 && (num_heads % heads != 0 || num_rows * (num_heads / heads) < 2 * num_threads)) heads /= 2;
     return heads;
 }
 

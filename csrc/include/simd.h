@@ -185,6 +185,22 @@ MGK_INLINE I16 widen_bytes(const int8_t* p) {  // 32 bytes to 32 int16, two a la
 #endif
     return r;
 }
+MGK_INLINE void store_int16(int16_t* p, I16 a) {  // values within 16 bits
+#if defined(MGK_LEVEL_AVX512)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.part[0]));
+#elif defined(MGK_LEVEL_AVX2)
+    const __m256i mixed = _mm256_packs_epi32(a.part[0], a.part[1]);  // quarters 0 2 1 3
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(mixed, 0xd8));
+#else
+    for (int h = 0; h < 2; ++h)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * h), _mm_packs_epi32(a.part[2 * h], a.part[2 * h + 1]));
+#endif
+}
+MGK_INLINE I16 set1_pair(const int16_t* p) {  // p[0], p[1] in every lane
+    int32_t pair;
+    std::memcpy(&pair, p, 4);
+    return int_set1(pair);
+}
 MGK_INLINE I16 dot_pairs(I16 a, I16 b, I16 sum) {  // sum + a₀b₀ + a₁b₁ in each lane, exact
 #if defined(MGK_LEVEL_AVX512)
     sum.part[0] = _mm512_dpwssd_epi32(sum.part[0], a.part[0], b.part[0]);
