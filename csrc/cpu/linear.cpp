@@ -26,6 +26,8 @@ constexpr int kFloatTiles = 1, kFloatRows = 2, kIntRows = 2;
 #endif
 constexpr int kItemTiles = 2;
 constexpr int kChain = 256;
+constexpr int64_t kInt4Ahead = 3072;  // bytes
+
 void finish(const LinearOutput& out, int64_t row, int64_t column, F16 y) {
     if (out.bias) y = y + load(out.bias + column);
     if (out.gelu) y = gelu(y);
@@ -117,7 +119,7 @@ void float_item(const PackedMatrix& w, const LinearInput& in, const LinearOutput
 
 #if defined(MGK_LEVEL_AVX512)
 
-constexpr int kInt8Offset = 128;
+constexpr int kInt8OffsetBits = 7;
 
 MGK_INLINE __m512i four_inputs(const int8_t* x) {
     int32_t bytes;
@@ -151,7 +153,7 @@ MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&
 
 #elif defined(MGK_LEVEL_AVX2)
 
-constexpr int kInt8Offset = 0;
+constexpr int kInt8OffsetBits = 0;
 
 MGK_INLINE __m256i four_inputs(const int8_t* x) {
     int32_t bytes;
@@ -200,7 +202,7 @@ MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&
 
 #else
 
-constexpr int kInt8Offset = 0;
+constexpr int kInt8OffsetBits = 0;
 
 MGK_INLINE __m128i four_inputs(const int16_t* x) {  // x0 x1 x2 x3 twice
     const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x));
@@ -254,17 +256,21 @@ MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t quad, I16 (
 
 #endif
 
-// `rows` rows from `row` on, all within one group.
+// `rows` rows from `row` on, all within one group. `fetch`: these weights lie in a cache and are used for the last time, so
+// the next tile is fetched: the memory would rest otherwise (measured at 16 rows: 71 instead of 58 % of the arithmetic
+// peak). At the first use the hardware fetches ahead into the second level; int4 has so much arithmetic a byte that it has
+// to be in the first (2 rows: 81 instead of 71 % of the read bandwidth; int8 gains nothing).
 template <int rows, bool int4>
-void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t row, int64_t tile) {
-    constexpr int offset = int4 ? 8 : kInt8Offset;
+void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t row, int64_t tile, bool fetch) {
+    constexpr int offset_bits = int4 ? 3 : kInt8OffsetBits;
     constexpr int block_bytes = int4 ? kTile * kQuantBlock / 2 : kTile * kQuantBlock;
     const int64_t num_blocks = w.k / kQuantBlock, num_groups = w.k / w.group, blocks_per_group = w.group / kQuantBlock;
-    const uint8_t* codes = w.codes + tile * num_blocks * block_bytes;
+    const int64_t tile_bytes = num_blocks * block_bytes;
+    const uint8_t* codes = w.codes + tile * tile_bytes;
     const uint16_t* scales = w.scales + tile * num_groups * kTile;
     const QuantCode* inputs = x.codes + x.code_at(row, 0);
     const float* x_scales = x.scales + x.block_at(row, 0);
-    const int32_t* x_sums = x.sums + x.block_at(row, 0);
+    const int32_t* x_sums = x.negative_sums + x.block_at(row, 0);
     F16 total[rows];
     for (int m = 0; m < rows; ++m) total[m] = zero();
     for (int64_t group = 0; group < num_groups; ++group) {
@@ -272,7 +278,12 @@ void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput&
         for (int m = 0; m < rows; ++m) part[m] = zero();
         for (int64_t block = 0; block < blocks_per_group; ++block) {
             I16 sum[rows];
-            for (int m = 0; m < rows; ++m) sum[m] = offset ? int_set1(-offset * x_sums[m]) : int_zero();
+            for (int m = 0; m < rows; ++m)
+                sum[m] = offset_bits ? shift_left<offset_bits>(int_set1(x_sums[m])) : int_zero();
+            for (int line = 0; line < block_bytes; line += 64) {
+                if (fetch) _mm_prefetch(reinterpret_cast<const char*>(codes + tile_bytes + line), _MM_HINT_T1);
+                else if (int4) _mm_prefetch(reinterpret_cast<const char*>(codes + kInt4Ahead + line), _MM_HINT_T0);
+            }
             if constexpr (int4)
                 int4_dot<rows>(codes, inputs, 4 * x.group, sum);
             else
@@ -291,13 +302,14 @@ void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput&
 
 template <bool int4>
 void int_item(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t rows, int64_t tile) {
+    const auto last = [&](int64_t row, int count) { return row > 0 && row + count == rows; };  // of several uses
     int64_t row = 0;
-    for (; row + kIntRows <= rows; row += kIntRows) int_rows<kIntRows, int4>(w, x, out, row, tile);
+    for (; row + kIntRows <= rows; row += kIntRows) int_rows<kIntRows, int4>(w, x, out, row, tile, last(row, kIntRows));
     if constexpr (kIntRows > 4)
-        for (; row + 4 <= rows; row += 4) int_rows<4, int4>(w, x, out, row, tile);
+        for (; row + 4 <= rows; row += 4) int_rows<4, int4>(w, x, out, row, tile, last(row, 4));
     if constexpr (kIntRows > 2)
-        for (; row + 2 <= rows; row += 2) int_rows<2, int4>(w, x, out, row, tile);
-    for (; row < rows; ++row) int_rows<1, int4>(w, x, out, row, tile);
+        for (; row + 2 <= rows; row += 2) int_rows<2, int4>(w, x, out, row, tile, last(row, 2));
+    for (; row < rows; ++row) int_rows<1, int4>(w, x, out, row, tile, last(row, 1));
 }
 
 }  // namespace
@@ -318,7 +330,7 @@ void quantise_block(const float* x, const QuantisedRows& out, int64_t row, int64
         sum += codes[i];
     }
     out.scales[out.block_at(row, block)] = largest / 127.0f;
-    out.sums[out.block_at(row, block)] = sum;
+    out.negative_sums[out.block_at(row, block)] = -sum;
 }
 
 void quantise_row(const float* x, const QuantisedRows& out, int64_t row) {

@@ -37,7 +37,7 @@ constexpr int kRowGroup = 8;
 struct QuantisedRows {
     QuantCode* codes;  // [rows/group, k/4, group, 4]
     float* scales;     // [rows/group, k/32, group]
-    int32_t* sums;     // [rows/group, k/32, group], the sum of a block's codes
+    int32_t* negative_sums;  // [rows/group, k/32, group], minus the sum of a block's codes: an offset is then one shift
     int64_t k;
     int32_t group;
     int64_t code_at(int64_t row, int64_t input) const {
