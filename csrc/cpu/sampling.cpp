@@ -64,17 +64,34 @@ int32_t first_equal(const float* z, int n, float value) {
     return 0;  // only where logits are NaN
 }
 
-int count_below(const Scratch& s, uint32_t bound) {
+int count_below(const float* z, size_t n, uint32_t bound) {  // bound < 2^31
     int count = 0;
-    for (size_t v = 0; v < s.z.size(); ++v) count += magnitude(s.z[v]) < bound;
+    for (size_t v = 0; v < n; ++v) count += int32_t(magnitude(z[v])) < int32_t(bound);
     return count;
 }
 
-// The magnitude of the k-th largest z: the largest m with fewer than k magnitudes below it.
-uint32_t kth_magnitude(const Scratch& s, int k) {
+// The magnitude of the k-th largest z: the largest m with fewer than k magnitudes below it. With narrow registers a pass
+// over all codes is dear: once the upper bits are known, those that share them are set aside (in `weight`, which top-k
+// does not use) and the lower bits are found among them.
+uint32_t kth_magnitude(Scratch& s, int k) {
+#if defined(MGK_LEVEL_AVX512)
+    constexpr int kLowBits = 0;
+#else
+    constexpr int kLowBits = 20;
+#endif
     uint32_t m = 0;
-    for (int bit = 30; bit >= 0; --bit)
-        if (count_below(s, m | 1u << bit) < k) m |= 1u << bit;
+    int bit = 30;
+    for (; bit >= kLowBits; --bit)
+        if (count_below(s.z.data(), s.z.size(), m | 1u << bit) < k) m |= 1u << bit;
+    if constexpr (kLowBits == 0) return m;
+    const int below = count_below(s.z.data(), s.z.size(), m);
+    size_t n = 0;
+    for (const float z : s.z) {
+        s.weight[n] = z;
+        n += magnitude(z) >> kLowBits == m >> kLowBits;
+    }
+    for (; bit >= 0; --bit)
+        if (below + count_below(s.weight.data(), n, m | 1u << bit) < k) m |= 1u << bit;
     return m;
 }
 
