@@ -24,6 +24,10 @@ class VirtualCounters:
     def __getitem__(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
 
+    def knows_others(self, tenant: str) -> bool:
+        """Whether any other tenant has come so far."""
+        return any(other != tenant for other in self._served)
+
     def lift(self, tenant: str, waiting: Collection[str]) -> None:
         """A tenant without waiting requests brings one: its counter is raised."""
         self._served[tenant] = self.lifted(tenant, waiting)

@@ -2,7 +2,8 @@
 
 Admission: a request is admitted when, letting everyone advance together to the end, pages and rows always suffice.
 So nothing is ever taken back for want of memory. A request that does not fit yet holds up only those that would
-delay it.
+delay it. Where several tenants come, one that runs already leaves the last place to one that does not: whoever has
+nothing there need not wait for an end, whatever the others ask for.
 
 A step keeps that promise: either everyone advances, or some do and the forecast still fits, or a *round* begins, in
 which all take turns until each has advanced by one step.
@@ -29,6 +30,8 @@ MAX_QUOTED = 64
 """Waiting requests that a quoted start looks through."""
 MAX_SLIP_STEPS = 64
 """If the start of the first in turn slips by more than so many steps, nobody passes it any more."""
+MIN_TO_SPARE = 4
+"""With fewer places none is kept free: it would cost too much."""
 RETRY_STEPS = 16
 """Admission is tried again after so many steps, even if nothing began or ended."""
 
@@ -106,7 +109,7 @@ class Scheduler:
         start = 0
         for other in [*itertools.islice(ahead, MAX_QUOTED), sequence]:
             demand = other.demand()
-            found = Forecast(self.capacity, self.allocator.num_held, demands).earliest_start(demand)
+            found = Forecast(self._room_for(other), self.allocator.num_held, demands).earliest_start(demand)
             start = found or 0
             demands.append(demand.at(start))
         return start + int(sum(other.cost for other in ahead) / self.capacity.num_rows)
@@ -256,12 +259,20 @@ class Scheduler:
             num_tried += 1
             if reserved is None:
                 demand = sequence.demand()
-                forecast = Forecast(self.capacity, self.allocator.num_held, list(self._demands().values()))
+                forecast = Forecast(self._room_for(sequence), self.allocator.num_held, list(self._demands().values()))
                 reserved = demand.at(forecast.earliest_start(demand) or 0)
                 start = self._num_steps + reserved.start
                 sequence.promised_step = min(start, sequence.promised_step or start)
                 if start > sequence.promised_step + MAX_SLIP_STEPS:
                     return
+
+    def _room_for(self, sequence: Sequence) -> Capacity:
+        """All of it, or all but the last place."""
+        tenant, num_requests = sequence.request.tenant, self.capacity.num_requests
+        has_one = any(other.request.tenant == tenant for other in self.running)
+        if num_requests < MIN_TO_SPARE or not has_one or not self.counters.knows_others(tenant):
+            return self.capacity
+        return replace(self.capacity, num_requests=num_requests - 1)
 
     def _candidates(self) -> Iterator[Sequence]:
         """Waiting sequences in turn; the order follows the counters as they change."""
@@ -286,7 +297,7 @@ class Scheduler:
         """Share what others have computed, allocate the rest; all or nothing."""
         self.pages.share_prefix(sequence)
         demands = [*self._demands(sequence).values(), *([] if reserved is None else [reserved])]
-        if not Forecast(self.capacity, self.allocator.num_held, demands).fits():
+        if not Forecast(self._room_for(sequence), self.allocator.num_held, demands).fits():
             self.pages.release(sequence)
             return False
         self.pages.allocate_prefill(sequence)

@@ -6,6 +6,7 @@ The runner waits for a permit before each step, so a test decides how far the en
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
@@ -20,7 +21,7 @@ from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
 from musicgen.engine.thread import EngineStream, EngineThread, get_stats
 from musicgen.errors import EngineDeadError, InvalidRequestError
-from musicgen.types import ChunkPolicy, CodeChunk, CodesRequest, EndOfRequest, EngineRequest, FinishReason
+from musicgen.types import ChunkPolicy, CodeChunk, CodesRequest, EndOfRequest, EngineEvent, EngineRequest, FinishReason
 
 PATIENCE_S = 20.0
 EVERY_FRAME = ChunkPolicy(first_frames=1, max_frames=1)
@@ -398,13 +399,25 @@ def test_closing_the_engine_ends_every_stream_and_answers_every_call() -> None:
 def test_a_failure_reaches_every_thread() -> None:
     core, runner = gated()
     thread = EngineThread(core)
-    runner.allow(2)  # for the steps that may be under way when they come
-    streams = [EngineStream(thread, request(name, codes_request(40))) for name in ("a", "b")]
+    accepted: queue.SimpleQueue[object] = queue.SimpleQueue()
+    events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
+    for name in ("a", "b"):
+        thread.submit(
+            request(name, codes_request(40)),
+            lambda own: [events.put(event) for event in own],  # type: ignore[func-returns-value]
+            lambda _, error: accepted.put(error),
+        )
+    runner.allow(1)  # the first step may begin before the second request is taken in
+    assert [accepted.get(timeout=PATIENCE_S) for _ in "ab"] == [None, None]
     runner.fail = True
-    runner.allow(2)
-    ends = [list(stream)[-1] for stream in streams]
+    runner.allow(1)
+    ends: dict[str, EndOfRequest] = {}
+    while len(ends) < 2:
+        event = events.get(timeout=PATIENCE_S)
+        if isinstance(event, EndOfRequest):
+            ends[event.request_id] = event
     thread.close()
-    assert [end.reason for end in ends if isinstance(end, EndOfRequest)] == [FinishReason.FAILED] * 2
+    assert {end.reason for end in ends.values()} == {FinishReason.FAILED}
     assert thread.failure is not None
     with pytest.raises(EngineDeadError, match="told to fail"):
         EngineStream(thread, request("late", codes_request(20)))

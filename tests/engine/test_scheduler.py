@@ -82,6 +82,43 @@ def test_a_pause_earns_no_credit() -> None:
     assert core.scheduler.counters["a"] == 6 * 80
 
 
+@pytest.mark.parametrize("max_requests", [3, 4, 8])
+def test_a_tenant_that_floods_leaves_the_last_place_to_others(max_requests: int) -> None:
+    """From the moment on in which there are others; whoever has nothing there begins at once."""
+    core = new_core(1000, max_requests=max_requests)
+
+    def running() -> set[str]:
+        core.step()
+        return {s.request.request_id for s in core.scheduler.running}
+
+    def begins(tenant: str) -> tuple[set[str], set[str]]:
+        """Who ran when a request of the tenant came, and when it began."""
+        before = running()
+        core.add(EngineRequest(f"{tenant}0", codes_request(20, text=99), tenant=tenant))
+        core.add(EngineRequest(f"{tenant}1", codes_request(20, text=98), tenant=tenant))
+        now = running()
+        while f"{tenant}0" not in now:
+            now = running()
+        return before, now
+
+    for i in range(9 * max_requests):
+        core.add(EngineRequest(f"a{i}", codes_request(40, text=i), tenant="a"))
+    for _ in range(20):
+        assert len(running()) <= max_requests
+    before, now = begins("b")
+    assert len(before) == max_requests
+    assert not before <= now, "it waited until somebody had ended"
+    while any(name.startswith("b") for name in running()):
+        pass
+    num_places = max_requests - (max_requests >= 4)
+    assert max(len(running()) for _ in range(100)) == num_places
+    while len(running()) < num_places:
+        pass
+    before, now = begins("c")
+    assert (before <= now) is (max_requests >= 4)
+    assert run_all(core).ends.keys() >= {"c0", "c1"}
+
+
 def test_what_was_not_made_is_given_back() -> None:
     core = new_core()
     core.add(EngineRequest("a", codes_request(40, num_rows=3)))
