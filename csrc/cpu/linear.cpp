@@ -259,7 +259,7 @@ MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t quad, I16 (
 // `rows` rows from `row` on, all within one group. `fetch`: these weights lie in a cache and are used for the last time, so
 // the next tile is fetched: the memory would rest otherwise (measured at 16 rows: 71 instead of 58 % of the arithmetic
 // peak). At the first use the hardware fetches ahead into the second level; int4 has so much arithmetic a byte that it has
-// to be in the first (2 rows: 81 instead of 71 % of the read bandwidth; int8 gains nothing).
+// to be in the first (int8 gained nothing from it).
 template <int rows, bool int4>
 void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t row, int64_t tile, bool fetch) {
     constexpr int offset_bits = int4 ? 3 : kInt8OffsetBits;
