@@ -122,16 +122,15 @@ def new_kv_store(
     chosen: Layout = layout or ("cpu" if place.type == "cpu" else "plain")
     shape = (num_layers, num_pages, num_heads, PAGE_LEN, head_dim)
 
-    def zeros() -> Tensor:
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if place.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=place)
-        num_bytes = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
-        return empty_bytes(num_bytes).zero_().view(dtype).view(shape)
+        return empty_bytes(math.prod(shape) * dtype.itemsize).zero_().view(dtype).view(shape)
 
     def scales() -> Tensor | None:
-        return torch.zeros(shape[:-1], dtype=torch.float32, device=place) if dtype == torch.int8 else None
+        return zeros(shape[:-1], torch.float32) if dtype == torch.int8 else None
 
-    return KVStore(zeros(), zeros(), scales(), scales(), chosen)
+    return KVStore(zeros(shape, dtype), zeros(shape, dtype), scales(), scales(), chosen)
 
 
 def _keys_to_plain(pages: Tensor, layout: Layout) -> Tensor:

@@ -117,7 +117,7 @@ class Life(RuleBasedStateMachine):
             assert due <= self.listener.ends.keys()
             assert all(self.listener.ends[i].reason is FinishReason.CANCELLED for i in due)
 
-    @precondition(lambda self: not self.dead and self.core.scheduler.running)
+    @precondition(lambda self: not self.dead and len(self.requests) % 4 == 3 and self.core.scheduler.running)
     @rule(data=st.data())
     def refuse(self, data: st.DataObject) -> None:
         """The kernels refuse one of them from now on."""
