@@ -133,4 +133,4 @@ def _watch(deployed: Future[Any], on_state: OnState, timeout_s: float) -> None:
 
 def _state(replicas: Mapping[Any, int]) -> str:
     """One word for a deployment."""
-    return "ready" if {state.value for state in replicas} == {"RUNNING"} else "starting"
+    return "ready" if set(replicas) == {"RUNNING"} else "starting"
