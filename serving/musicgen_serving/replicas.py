@@ -59,7 +59,9 @@ class LanguageModelReplica(LanguageModel):
     """The engine of one replica."""
 
     async def __init__(self, settings: ModelSettings, observability: ObservabilitySettings) -> None:  # type: ignore[misc]
-        set_up("language-model", observability, settings.num_threads or len(os.sched_getaffinity(0)))
+        # One core is left to the codec and the edges: threads of a step that wait for each other must not be held up.
+        num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        set_up("language-model", observability, num_threads)
         super().__init__(settings)
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
