@@ -25,8 +25,8 @@ class VirtualCounters:
         return self._served.get(tenant, 0.0)
 
     def knows_others(self, tenant: str) -> bool:
-        """Whether any other tenant has come so far."""
-        return any(other != tenant for other in self._served)
+        """Whether any other tenant has come so far; requests without one, such as a warm-up, are nobody's."""
+        return any(other not in ("", tenant) for other in self._served)
 
     def lift(self, tenant: str, waiting: Collection[str]) -> None:
         """A tenant without waiting requests brings one: its counter is raised."""
