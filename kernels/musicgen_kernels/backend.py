@@ -111,7 +111,9 @@ def from_environment(operation: str) -> str | None:
     Raises:
         BackendUnavailableError: the variable cannot be read.
     """
-    text = os.environ.get(ENVIRONMENT, "").strip()
+    text = os.environ.get(ENVIRONMENT)
+    if not text:
+        return None
     found = None
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.rpartition("=")

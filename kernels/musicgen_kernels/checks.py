@@ -39,7 +39,11 @@ def check_tensor(
     if not isinstance(value, Tensor):
         raise KernelArgumentError(argument, "a tensor", describe(value))
     actual = value.shape
-    if len(actual) != len(shape) or any(w is not None and w != a for w, a in zip(shape, actual, strict=True)):
+    fits = len(actual) == len(shape)
+    for wanted_size, size in zip(shape, actual, strict=False):  # a loop: some twenty of these checks come with a step
+        if wanted_size is not None and wanted_size != size:
+            fits = False
+    if not fits:
         wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
         raise KernelArgumentError(argument, f"shape {wanted}", describe(value))
     if value.dtype not in dtypes:

@@ -17,7 +17,7 @@ from .errors import KernelArgumentError
 from .isa import load_level
 from .native import CpuModule
 from .packing import KINDS, PackedLinear
-from .pages import KV_DTYPES, PagedKV
+from .pages import KV_DTYPES, KVStore, PagedKV
 from .sampling import SampleBatch
 
 HEAD_DIMS = (32, 64)
@@ -165,11 +165,11 @@ class CpuBackend:
         )
 
 
-def page_arguments(cache: PagedKV) -> tuple[int, ...]:
-    """What the compiled code is told of a layer's pages: addresses, dtype, sizes."""
+def page_arguments(cache: PagedKV | KVStore) -> tuple[int, ...]:
+    """What the compiled code is told of a layer's pages, of a store the first one's: addresses, dtype, sizes."""
     if cache.layout != "cpu":
         raise KernelArgumentError("cache.layout", "'cpu'", repr(cache.layout), "allocate it with new_kv_store")
-    num_pages, num_heads, _, head_dim = cache.k.shape
+    num_pages, num_heads, _, head_dim = cache.k.shape[-4:]
     if head_dim not in HEAD_DIMS:
         raise KernelArgumentError("head_dim", f"one of {HEAD_DIMS}", str(head_dim))
     scales = (_address(cache.k_scales), _address(cache.v_scales))

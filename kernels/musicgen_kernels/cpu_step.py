@@ -151,11 +151,11 @@ def _token_arguments(batch: StepBatch) -> tuple[int, ...]:
 
 
 def _store_arguments(store: KVStore) -> tuple[tuple[int, ...], int, int]:
-    scale_stride = 0 if store.k_scales is None else store.k_scales[0].nbytes
     for tensor in (store.k, store.v):
         if not tensor.is_contiguous():
             raise KernelArgumentError("pages", "a contiguous store", f"strides {list(tensor.stride())}")
-    return (page_arguments(store.layer(0)), store.k[0].nbytes, scale_stride)
+    layer_bytes, scale_bytes = (0 if t is None else t.nbytes // store.k.shape[0] for t in (store.k, store.k_scales))
+    return (page_arguments(store), layer_bytes, scale_bytes)
 
 
 def _norm_arguments(norm: Norm) -> tuple[int, int]:
