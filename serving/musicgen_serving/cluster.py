@@ -104,8 +104,10 @@ def _start_ray(settings: ServeSettings) -> None:
     # it has for other systems. Children read the variable; this process has read it already.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
-    # Parts share this machine's cores; what they set aside in Ray's books must not limit how many there are.
     ray.init(
+        # Unless told, Ray joins whatever cluster it finds in RAY_ADDRESS or on this machine.
+        "local",
+        # Parts share this machine's cores; what they set aside in Ray's books must not limit how many there are.
         num_cpus=max(os.cpu_count() or 1, 4),
         include_dashboard=False,
         log_to_driver=False,

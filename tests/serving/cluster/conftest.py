@@ -5,7 +5,6 @@ It starts within a minute or two on two cores and needs some 8 GB of memory.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,13 +43,12 @@ class Running:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("service")
     delays, usage_file = folder / "delays", folder / "usage.jsonl"
-    os.environ[delay_points.VARIABLE] = f"@{delays}"
-    how = chaos_cluster.settings({"LanguageModel": 2}, usage_file=usage_file)
-    try:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(delay_points.VARIABLE, f"@{delays}")
+        environment.setenv("RAY_ADDRESS", "127.0.0.1:1")  # somebody else's cluster: not to be joined
+        how = chaos_cluster.settings({"LanguageModel": 2}, usage_file=usage_file)
         with chaos_cluster.running(how) as endpoints:
             yield Running(endpoints, RayService(endpoints, delays), usage_file)
-    finally:
-        os.environ.pop(delay_points.VARIABLE, None)
 
 
 @pytest.fixture
