@@ -19,6 +19,8 @@ APP_NAME = "musicgen"
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
 LOOK_BACK_S = 11.0
 """Serve averages loads over this before the delays begin; by default over 30 s. It warns below its own 10 s."""
+ONE_LOOP = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""Nothing blocks a replica's loop, so Serve's part of it needs no thread of its own, and no passing to and fro."""
 MAX_ONGOING = 10_000
 """Serve's own limits would queue silently; the gatekeeper and the engine say no instead."""
 
@@ -78,7 +80,12 @@ def _deployment(cls: type, name: str, how: ReplicaSettings, settings: ServeSetti
         }
     deployment = serve.deployment(
         name=name,
-        ray_actor_options={"num_cpus": how.num_cpus, "num_gpus": how.num_gpus, "resources": how.resources},
+        ray_actor_options={
+            "num_cpus": how.num_cpus,
+            "num_gpus": how.num_gpus,
+            "resources": how.resources,
+            "runtime_env": {"env_vars": ONE_LOOP},
+        },
         max_ongoing_requests=MAX_ONGOING,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,

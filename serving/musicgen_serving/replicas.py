@@ -17,7 +17,7 @@ from torch import Tensor
 from musicgen.codec_stream import StreamPiece, StreamState
 from musicgen.errors import OverloadedError
 from musicgen.types import EngineRequest
-from musicgen_serving import logs, tracing
+from musicgen_serving import logs, tracing, wire
 from musicgen_serving.admission import AdmissionRequest, Ticket
 from musicgen_serving.autoscaling import LOAD
 from musicgen_serving.deployments.chroma import ChromaExtractor, Recording
@@ -45,6 +45,7 @@ def set_up(part: str, observability: ObservabilitySettings, num_threads: int | N
     """
     logs.set_up(observability.log_level, part)
     tracing.set_up(observability.otlp_endpoint, part)
+    wire.pickle_tensors_as_arrays()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(num_threads or 1)
     if num_threads is not None:

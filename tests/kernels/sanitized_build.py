@@ -16,7 +16,7 @@ import native_build
 import pybind11
 
 ROOT = native_build.ROOT
-CPU = ROOT / "csrc" / "cpu"
+CPU, INCLUDE = ROOT / "csrc" / "cpu", ROOT / "csrc" / "include"
 DRIVER, LEFT_OUT = (Path(__file__).resolve().parent / f"{name}.cpp" for name in ("team_driver", "left_out"))
 SLOW_TO_COMPILE = ("attention.cpp", "model.cpp")
 SANITIZERS = {
@@ -100,7 +100,7 @@ def _mutate(sources: dict[Path, str], mutation: Mutation, folder: Path) -> list[
         if path.name == name:
             sources[path] = _replace(text, old, new, name)
             return []
-    text = _replace((ROOT / "csrc" / "include" / name).read_text(), old, new, name)
+    text = _replace((INCLUDE / name).read_text(), old, new, name)
     first = folder / _digest([text])
     first.mkdir(exist_ok=True)
     (first / name).write_text(text)

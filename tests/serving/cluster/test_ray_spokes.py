@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Generator
+from typing import Any
 
+import grpc
 import pytest
 from musicgen_serving import ray_spokes
 from musicgen_serving.admission import Tenant
 from musicgen_serving.errors import UnauthenticatedError
-from musicgen_serving.ray_spokes import RayGatekeeper, translated
+from musicgen_serving.ray_spokes import RayGatekeeper, RaySpokes, call, translated
 from musicgen_serving.spokes import LostError
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from musicgen.types import CodesRequest, Conditioning, EngineRequest, SamplingParams, Window
 
 REFUSED = OverloadedError("full", retry_after_s=2.0)
 BAD = InvalidRequestError("words", "none", param="prompt")
@@ -39,11 +43,84 @@ def test_all_else_is_a_loss(error: BaseException) -> None:
     assert "traceback" not in str(lost)
 
 
+class Response:
+    """What a handle gives: fails when it is awaited, and when it is iterated."""
+
+    def __init__(self, fail: Callable[[], BaseException | None]) -> None:
+        self._fail = fail
+        self.num_cancels = 0
+
+    def cancel(self) -> None:
+        self.num_cancels += 1
+
+    async def __anext__(self) -> object:
+        if (error := self._fail()) is not None:
+            raise error
+        await asyncio.sleep(3600)
+        raise StopAsyncIteration
+
+    def __aiter__(self) -> Response:
+        return self
+
+    def __await__(self) -> Generator[Any, None, object]:
+        return self.__anext__().__await__()
+
+
+class Handle:
+    """One whose every method answers so."""
+
+    def __init__(self, fail: Callable[[], BaseException | None]) -> None:
+        self.response = Response(fail)
+
+    def options(self, **_: object) -> Handle:
+        return self
+
+    def __getattr__(self, name: str) -> Handle:
+        return self
+
+    def remote(self, *_: object, **__: object) -> Response:
+        return self.response
+
+
+async def ask(handle: Handle, *, streamed: bool) -> object:
+    if not streamed:
+        return await call(handle)
+    spokes = RaySpokes((handle,) * 4, lease_s=3600.0)  # type: ignore[arg-type]
+    request = EngineRequest("1", CodesRequest(((Window(0, 8), Conditioning(None, None)),), SamplingParams(seed=0)))
+    async with spokes.generate(request) as events:
+        return await anext(events)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
+@pytest.mark.parametrize("error", [grpc.RpcError, asyncio.CancelledError], ids=["connection", "cancelled over there"])
+def test_a_replica_that_drops_a_call_is_a_loss(error: type[BaseException], streamed: bool) -> None:
+    handle = Handle(error)
+
+    with pytest.raises(LostError):
+        asyncio.run(ask(handle, streamed=streamed))
+    assert handle.response.num_cancels == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
+def test_a_caller_that_is_cancelled_cancels_the_call(streamed: bool) -> None:
+    handle = Handle(lambda: None)
+
+    async def run() -> None:
+        task = asyncio.create_task(ask(handle, streamed=streamed))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert handle.response.num_cancels == 1
+
+
 class Keys(RayGatekeeper):
     """Knows one key; counts what it is asked."""
 
     def __init__(self) -> None:
-        super().__init__(None)  # type: ignore[arg-type]
+        super().__init__(Handle(lambda: None))  # type: ignore[arg-type]
         self.asked: list[object] = []
 
     async def _call(self, method: str, *arguments: object) -> Tenant:
