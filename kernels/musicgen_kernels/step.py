@@ -206,7 +206,8 @@ def step_by_operations(
         hidden = linear(wide, block.fc2, residual=hidden, backend=backend)
     last = hidden[batch.logit_tokens.long()]
     normed = layer_norm(last, weights.final_norm.weight, weights.final_norm.bias, backend=backend)
-    return linear(normed, weights.heads, backend=backend).view(last.shape[0], weights.num_codebooks, -1)
+    logits = linear(normed, weights.heads, backend=backend)
+    return logits.unflatten(1, (weights.num_codebooks, -1))  # of no rows too, which a view with −1 cannot tell
 
 
 def write_cross_by_operations(

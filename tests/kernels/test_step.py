@@ -175,6 +175,26 @@ def test_without_cross_attention_and_prefix(cpu: str, dtype: torch.dtype) -> Non
     assert got.shape == (3, CODEBOOKS, CODES)
 
 
+def test_a_step_that_wants_no_logits_writes_its_pages(backend: str) -> None:
+    """As a chunk of a prefill does that is not the last."""
+    weights, text = make_weights("fp32"), texts()
+    batch = make_batch()
+    none = replace(batch, logit_tokens=batch.logit_tokens[:0])
+    asked, unasked = stores(torch.float32), stores(torch.float32)
+    for _, cross in (asked, unasked):
+        write_cross_by_operations(weights, *text, cross, backend=backend)
+    step_by_operations(weights, batch, *asked, backend=backend)
+    got = step_by_operations(weights, none, *unasked, backend=backend)
+    assert got.shape == (0, CODEBOOKS, CODES)
+    assert torch.equal(unasked[0].k.nan_to_num(7.0), asked[0].k.nan_to_num(7.0))
+    if backend != "reference":
+        pages, cross = stores(torch.float32)
+        step = CpuStep(weights, backend=backend)
+        step.write_cross(*text, cross)
+        assert step.run(none, pages, cross).shape == (0, CODEBOOKS, CODES)
+        assert torch.equal(pages.k.nan_to_num(7.0), asked[0].k.nan_to_num(7.0))
+
+
 def test_steps_from_several_threads_wait_for_each_other(cpu: str) -> None:
     weights, text = make_weights("fp32"), texts()
     step = CpuStep(weights, backend=cpu)
