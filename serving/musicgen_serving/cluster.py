@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,6 +23,7 @@ from ray.serve.config import HTTPOptions
 
 from musicgen.errors import MusicGenError
 from musicgen_serving.app import APP_NAME, build_app
+from musicgen_serving.inner_ports import ask_for_a_token
 from musicgen_serving.settings import ServeSettings
 
 POLL_S = 0.5
@@ -46,8 +48,10 @@ def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: f
     """Start the service and wait until every part is ready.
 
     Raises:
-        StartError: a part could not be started, or not in time. What was started is stopped.
+        StartError: a port is taken, or a part could not be started, or not in time. What was started is stopped.
     """
+    if settings.ray_address is None:
+        check_ports(settings)
     _start_ray(settings)
     try:
         serve.start(http_options=HTTPOptions(host=settings.http.host, port=settings.http.port))
@@ -91,6 +95,35 @@ def stop(*, joined: bool = False) -> None:
         ray.shutdown()
 
 
+def check_ports(settings: ServeSettings) -> None:
+    """See that both ports can be had. Serve's proxy and grpc share a port with whoever else of this user shares it: a
+    second service would take every other connection of the first, and nobody would be told.
+
+    Raises:
+        StartError: one cannot be had; it names the port and what to do.
+    """
+    for name, host, port in (
+        ("http", settings.http.host, settings.http.port),
+        ("grpc", settings.grpc.host, settings.grpc.port),
+    ):
+        if port:
+            _check_port(name, host, port)
+
+
+def _check_port(name: str, host: str, port: int) -> None:
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended hold nothing up
+            probe.bind(address)
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise StartError(
+            f"{name}.port: expected port {port} of {host} to be free, got: {reason}; stop what listens there (another "
+            f"`musicgen serve`?), or choose another port with --{name}-port"
+        ) from error
+
+
 def _start_ray(settings: ServeSettings) -> None:
     if ray.is_initialized():
         return
@@ -104,6 +137,7 @@ def _start_ray(settings: ServeSettings) -> None:
     # it has for other systems. Children read the variable; this process has read it already.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
+    ask_for_a_token()
     ray.init(
         # Unless told, Ray joins whatever cluster it finds in RAY_ADDRESS or on this machine.
         "local",

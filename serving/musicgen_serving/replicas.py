@@ -17,7 +17,7 @@ from torch import Tensor
 from musicgen.codec_stream import StreamPiece, StreamState
 from musicgen.errors import OverloadedError
 from musicgen.types import EngineRequest
-from musicgen_serving import logs, tracing, wire
+from musicgen_serving import inner_ports, logs, tracing, wire
 from musicgen_serving.admission import AdmissionRequest, Ticket
 from musicgen_serving.autoscaling import LOAD
 from musicgen_serving.deployments.chroma import ChromaExtractor, Recording
@@ -28,7 +28,7 @@ from musicgen_serving.deployments.text_encoder import TextEncoder
 from musicgen_serving.metrics import RayRecorder
 from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings, ServeSettings
 
-COMPUTING_NICENESS = 5
+COMPUTING_NICENESS = 10
 """Of threads that compute: where edges and gatekeeper share their cores, what is short goes first."""
 GAUGES_S = 1.0
 """Between two looks at a replica's load."""
@@ -46,6 +46,7 @@ def set_up(part: str, observability: ObservabilitySettings, num_threads: int | N
     logs.set_up(observability.log_level, part)
     tracing.set_up(observability.otlp_endpoint, part)
     wire.pickle_tensors_as_arrays()
+    inner_ports.keep_to_this_machine()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(num_threads or 1)
     if num_threads is not None:

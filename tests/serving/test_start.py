@@ -1,0 +1,52 @@
+"""Starting a service: what is found out before Ray is started."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Iterator
+
+import pytest
+from musicgen_serving.settings import ServeSettings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own code uses what pydantic deprecates
+    from musicgen_serving import cluster
+
+
+@pytest.fixture(params=["http", "grpc"])
+def shared_port(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    """A protocol, and a port that somebody of the same user has and shares, as Serve's proxy and grpc do."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield request.param, other.getsockname()[1]
+
+
+def test_a_port_that_is_taken_is_found_before_anything_starts(
+    shared_port: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol, port = shared_port
+    monkeypatch.setattr(cluster, "_start_ray", lambda _: pytest.fail("expected no Ray, got one"))
+    ports = {"http": {"port": 0}, "grpc": {"port": 0}} | {protocol: {"port": port}}
+    with pytest.raises(cluster.StartError, match=rf"{protocol}.port: .* {port} .* --{protocol}-port"):
+        cluster.start(ServeSettings(**ports))
+
+
+def test_a_port_is_free_again_while_old_connections_end() -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = listener.accept()
+            accepted.close()  # this side waits for a while in TIME_WAIT
+            client.recv(1)
+    cluster.check_ports(ServeSettings(http={"port": port}, grpc={"port": 0}))
+
+
+def test_an_address_that_is_not_this_machines_is_named() -> None:
+    with pytest.raises(cluster.StartError, match=r"192\.0\.2\.1"):
+        cluster.check_ports(ServeSettings(http={"host": "192.0.2.1"}, grpc={"port": 0}))
