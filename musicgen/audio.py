@@ -23,6 +23,7 @@ from musicgen.errors import InvalidRequestError
 from musicgen.loudness import STRATEGIES, Strategy, check_strategy, measure_loudness, normalize_audio
 from musicgen.waveform import (
     MAX_CHANNELS,
+    MAX_SAMPLES_PER_S,
     check_sample_rate,
     convert_audio,
     convert_channels,
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 MAX_DURATION_S = 1800.0
+_BLOCK_FRAMES = 2**16
 
 
 def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float = MAX_DURATION_S) -> tuple[Tensor, int]:
@@ -55,7 +57,8 @@ def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float 
 
     Args:
         source: a path, or a file's content.
-        max_duration_s: more is refused before it is decoded.
+        max_duration_s: more is refused before it is decoded, and so is what takes more memory than this of stereo at
+            96 kHz.
     Returns:
         `[C, N]` float32, and the sample rate in Hz.
     Raises:
@@ -68,12 +71,25 @@ def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float 
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
             rate, channels = int(file.samplerate), int(file.channels)
             _check_size(name, file.frames, rate, channels, max_duration_s)
-            samples = file.read(dtype="float32", always_2d=True)
+            check_sample_rate(rate)
+            samples = _read(file)
     except (soundfile.LibsndfileError, OSError) as error:
         hint = "wav, flac, mp3, ogg, opus and aiff can be read"
         raise InvalidRequestError("a readable audio file", f"{name} ({error})", hint, param="audio") from error
-    check_sample_rate(rate)
-    return validate_waveform(torch.from_numpy(np.ascontiguousarray(samples.T)), "audio", name=name), rate
+    return validate_waveform(samples, "audio", name=name), rate
+
+
+def _read(file: soundfile.SoundFile) -> Tensor:
+    """`[C, N]`: block by block, so that a recording is in memory once. As long as it is, whatever its header says."""
+    num_frames = max(0, int(file.frames))
+    samples = torch.empty(file.channels, num_frames)
+    block = np.empty((_BLOCK_FRAMES, file.channels), dtype=np.float32)
+    position = 0
+    while position < num_frames and len(part := file.read(out=block)) > 0:
+        part = part[: num_frames - position]
+        samples[:, position : position + len(part)] = torch.from_numpy(part.T)
+        position += len(part)
+    return samples[:, :position]
 
 
 def _check_size(name: str, num_samples: int, rate: int, channels: int, max_duration_s: float) -> None:
@@ -83,6 +99,10 @@ def _check_size(name: str, num_samples: int, rate: int, channels: int, max_durat
     if channels > MAX_CHANNELS:
         got = f"{name} with {channels}"
         raise InvalidRequestError(f"at most {MAX_CHANNELS} channels", got, "mix it to stereo first", param="audio")
+    if num_samples * channels > max_duration_s * MAX_SAMPLES_PER_S:
+        expected = f"at most {max_duration_s * MAX_SAMPLES_PER_S:.0f} samples of all channels together"
+        got, hint = f"{name} with {num_samples * channels}", "mix it to stereo, or bring it to a lower rate"
+        raise InvalidRequestError(expected, got, hint, param="audio")
 
 
 def audio_write(

@@ -71,6 +71,24 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         audio.load_audio(b"RIFF....")
 
 
+def test_a_recording_is_refused_for_the_memory_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds alone bound nothing: this one is short, and would be five million samples."""
+    content = io.BytesIO()
+    soundfile.write(content, torch.zeros(655_350, 8, dtype=torch.int16).numpy(), 655_350, format="FLAC")
+    monkeypatch.setattr(audio, "_read", lambda _: pytest.fail("expected no decoding, got some"))
+    with pytest.raises(InvalidRequestError, match="samples of all channels"):
+        audio.load_audio(content.getvalue(), max_duration_s=1.5)
+
+
+@pytest.mark.parametrize("num_frames", [1, audio._BLOCK_FRAMES, 2 * audio._BLOCK_FRAMES + 7])
+def test_reading_in_blocks_changes_nothing(num_frames: int) -> None:
+    samples = torch.rand(num_frames, 2, generator=torch.Generator().manual_seed(1)) - 0.5
+    content = io.BytesIO()
+    soundfile.write(content, samples.numpy(), 32000, format="WAV", subtype="FLOAT")
+    wav, _ = audio.load_audio(content.getvalue())
+    assert torch.equal(wav, samples.T)
+
+
 @pytest.mark.parametrize(
     ("wav", "reason"),
     [(None, "a tensor"), ([0.0], "a tensor"), (torch.zeros(0), "one sample"), (torch.zeros(1, 0), "one sample"),

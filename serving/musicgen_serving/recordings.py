@@ -12,7 +12,7 @@ import io
 import soundfile
 
 from musicgen.errors import InvalidRequestError
-from musicgen.waveform import MAX_CHANNELS, MAX_SAMPLE_RATE, MIN_SAMPLE_RATE
+from musicgen.waveform import MAX_CHANNELS, MAX_SAMPLE_RATE, MAX_SAMPLES_PER_S, MIN_SAMPLE_RATE
 from musicgen_serving.checks import TooLargeFieldError
 from musicgen_serving.settings import LimitSettings
 
@@ -52,7 +52,8 @@ async def check_recording(content: bytes, param: str, limits: LimitSettings) -> 
         param: name of the field, for the error.
     Raises:
         TooLargeError: more bytes than `limits.max_file_bytes`.
-        InvalidRequestError: no audio file, or none that can be read, is empty, too long, or has too many channels.
+        InvalidRequestError: no audio file, or none that can be read, is empty, too long, has too many channels, or
+            takes too much memory once it is decoded.
     """
     if len(content) > limits.max_file_bytes:
         message = f"{param}: expected at most {limits.max_file_bytes} bytes, got {len(content)}; cut or compress it"
@@ -84,3 +85,7 @@ def _check_header(content: bytes, kind: str, param: str, max_recording_s: float)
     if frames > max_recording_s * rate:
         got = f"{frames / rate:.0f} s" if frames < 2**50 else "one of unknown length"
         raise InvalidRequestError(f"at most {max_recording_s:g} s of audio", got, "cut it first", param=param)
+    if frames * channels > max_recording_s * MAX_SAMPLES_PER_S:
+        expected = f"at most {max_recording_s * MAX_SAMPLES_PER_S:.0f} samples of all channels together"
+        hint = "mix it to stereo, or bring it to a lower rate"
+        raise InvalidRequestError(expected, str(frames * channels), hint, param=param)

@@ -1,8 +1,10 @@
-"""The codec of one replica: whose error an error is, and who goes first."""
+"""The codec of one replica: whose error an error is, who goes first, and one recording at a time."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -65,3 +67,31 @@ def test_streams_that_begin_go_first(codec: CodecDecoder) -> None:
 
     asyncio.run(run())
     assert order == [0, 12, 12, 12]
+
+
+def test_recordings_are_encoded_one_after_the_other(codec: CodecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a caller has left: what its thread still holds counts. An error is its own caller's only."""
+    busy = threading.Lock()
+
+    def encode(content: bytes, duration_s: float) -> Tensor:
+        assert busy.acquire(blocking=False), "two at the same time"
+        try:
+            time.sleep(0.05)
+            if content == b"bad":
+                raise InvalidRequestError("a good one", "a bad one")
+            return torch.tensor([len(content)])
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(codec, "_encode_one", encode)
+
+    async def run() -> list[Any]:
+        gone = asyncio.create_task(codec.encode(b"gone", 1.0))
+        await asyncio.sleep(0.02)
+        gone.cancel()
+        calls = (codec.encode(content, 1.0) for content in (b"1", b"bad", b"333"))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    one, error, three = asyncio.run(run())
+    assert (int(one), int(three)) == (1, 3)
+    assert isinstance(error, InvalidRequestError)

@@ -7,7 +7,6 @@ together. Streams that begin go first: their listeners hear nothing yet.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +37,7 @@ class CodecDecoder:
         self._codec = StreamingCodec(decoder, self._config.audio_channels)
         on_cpu = decoder.codebooks.device.type == "cpu"
         self._decode = Batcher(self._decode_all, max_batch=1 if on_cpu else MAX_BATCH)
+        self._encode = Batcher(self._encode_all, max_batch=1)
 
     async def warm_up(self) -> None:
         """Decode a little silence."""
@@ -74,9 +74,18 @@ class CodecDecoder:
         Raises:
             InvalidRequestError: not readable audio, too long, or nothing left to make.
         """
-        return await asyncio.to_thread(self._encode, content, duration_s)
+        return await self._encode((content, duration_s))
 
-    def _encode(self, content: bytes, duration_s: float) -> Tensor:
+    def _encode_all(self, recordings: Sequence[tuple[bytes, float]]) -> Sequence[Tensor | Exception]:
+        results: list[Tensor | Exception] = []
+        for content, duration_s in recordings:
+            try:
+                results.append(self._encode_one(content, duration_s))
+            except Exception as error:
+                results.append(error)
+        return results
+
+    def _encode_one(self, content: bytes, duration_s: float) -> Tensor:
         wav, sample_rate = load_audio(content, max_duration_s=self._limits.max_recording_s)
         return self._encoder.encode(checked_prompt(wav, sample_rate, self._config, duration_s)).cpu()
 
