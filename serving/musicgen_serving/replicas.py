@@ -28,7 +28,7 @@ from musicgen_serving.deployments.text_encoder import TextEncoder
 from musicgen_serving.metrics import RayRecorder
 from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings, ServeSettings
 
-COMPUTING_NICENESS = 10
+COMPUTING_NICENESS = 5
 """Of threads that compute: where edges and gatekeeper share their cores, what is short goes first."""
 GAUGES_S = 1.0
 """Between two looks at a replica's load."""
