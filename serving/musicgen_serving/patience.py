@@ -21,10 +21,12 @@ class Patience:
 
     Args:
         what: the work, for the log.
+        max_attempts: in the place of the settings', if it is less.
     """
 
-    def __init__(self, settings: FailoverSettings, what: str) -> None:
+    def __init__(self, settings: FailoverSettings, what: str, max_attempts: int | None = None) -> None:
         self._settings, self._what = settings, what
+        self._max_attempts = min(settings.max_attempts, max_attempts or settings.max_attempts)
         self._num_in_a_row = 0
         self.num_failures = 0
 
@@ -41,19 +43,23 @@ class Patience:
         self.num_failures += 1
         self._num_in_a_row += 1
         logger.warning("%s: attempt %d lost: %s", self._what, self._num_in_a_row, _first_line(error))
-        if self._num_in_a_row >= self._settings.max_attempts:
+        if self._num_in_a_row >= self._max_attempts:
             raise ReplicaLostError("the service lost a part of itself and could not replace it in time; retry later")
         wait_s = self._settings.backoff_s * 2 ** (self._num_in_a_row - 1)
         await asyncio.sleep(min(wait_s, self._settings.max_backoff_s))
 
 
-async def insist(settings: FailoverSettings, what: str, call: Callable[[], Awaitable[T]]) -> tuple[T, int]:
+async def insist(
+    settings: FailoverSettings, what: str, call: Callable[[], Awaitable[T]], max_attempts: int | None = None
+) -> tuple[T, int]:
     """Call, and again while replicas are lost. Returns the result and how often one was lost.
 
+    Args:
+        max_attempts: in the place of the settings', if it is less.
     Raises:
         ReplicaLostError: the attempts are used up. Other errors are passed on.
     """
-    patience = Patience(settings, what)
+    patience = Patience(settings, what, max_attempts)
     while True:
         try:
             async with asyncio.timeout(settings.call_s):

@@ -32,6 +32,8 @@ from musicgen_serving.types import GenerationRequest, PieceAudio, PieceReport
 
 WHOLE = ChunkPolicy(first_frames=150, max_frames=500, growth=1.5)
 """For callers that do not listen meanwhile: few messages, and the codec works beside the language model."""
+RECORDING_ATTEMPTS = 2
+"""A recording that takes one replica down with it takes the next down too."""
 T = TypeVar("T")
 
 
@@ -161,7 +163,9 @@ class Pipeline:
         content = request.prompt_audio
         if content is None:
             return None
-        return await self._insist(lost, "codec", lambda: self.spokes.encode_prompt(content, request.duration_s))
+        return await self._insist(
+            lost, "codec", lambda: self.spokes.encode_prompt(content, request.duration_s), RECORDING_ATTEMPTS
+        )
 
     async def _chroma(
         self, request: GenerationRequest, windows: tuple[Window, ...], lost: _Counter
@@ -169,10 +173,14 @@ class Pipeline:
         if request.melody is None:
             return [None] * len(windows)
         recording = Recording(request.melody, windows, request.stems)
-        return await self._insist(lost, "chroma extractor", lambda: self.spokes.extract_chroma(recording))
+        return await self._insist(
+            lost, "chroma extractor", lambda: self.spokes.extract_chroma(recording), RECORDING_ATTEMPTS
+        )
 
-    async def _insist(self, lost: _Counter, what: str, call: Callable[[], Awaitable[T]]) -> T:
-        result, num_lost = await insist(self._settings, what, call)
+    async def _insist(
+        self, lost: _Counter, what: str, call: Callable[[], Awaitable[T]], max_attempts: int | None = None
+    ) -> T:
+        result, num_lost = await insist(self._settings, what, call, max_attempts)
         lost.count += num_lost
         return result
 
