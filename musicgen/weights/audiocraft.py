@@ -1,7 +1,7 @@
 """Checkpoints in audiocraft's layout: `state_dict.bin` with the language model, `compression_state_dict.bin`.
 
 The text encoder is not in the files: it is loaded from the hub by the name that the configuration gives.
-Source of the names and options: audiocraft `models/{builders,loaders,lm}.py`.
+Source of the names and options: audiocraft `models/{builders,loaders,lm}.py` and `config/`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
 from torch import Tensor
 
 from musicgen.config import ChromaConfig, CodecConfig, DecoderConfig, ModelConfig
@@ -33,10 +31,11 @@ from musicgen.weights.checkpoint import (
     unfilled,
 )
 from musicgen.weights.codec_config import codec_config_from_audiocraft, codec_config_from_hf
+from musicgen.weights.settings import XpConfig
 
 LM_FILE, CODEC_FILE = "state_dict.bin", "compression_state_dict.bin"
 TEXT, MELODY = "condition_provider.conditioners.description", "condition_provider.conditioners.self_wav"
-REQUIRED_OPTIONS = {
+REQUIRED_DECODER = {
     "norm_first": True,
     "bias_ff": False,
     "bias_attn": False,
@@ -50,6 +49,8 @@ REQUIRED_OPTIONS = {
     "past_context": None,
     "norm": "layer_norm",
 }
+"""Options of the transformer, where a file has them: the released ones are of several versions of audiocraft."""
+REQUIRED_CHROMA = {"nfft": None, "winlen": None, "winhop": None}
 
 
 class AudiocraftCheckpoint:
@@ -64,21 +65,22 @@ class AudiocraftCheckpoint:
 
     def __init__(self, folder: Path, name: str, license: str) -> None:
         text, self._state = _read(folder / LM_FILE)
-        cfg = _parse(text, folder)
         self._origin = str(folder / LM_FILE)
-        self._text_encoder_name = str(_get(cfg, "conditioners.description.t5.name", folder))
+        xp = XpConfig(text, self._origin)
+        self._text_encoder_name = _text_encoder_name(xp)
         self._codec = _codec_file(folder / CODEC_FILE)
         self.config = ModelConfig(
             name=name,
-            decoder=_decoder_config(cfg, folder),
+            decoder=_decoder_config(xp),
             codec=self._codec.config,
             text_dim=_text_dim(self._state, folder),
-            chroma=_chroma_config(cfg, folder),
-            audio_channels=_audio_channels(cfg),
+            chroma=_chroma_config(xp),
+            audio_channels=_audio_channels(xp),
             license=license,
-            max_duration_s=float(_get(cfg, "dataset.segment_duration", folder)),
+            max_duration_s=xp.get("dataset.segment_duration", float),
         )
-        _check_delays(cfg, self.config, folder)
+        _check_pattern(xp, self.config, self._origin)
+        _check_codec_fits(self.config, self._origin)
 
     def language_model(self) -> tuple[LanguageModel, None]:
         """The language model, in fp32 on the CPU; it is never packed."""
@@ -111,16 +113,6 @@ class _CodecFile:
     """Reads and checks them."""
 
 
-def _parse(text: str, folder: Path) -> dict[str, Any]:
-    try:
-        cfg = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise WeightsError(f"{folder / LM_FILE}: expected YAML under xp.cfg, got: {error}") from error
-    if not isinstance(cfg, dict):
-        raise WeightsError(f"{folder / LM_FILE}: expected a mapping under xp.cfg, got {type(cfg).__name__}")
-    return cfg
-
-
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """Configuration (YAML) and tensors of one of the two files."""
     content = load_bin(path)
@@ -135,7 +127,7 @@ def _codec_file(path: Path) -> _CodecFile:
     pointer = load_bin(path).get("pretrained")
     if pointer is None:
         text, state = _read(path)
-        config = codec_config_from_audiocraft(text)
+        config = codec_config_from_audiocraft(text, str(path))
         return _CodecFile(config, partial(codec.codec_tensors_from_audiocraft, state, config))
     if not isinstance(pointer, str):
         raise WeightsError(f"{path}: expected the name of a codec, got {pointer!r}")
@@ -152,61 +144,85 @@ def _text_dim(state: Mapping[str, Tensor], folder: Path) -> int:
     return state[name].shape[1]
 
 
-def _get(cfg: Mapping[str, Any], path: str, folder: Path) -> Any:
-    """The value at a dotted path of the configuration."""
-    value: Any = cfg
-    for key in path.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            raise WeightsError(f"{folder / LM_FILE}: expected {path} in its configuration, got none")
-        value = value[key]
-    return value
+def _text_encoder_name(xp: XpConfig) -> str:
+    xp.require("conditioners.description.model", "t5")
+    xp.require("conditioners.description.t5.normalize_text", False, False)
+    xp.require("conditioners.description.t5.finetune", False, False)
+    return xp.get("conditioners.description.t5.name", str)
 
 
-def _decoder_config(cfg: Mapping[str, Any], folder: Path) -> DecoderConfig:
-    options = _get(cfg, "transformer_lm", folder)
-    for option, expected in REQUIRED_OPTIONS.items():
-        if options.get(option, expected) != expected:
-            raise WeightsError(
-                f"{folder / LM_FILE}: expected {option} {expected!r}, got {options[option]!r}; "
-                "only MusicGen's own architecture is supported"
-            )
+def _decoder_config(xp: XpConfig) -> DecoderConfig:
+    xp.require("lm_model", "transformer_lm", "transformer_lm")
+    for option, expected in REQUIRED_DECODER.items():
+        xp.require(f"transformer_lm.{option}", expected, expected)
+    dim = xp.get("transformer_lm.dim", int)
     return DecoderConfig(
-        num_layers=options["num_layers"],
-        dim=options["dim"],
-        num_heads=options["num_heads"],
-        ffn_dim=int(options["hidden_scale"] * options["dim"]),
-        num_codebooks=options["n_q"],
-        codebook_size=options["card"],
-        cross_attention=bool(_get(cfg, "fuser.cross", folder)),
+        num_layers=xp.get("transformer_lm.num_layers", int),
+        dim=dim,
+        num_heads=xp.get("transformer_lm.num_heads", int),
+        ffn_dim=int(xp.get("transformer_lm.hidden_scale", float) * dim),
+        num_codebooks=xp.get("transformer_lm.n_q", int),
+        codebook_size=xp.get("transformer_lm.card", int),
+        cross_attention=bool(xp.get("fuser.cross", list)),
     )
 
 
-def _chroma_config(cfg: Mapping[str, Any], folder: Path) -> ChromaConfig | None:
-    if "self_wav" not in _get(cfg, "conditioners", folder):
+def _chroma_config(xp: XpConfig) -> ChromaConfig | None:
+    """The melody's features; their length is that of what the model was trained on, which is not among them."""
+    if "self_wav" not in xp.get("conditioners", dict):
+        xp.require("fuser.cross", ["description"])
+        xp.require("fuser.prepend", [], [])
         return None
-    if list(_get(cfg, "fuser.prepend", folder)) != ["self_wav", "description"]:
-        raise WeightsError(f"{folder / LM_FILE}: expected melody and text as the prefix, got {cfg['fuser']}")
-    options = _get(cfg, "conditioners.self_wav.chroma_stem", folder)
-    sample_rate, n_fft = int(cfg["sample_rate"]), 2 ** int(options.get("radix2_exp", 14))
+    xp.require("fuser.cross", [])
+    xp.require("fuser.prepend", ["self_wav", "description"])
+    xp.require("conditioners.self_wav.model", "chroma_stem")
+    options = "conditioners.self_wav.chroma_stem"
+    xp.require(f"{options}.argmax", True, False)
+    for option, expected in REQUIRED_CHROMA.items():
+        xp.require(f"{options}.{option}", expected, expected)
+    sample_rate, n_fft = xp.get(f"{options}.sample_rate", int), 2 ** xp.get(f"{options}.radix2_exp", int)
     hop_length = n_fft // 4
     return ChromaConfig(
         sample_rate=sample_rate,
-        num_chroma=int(options["n_chroma"]),
+        num_chroma=xp.get(f"{options}.n_chroma", int),
         n_fft=n_fft,
         hop_length=hop_length,
-        num_frames=int(sample_rate * options["duration"]) // hop_length + 1,
+        num_frames=int(sample_rate * xp.get("dataset.segment_duration", float)) // hop_length + 1,
     )
 
 
-def _audio_channels(cfg: Mapping[str, Any]) -> int:
+def _audio_channels(xp: XpConfig) -> int:
     """Stereo models interleave the codes of two mono passes of the codec."""
-    return 2 if (cfg.get("interleave_stereo_codebooks") or {}).get("use") else int(cfg.get("channels", 1))
+    if not xp.raw("interleave_stereo_codebooks.use", False):
+        return 1
+    xp.require("interleave_stereo_codebooks.per_timestep", False, False)
+    return 2
 
 
-def _check_delays(cfg: Mapping[str, Any], config: ModelConfig, folder: Path) -> None:
-    delays = tuple(_get(cfg, "codebooks_pattern.delay.delays", folder))
-    if delays != config.delay_pattern.delays:
-        raise WeightsError(f"{folder / LM_FILE}: expected delays {config.delay_pattern.delays}, got {delays}")
+def _check_pattern(xp: XpConfig, config: ModelConfig, origin: str) -> None:
+    """Refuse another pattern than the delays of `config`; files of the first release may name it as `q_modeling`."""
+    num_codebooks, delays = config.decoder.num_codebooks, "codebooks_pattern.delay.delays"
+    in_order = list(range(num_codebooks))
+    if xp.raw("codebooks_pattern.modeling", None) is None:
+        xp.require("transformer_lm.q_modeling", "delay")
+        got = in_order
+    else:
+        xp.require("codebooks_pattern.modeling", "delay")
+        for option in ("flatten_first", "empty_initial"):
+            xp.require(f"codebooks_pattern.delay.{option}", 0, 0)
+        got = xp.get(delays, list, in_order)
+    if got != list(config.delay_pattern.delays):
+        raise WeightsError(f"{origin}: expected {delays} = {list(config.delay_pattern.delays)}, got {got}")
+
+
+def _check_codec_fits(config: ModelConfig, origin: str) -> None:
+    theirs = (config.codec.num_codebooks * config.audio_channels, config.codec.codebook_size)
+    ours = (config.decoder.num_codebooks, config.decoder.codebook_size)
+    if ours != theirs:
+        raise WeightsError(
+            f"{origin}: expected {theirs[0]} codebooks of {theirs[1]}, which the codec of {CODEC_FILE} has, "
+            f"got {ours[0]} of {ours[1]}; check that both files are of one model"
+        )
 
 
 def _name_map(config: ModelConfig) -> NameMap:

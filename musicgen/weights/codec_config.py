@@ -7,16 +7,13 @@ is refused by name, because its tensors would load and then decode to noise. Kno
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from musicgen.config import CodecConfig, PadMode
 from musicgen.errors import WeightsError
-from musicgen.weights.settings import complete
+from musicgen.weights.settings import XpConfig, complete
 
 _PAD_MODES: dict[str, PadMode] = {
     "constant": "constant",
@@ -24,7 +21,6 @@ _PAD_MODES: dict[str, PadMode] = {
     "reflect": "reflect",
     "replicate": "replicate",
 }
-_INTERPOLATION = re.compile(r"^\$\{([\w.]+)\}$")
 HF_DEFAULTS: dict[str, Any] = {
     "sampling_rate": 24000, "target_bandwidths": [1.5, 3.0, 6.0, 12.0, 24.0], "audio_channels": 1, "normalize": False,
     "chunk_length_s": None, "hidden_size": 128, "num_filters": 32, "num_residual_layers": 1,
@@ -75,55 +71,38 @@ def _num_codebooks(config: CodecConfig, bandwidth_kbps: float) -> int:
     return num
 
 
-def codec_config_from_audiocraft(xp_cfg: str) -> CodecConfig:
+def codec_config_from_audiocraft(xp_cfg: str, origin: str = "codec") -> CodecConfig:
     """The codec of the YAML text under `xp.cfg` in a `compression_state_dict.bin`.
 
+    Args:
+        origin: where the text comes from, for messages.
     Raises:
         WeightsError: unreadable, a setting missing, or a codec of a kind that MusicGen does not use.
     """
-    try:
-        tree = yaml.safe_load(xp_cfg)
-    except yaml.YAMLError as error:
-        raise WeightsError(f"xp.cfg of the codec: expected YAML, got: {error}") from error
-
-    def get(path: str) -> Any:
-        return _lookup(tree, path)
-
+    xp = XpConfig(xp_cfg, origin)
     for path, wanted in (("compression_model", "encodec"), ("encodec.autoencoder", "seanet"),
-                         ("encodec.quantizer", "rvq"), ("encodec.renormalize", False), ("seanet.causal", False),
-                         ("seanet.norm", "weight_norm"), ("seanet.activation", "ELU"), ("seanet.channels", 1),
-                         ("seanet.disable_norm_outer_blocks", 0)):  # fmt: skip
-        _require(path, get(path), wanted)
-    _require("seanet.activation_params.alpha", float(get("seanet.activation_params.alpha")), 1.0)
+                         ("encodec.quantizer", "rvq"), ("seanet.causal", False), ("seanet.norm", "weight_norm"),
+                         ("seanet.activation", "ELU"), ("seanet.activation_params.alpha", 1.0),
+                         ("seanet.channels", 1)):  # fmt: skip
+        xp.require(path, wanted)
+    # What audiocraft's code takes when a file, written by another version of it, says nothing.
+    xp.require("encodec.renormalize", False, False)
+    xp.require("seanet.disable_norm_outer_blocks", 0, 0)
     for side in ("encoder", "decoder"):
-        special = {k: v for k, v in (get(f"seanet.{side}") or {}).items() if v is not None and k != "trim_right_ratio"}
-        _require(f"seanet.{side}", special, {})
+        for name in xp.get(f"seanet.{side}", dict, {}).keys() - {"trim_right_ratio"}:
+            xp.require(f"seanet.{side}.{name}", None)
+    ratios = _positive_numbers("seanet.ratios", xp.get("seanet.ratios", list), (int,))
+    dimension = xp.get("seanet.dimension", int)
     return CodecConfig(
-        sample_rate=int(get("encodec.sample_rate")), num_codebooks=int(get("rvq.n_q")),
-        codebook_size=int(get("rvq.bins")), codebook_dim=int(get("seanet.dimension")),
-        hidden_size=int(get("seanet.dimension")), num_filters=int(get("seanet.n_filters")),
-        upsampling_ratios=tuple(int(ratio) for ratio in get("seanet.ratios")),
-        num_residual_layers=int(get("seanet.n_residual_layers")), num_lstm_layers=int(get("seanet.lstm")),
-        kernel_size=int(get("seanet.kernel_size")), last_kernel_size=int(get("seanet.last_kernel_size")),
-        residual_kernel_size=int(get("seanet.residual_kernel_size")),
-        dilation_growth_rate=int(get("seanet.dilation_base")), compress=int(get("seanet.compress")),
-        conv_shortcut=not get("seanet.true_skip"), pad_mode=_pad_mode(get("seanet.pad_mode")),
+        sample_rate=xp.get("encodec.sample_rate", int), num_codebooks=xp.get("rvq.n_q", int),
+        codebook_size=xp.get("rvq.bins", int), codebook_dim=dimension, hidden_size=dimension,
+        num_filters=xp.get("seanet.n_filters", int), upsampling_ratios=tuple(int(ratio) for ratio in ratios),
+        num_residual_layers=xp.get("seanet.n_residual_layers", int), num_lstm_layers=xp.get("seanet.lstm", int),
+        kernel_size=xp.get("seanet.kernel_size", int), last_kernel_size=xp.get("seanet.last_kernel_size", int),
+        residual_kernel_size=xp.get("seanet.residual_kernel_size", int),
+        dilation_growth_rate=xp.get("seanet.dilation_base", int), compress=xp.get("seanet.compress", int),
+        conv_shortcut=not xp.get("seanet.true_skip", bool), pad_mode=_pad_mode(xp.get("seanet.pad_mode", str)),
     )  # fmt: skip
-
-
-def _lookup(tree: Any, path: str) -> Any:
-    """The value at a dotted path of a configuration tree, following references of the form `${other.path}`."""
-    for _ in range(8):
-        value = tree
-        for key in path.split("."):
-            if not isinstance(value, dict) or key not in value:
-                raise WeightsError(f"xp.cfg of the codec: expected a setting {path}, got none; is it an EnCodec's?")
-            value = value[key]
-        reference = _INTERPOLATION.match(value) if isinstance(value, str) else None
-        if reference is None:
-            return value
-        path = reference.group(1)
-    raise WeightsError(f"xp.cfg of the codec: expected a value, got references in a circle at {path}")
 
 
 def _require(name: str, got: Any, expected: Any) -> None:

@@ -1,11 +1,20 @@
-"""Settings of a configuration file, completed by their defaults and checked by type. Knows no model."""
+"""Settings of configuration files, checked by type: those of a JSON object, and audiocraft's YAML. Knows no model."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
 
 from musicgen.errors import WeightsError
+
+_REFERENCE = re.compile(r"^\$\{([\w.]+)\}$")
+_MAX_REFERENCES = 8
+_ABSENT: Any = object()
+
+T = TypeVar("T", int, float, bool, str, list[Any], dict[str, Any])
 
 
 def complete(given: Mapping[str, Any], defaults: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -26,6 +35,87 @@ def complete(given: Mapping[str, Any], defaults: Mapping[str, Any], origin: str)
             settings[name] = value = list(value)
         fits = type(value) is expected and (expected is not int or value >= 1)
         if default is not None and not fits:
-            kind = "an integer ≥ 1" if expected is int else f"a {expected.__name__}"
-            raise WeightsError(f"{origin}: expected {name} as {kind}, got {value!r}")
+            raise WeightsError(f"{origin}: expected {name} as {_kind(expected)}, got {value!r}")
     return settings
+
+
+class XpConfig:
+    """The YAML text under `xp.cfg` in a file of audiocraft, read by dotted paths.
+
+    audiocraft stores it unresolved: a value such as `${sample_rate}` stands for the one at that path.
+
+    Args:
+        origin: where the text comes from, for messages.
+    Raises:
+        WeightsError: not YAML, or not a mapping.
+    """
+
+    def __init__(self, text: str, origin: str) -> None:
+        try:
+            tree = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise WeightsError(f"{origin}: expected YAML under xp.cfg, got: {error}") from error
+        if not isinstance(tree, dict):
+            raise WeightsError(f"{origin}: expected a mapping under xp.cfg, got {type(tree).__name__}")
+        self._tree, self._origin = tree, origin
+
+    def raw(self, path: str, default: Any = _ABSENT) -> Any:
+        """The value at `path`, whatever it is.
+
+        Raises:
+            WeightsError: there is none, and no default; or references that lead nowhere.
+        """
+        value = self._follow(path, 0)
+        if value is not _ABSENT:
+            return value
+        if default is _ABSENT:
+            raise WeightsError(f"{self._origin}: expected {path} in its configuration, got none")
+        return default
+
+    def get(self, path: str, kind: type[T], default: T | None = None) -> T:
+        """The value at `path`, which must be of `kind`: a whole number at least 1, a number > 0.
+
+        Args:
+            default: for a setting that is absent or null; None: it must be there.
+        Raises:
+            WeightsError: as `raw`, or a value of another kind.
+        """
+        value = self.raw(path) if default is None else self.raw(path, default)
+        if value is None and default is not None:
+            return default
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if kind in (int, float) and is_number and kind(value) == value:
+            return kind(value)
+        if kind not in (int, float) and isinstance(value, kind):
+            return value
+        raise WeightsError(f"{self._origin}: expected {path} as {_kind(kind)}, got {value!r}")
+
+    def require(self, path: str, expected: Any, default: Any = _ABSENT) -> None:
+        """Refuse any other value at `path` than the `expected` one.
+
+        Raises:
+            WeightsError: another one, which only other architectures have.
+        """
+        value = self.raw(path, default)
+        if value != expected:
+            raise WeightsError(
+                f"{self._origin}: expected {path} = {expected!r}, got {value!r}; "
+                "only MusicGen's own architecture is supported"
+            )
+
+    def _follow(self, path: str, depth: int) -> Any:
+        if depth == _MAX_REFERENCES:
+            raise WeightsError(f"{self._origin}: expected a value, got references in a circle at {path}")
+        value: Any = self._tree
+        for key in path.split("."):
+            if not isinstance(value, dict) or key not in value:
+                return _ABSENT
+            value = value[key]
+            if isinstance(value, str) and (reference := _REFERENCE.match(value)):
+                value = self._follow(reference.group(1), depth + 1)
+        return value
+
+
+def _kind(kind: type) -> str:
+    names = {int: "an integer ≥ 1", float: "a number > 0", bool: "true or false", dict: "a mapping"}
+    return names.get(kind, f"a {kind.__name__}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy as copying
+import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,8 +18,41 @@ from safetensors.torch import load_file, save_file
 
 from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.model import Model
-from musicgen.weights import checkpoint, load_model
+from musicgen.weights import checkpoint, load_model, open_checkpoint
 from musicgen.weights.registry import MODELS
+
+MELODY_CONDITIONS: dict[str, Any] = {
+    "classifier_free_guidance": {"training_dropout": 0.2, "inference_coef": 3.0},
+    "attribute_dropout": {"args": {"active_on_eval": False}, "text": {}, "wav": {"self_wav": 0.5}},
+    "fuser": {
+        "cross_attention_pos_emb": False,
+        "cross_attention_pos_emb_scale": 1,
+        "sum": [],
+        "prepend": ["self_wav", "description"],
+        "cross": [],
+        "input_interpolate": [],
+    },
+    "conditioners": {
+        "self_wav": {
+            "model": "chroma_stem",
+            "chroma_stem": {
+                "sample_rate": "${sample_rate}",
+                "n_chroma": 12,
+                "radix2_exp": 14,
+                "argmax": True,
+                "match_len_on_eval": False,
+                "eval_wavs": None,
+                "n_eval_wavs": 100,
+                "cache_path": None,
+            },
+        },
+        "description": {
+            "model": "t5",
+            "t5": {"name": "t5-base", "finetune": False, "word_dropout": 0.2, "normalize_text": False},
+        },
+    },
+}
+"""What audiocraft's `config/conditioner/chroma2music.yaml` sets, with its references as files hold them: unresolved."""
 
 
 @pytest.fixture
@@ -96,15 +132,12 @@ def _audiocraft_twin(folder: Path, source: Path, *, melody: bool, stereo: bool) 
         "n_q": decoder["num_codebooks"],
         "card": decoder["vocab_size"],
     }
-    cfg["conditioners"]["description"]["t5"]["name"] = str(text_folder)
     if melody:
-        cfg["conditioners"]["self_wav"] = {
-            "model": "chroma_stem",
-            "chroma_stem": {"duration": 30.0, "n_chroma": 12, "radix2_exp": 14, "argmax": True},
-        }
-        cfg["fuser"] |= {"cross": [], "prepend": ["self_wav", "description"]}
+        cfg |= copying.deepcopy(MELODY_CONDITIONS)
+    cfg["conditioners"]["description"]["t5"]["name"] = str(text_folder)
+    cfg |= {"interleave_stereo_codebooks": {"use": stereo, "per_timestep": False}, "compression_model_n_q": None}
     if stereo:
-        cfg["interleave_stereo_codebooks"] = {"use": True, "per_timestep": False}
+        cfg["channels"] = 2
         cfg["codebooks_pattern"]["delay"]["delays"] = [0, 0, 1, 1, 2, 2, 3, 3]
     torch.save({"best_state": state, "xp.cfg": yaml.safe_dump(cfg), "version": "1"}, folder / "state_dict.bin")
     torch.save({"pretrained": str(codec_folder)}, folder / "compression_state_dict.bin")
@@ -193,14 +226,139 @@ def test_bin_files_execute_nothing(tmp_path: Path, legacy: bool) -> None:
     assert "x" in checkpoint.load_bin(path)
 
 
-def test_audiocraft_options_that_change_the_architecture_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = _audiocraft_twin(tmp_path / "twin", folders["text"], melody=False, stereo=False)
-    content = torch.load(folder / "state_dict.bin", weights_only=True)
-    cfg = yaml.safe_load(content["xp.cfg"])
-    cfg["transformer_lm"]["qk_layer_norm"] = True
-    torch.save(content | {"xp.cfg": yaml.safe_dump(cfg)}, folder / "state_dict.bin")
-    with pytest.raises(WeightsError, match="qk_layer_norm"):
-        load_model(str(folder))
+@pytest.fixture(scope="module")
+def twins(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The text and the melody model in audiocraft's layout; the text model's codec is a file, not a pointer."""
+    root = tmp_path_factory.mktemp("audiocraft")
+    made = {
+        kind: _audiocraft_twin(root / kind, folders[kind], melody=kind == "melody", stereo=False)
+        for kind in ("text", "melody")
+    }
+    shutil.copy(tiny.GOLDEN / "audiocraft/text/compression_state_dict.bin", made["text"])
+    return made
+
+
+def _xp_cfg(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(torch.load(file, weights_only=True)["xp.cfg"])
+    return content
+
+
+def _with_xp_cfg(twin: Path, folder: Path, cfg: object, file: str = "state_dict.bin") -> str:
+    """A copy of the checkpoint in `folder`, with another configuration."""
+    shutil.copytree(twin, folder, dirs_exist_ok=True)
+    content = torch.load(folder / file, weights_only=True)
+    torch.save(content | {"xp.cfg": cfg if isinstance(cfg, str) else yaml.safe_dump(cfg)}, folder / file)
+    return str(folder)
+
+
+def _changed(cfg: dict[str, Any], path: str, value: object) -> dict[str, Any]:
+    """A copy of `cfg` with another value at `path`; a KeyError takes it away."""
+    changed = copying.deepcopy(cfg)
+    *parents, last = path.split(".")
+    section = changed
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    if value is KeyError:
+        del section[last]
+    else:
+        section[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("text", "transformer_lm.qk_layer_norm", True),
+        ("text", "codebooks_pattern.modeling", "parallel"),
+        ("text", "codebooks_pattern.delay.delays", [0, 0, 0, 0]),
+        ("text", "codebooks_pattern.delay.flatten_first", 1),
+        ("text", "conditioners.description.t5.normalize_text", True),
+        ("text", "lm_model", "transformer_lm_magnet"),
+        ("text", "transformer_lm.card", 64),
+        ("melody", "conditioners.self_wav.model", "style"),
+        ("melody", "conditioners.self_wav.chroma_stem.argmax", False),
+        ("melody", "conditioners.self_wav.chroma_stem.winhop", 1024),
+        ("melody", "fuser.prepend", ["description", "self_wav"]),
+        ("melody", "interleave_stereo_codebooks", {"use": True, "per_timestep": True}),
+    ],
+)
+def test_audiocraft_options_that_change_the_architecture_are_refused(
+    kind: str, path: str, value: object, twins: dict[str, Path], tmp_path: Path
+) -> None:
+    cfg = _changed(_xp_cfg(twins[kind] / "state_dict.bin"), path, value)
+    told = "64" if path.endswith("card") else "per_timestep" if path.startswith("interleave") else path
+    with pytest.raises(WeightsError, match=told):
+        open_checkpoint(_with_xp_cfg(twins[kind], tmp_path / "twin", cfg))
+
+
+def _without(section: str, *names: str) -> dict[str, object]:
+    return {f"{section}.{name}": KeyError for name in names}
+
+
+OTHER_VERSIONS: dict[str, tuple[str, dict[str, object]]] = {
+    "the first release names the pattern beside the transformer": (
+        "text",
+        {"codebooks_pattern": {"modeling": None}, "transformer_lm.q_modeling": "delay"},
+    ),
+    "options that later versions added": (
+        "text",
+        _without("transformer_lm", "two_step_cfg", "qk_layer_norm_cross", "kv_repeat", "xpos", "norm")
+        | {"interleave_stereo_codebooks": KeyError, "compression_model_n_q": KeyError},
+    ),
+    "arguments of all conditioners": ("melody", {"conditioners.args": {"merge_text_conditions_p": 0.25}}),
+    "a length that is no whole number": ("melody", {"dataset.segment_duration": 30.0}),
+    "references": ("melody", {"dataset.segment_duration": "${window.length}", "window": {"length": "${a}"}, "a": 30}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VERSIONS)
+def test_configurations_of_other_versions_of_audiocraft(
+    name: str, models: dict[str, Model], twins: dict[str, Path], tmp_path: Path
+) -> None:
+    kind, changes = OTHER_VERSIONS[name]
+    cfg = _xp_cfg(twins[kind] / "state_dict.bin")
+    for path, value in changes.items():
+        cfg = _changed(cfg, path, value)
+    config = open_checkpoint(_with_xp_cfg(twins[kind], tmp_path / "twin", cfg)).config
+    assert (config.decoder, config.chroma) == (models[kind].config.decoder, models[kind].config.chroma)
+    assert config.max_duration_s == 30.0
+
+
+def _paths(cfg: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in cfg.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+
+
+@pytest.mark.parametrize("file", ["state_dict.bin", "compression_state_dict.bin"])
+def test_a_damaged_audiocraft_configuration_is_a_weights_error(
+    file: str, twins: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is missing or of another kind: it opens all the same, or what was expected is told."""
+    twin = twins["melody" if file == "state_dict.bin" else "text"]
+    contents = {f: torch.load(twin / f, weights_only=True) for f in ("state_dict.bin", "compression_state_dict.bin")}
+    whole, refused, parse = _xp_cfg(twin / file), set(), functools.cache(yaml.safe_load)
+    contents[file]["xp.cfg"] = "changed"  # what it says is given below, without the time that YAML takes
+    monkeypatch.setattr("musicgen.weights.audiocraft.load_bin", lambda path: contents[path.name])
+    monkeypatch.setattr("yaml.safe_load", lambda text: cfg if text == "changed" else parse(text))
+    for path in _paths(whole):
+        for value in (KeyError, "???", None, [], {}, -1, [1], "${nowhere}"):
+            cfg = _changed(whole, path, value)
+            try:
+                open_checkpoint(str(twin))
+            except WeightsError:
+                refused.add(path)
+    needed = {"encodec.sample_rate", "rvq.bins", "seanet.ratios"}
+    if file == "state_dict.bin":
+        needed = {"conditioners", "dataset.segment_duration", "fuser.cross", "transformer_lm.num_layers"}
+    assert needed <= refused
+
+
+@pytest.mark.parametrize("text", ["a: [", "3", ""])
+def test_an_audiocraft_configuration_that_is_none(text: str, twins: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"xp\.cfg"):
+        open_checkpoint(_with_xp_cfg(twins["text"], tmp_path / "twin", text))
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./nowhere", "a/b/c", ""])
