@@ -52,31 +52,49 @@ class Ticket:
     priority: int
     quoted_wait_s: float
     """Seconds until decoding starts, as the backlog says."""
+    serial: str = ""
+    """Of this admission: request ids come again, serials do not."""
+    paid_s: float = 0.0
+    """Seconds of its audio that were billed when it was asked for before, with the same idempotency key."""
+    idempotency_key: str | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an admitted request is: all that a gatekeeper must know which did not admit it. Set by the service."""
+
+    ticket: Ticket
+    model: str
+    audio_s: float
+    """Asked for, all pieces together."""
+    done_s: float
+    """Given out."""
+    made_s: float
+    """Made, whether it was given out or not: of each piece from its beginning to where it stands."""
+    num_pieces: int = 1
+
+    @property
+    def billed_s(self) -> float:
+        """Seconds that count against the allowance, if it stays at this: what was made and is not billed yet."""
+        return max(0.0, min(self.made_s, self.audio_s) - self.ticket.paid_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
     """How an admitted request ended. Set by the service; a second one for the same ticket changes nothing."""
 
-    request_id: str
+    progress: Progress
+    """Where it ended; what was taken from the allowance beyond its `billed_s` is given back."""
     reason: FinishReason
-    billed_s: float
-    """Seconds of audio made; the rest of what was taken from the tenant's allowance is given back."""
     time_to_first_audio_s: float | None
     total_s: float
     num_failovers: int
     error_code: str | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a running request is. Set by the service, in each report."""
-
-    ticket: Ticket
-    model: str
-    audio_s: float
-    done_s: float
-    num_pieces: int = 1
+    @property
+    def request_id(self) -> str:
+        return self.progress.ticket.request_id
 
 
 class Gatekeeper(Protocol):
@@ -95,7 +113,7 @@ class Gatekeeper(Protocol):
         """
 
     async def settle(self, settlement: Settlement) -> None:
-        """A request has ended: its allowance, slot, ledger line."""
+        """A request has ended: its allowance, slot, ledger line; also one that an earlier gatekeeper admitted."""
 
     async def report(self, edge: str, running: list[Progress]) -> list[str]:
         """What an edge's requests are doing, about once a second; returns ids of those that somebody has cancelled.

@@ -6,7 +6,7 @@ Keeps the codes that came, and when a language model is lost asks another to go 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,10 +48,17 @@ class CodeStream:
 
     Args:
         request: for the first attempt; later ones differ in their id, which gets a number, and in what is known.
+        made: told how many frames there are, whenever some come.
     """
 
-    def __init__(self, spokes: Spokes, request: EngineRequest, settings: FailoverSettings) -> None:
-        self._spokes, self._request, self._settings = spokes, request, settings
+    def __init__(
+        self,
+        spokes: Spokes,
+        request: EngineRequest,
+        settings: FailoverSettings,
+        made: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._spokes, self._request, self._settings, self._tell_made = spokes, request, settings, made
         self._patience = Patience(settings, f"request {request.request_id}: language model")
         known = request.codes.known_codes
         self._made: list[Tensor] = [] if known is None else [known]
@@ -90,6 +97,7 @@ class CodeStream:
                         raise LostError(f"expected frame {self._num_made}, got {event.frame_offset}")
                     self._made.append(event.codes)
                     self._num_made += event.codes.shape[-1]
+                    self._tell_made(self._num_made)
                     self._patience.progress()
                     yield event.codes
                 elif isinstance(event, EndOfRequest):

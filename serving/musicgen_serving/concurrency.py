@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MAX_WAITING = 64
-"""Items that may wait for the consumer of `ahead`."""
+MAX_WAITING = 1024
+"""Items that may wait for the consumer of `ahead`: all codes of a long piece. A replica does not wait for who is slow
+to take them, so it costs nothing more to know what it has made."""
 CANCEL_AGAIN_S = 1.0
 
 

@@ -58,6 +58,9 @@ class Ingress:
                     await self.gatekeeper.set_capacity(model, sum(not isinstance(load, Exception) for load in loads))
             await asyncio.sleep(COUNT_S)
 
+    async def __del__(self) -> None:
+        await self.service.close()  # what is still to be settled is settled
+
     def check_health(self) -> None:
         """An ingress that answers is well; whether its parts are is `/readyz`."""
 
@@ -91,3 +94,4 @@ class GrpcIngress(Ingress):
 
     async def __del__(self) -> None:
         await self._server.stop(self.settings.drain_s)
+        await super().__del__()

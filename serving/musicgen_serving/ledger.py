@@ -15,7 +15,7 @@ from typing import IO
 
 from musicgen.errors import InvalidRequestError
 from musicgen.types import FinishReason
-from musicgen_serving.admission import Settlement, Ticket
+from musicgen_serving.admission import Settlement
 from musicgen_serving.backlog import ModelLoad
 
 log = logging.getLogger(__name__)
@@ -43,15 +43,16 @@ class UsageLine:
     error_code: str | None
 
     @classmethod
-    def of(cls, ticket: Ticket, model: str, asked_s: float, settlement: Settlement, billed_s: float) -> UsageLine:
+    def of(cls, settlement: Settlement) -> UsageLine:
+        progress, ticket = settlement.progress, settlement.progress.ticket
         return cls(
             request_id=ticket.request_id,
             tenant=ticket.tenant,
             tenant_class=ticket.tenant_class,
-            model=model,
+            model=progress.model,
             reason=settlement.reason,
-            asked_s=asked_s,
-            billed_s=billed_s,
+            asked_s=progress.audio_s,
+            billed_s=progress.billed_s,
             time_to_first_audio_s=settlement.time_to_first_audio_s,
             total_s=settlement.total_s,
             num_failovers=settlement.num_failovers,

@@ -32,8 +32,15 @@ class Maker:
         self._room = asyncio.Semaphore(EVENTS_A_PIECE * len(request.pieces))
         self._news = asyncio.Event()
         self._reason: MusicGenError | None = None
+        self._num_frames: dict[int, int] = {}
+        """Made, by piece."""
         self._task = asyncio.create_task(self._make())
         self._task.add_done_callback(lambda _: self._news.set())
+
+    @property
+    def made_s(self) -> float:
+        """Seconds of audio made, all pieces together: also what nobody has taken yet."""
+        return sum(self._num_frames.values()) / self._config.frame_rate_hz
 
     def stop(self, reason: MusicGenError) -> None:
         """Make nothing more; the consumer gets `reason`. Only the first call counts."""
@@ -76,6 +83,9 @@ class Maker:
             await together(*(self._make_piece(prepared, piece) for piece in range(len(request.pieces))))
 
     async def _make_piece(self, prepared: Prepared, piece: int) -> None:
-        async with aclosing(self._pipeline.run(prepared, piece, self._request, self._ticket)) as events:
+        def made(num_frames: int) -> None:
+            self._num_frames[piece] = num_frames
+
+        async with aclosing(self._pipeline.run(prepared, piece, self._request, self._ticket, made)) as events:
             async for event in events:
                 await self._put(event)

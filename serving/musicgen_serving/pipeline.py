@@ -101,10 +101,17 @@ class Pipeline:
         return Prepared(config, codes, lost.count)
 
     async def run(
-        self, prepared: Prepared, piece: int, request: GenerationRequest, ticket: Ticket
+        self,
+        prepared: Prepared,
+        piece: int,
+        request: GenerationRequest,
+        ticket: Ticket,
+        made: Callable[[int], None] = lambda _: None,
     ) -> AsyncGenerator[PieceEvent, None]:
         """`PieceStarted`, the audio of one piece, then its `PieceReport`. Leaving early cancels it.
 
+        Args:
+            made: told how many frames there are, known ones included, whenever codes come: before their audio.
         Raises:
             OverloadedError: refused by the engine; before the first event.
             ReplicaLostError: a part of the model is gone for too long.
@@ -120,7 +127,7 @@ class Pipeline:
             deadline_s=request.deadline_s,
             lease_s=self._settings.lease_s,
         )
-        stream = CodeStream(self.spokes, engine_request, self._settings)
+        stream = CodeStream(self.spokes, engine_request, self._settings, made)
         buffer = GridBuffer(prepared.config.decoder.num_codebooks, codes.num_frames)
         if codes.known_codes is not None:
             buffer.add(codes.known_codes)

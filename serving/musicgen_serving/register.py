@@ -29,6 +29,10 @@ REPORT_S = 1.0
 RETRY_S = 0.5
 """After the gatekeeper could not be reached."""
 SETTLE_ATTEMPTS = 60
+SETTLE_WAIT_S = 1.0
+"""For how long a request's end waits for the gatekeeper to know of it."""
+CLOSE_S = 10.0
+"""For how long what is still to be settled is waited for when the replica stops."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,12 +73,14 @@ class Running:
     def progress(self) -> Progress:
         """For the gatekeeper."""
         request = self.request
-        return Progress(self.ticket, request.model, request.audio_s, self.done_s, len(request.pieces))
+        return Progress(
+            self.ticket, request.model, request.audio_s, self.done_s, self.maker.made_s, len(request.pieces)
+        )
 
     def end(self) -> GenerationEnd:
         """The terminal event."""
         reports = tuple(self.reports[piece] for piece in sorted(self.reports))
-        return GenerationEnd(self.request.request_id, self.reason, reports, self.done_s, self.error)
+        return GenerationEnd(self.request.request_id, self.reason, reports, self.progress().billed_s, self.error)
 
 
 class Register:
@@ -99,7 +105,7 @@ class Register:
         for loop in self._loops:
             loop.cancel()
         if waiting := [*self._tasks, *self._loops]:
-            await asyncio.wait(waiting, timeout=5)
+            await asyncio.wait(waiting, timeout=CLOSE_S)
 
     def stop(self, request_id: str, tenant: str | None = None) -> None:
         """Stop a request, if it runs here and is this tenant's (None: anybody's)."""
@@ -116,14 +122,14 @@ class Register:
         try:
             return await asyncio.shield(admission)
         except asyncio.CancelledError:
-            self._spawn(self._give_back(admission))
+            self._spawn(self._give_back(request, admission))
             raise
 
-    async def _give_back(self, admission: asyncio.Task[Ticket]) -> None:
+    async def _give_back(self, request: AdmissionRequest, admission: asyncio.Task[Ticket]) -> None:
         with suppress(MusicGenError):
-            ticket = await admission
+            progress = Progress(await admission, request.model, request.audio_s, 0.0, 0.0, request.num_pieces)
             code = errors.report(RequestCancelledError("")).code
-            await self._settle(Settlement(ticket.request_id, FinishReason.CANCELLED, 0.0, None, 0.0, 0, code))
+            await self._settle(Settlement(progress, FinishReason.CANCELLED, None, 0.0, 0, code))
 
     @asynccontextmanager
     async def holding(self, running: Running) -> AsyncIterator[None]:
@@ -137,10 +143,11 @@ class Register:
             self._settle_soon(running)
 
     async def settle(self, running: Running) -> None:
-        """Settle now; goes on if the caller is cancelled."""
+        """Settle now. Returns when that is done, or after `SETTLE_WAIT_S`; it goes on then, and if the caller is
+        cancelled. A gatekeeper that is away must not keep the end of finished music from its caller."""
         task = self._settle_soon(running)
         if task is not None:
-            await asyncio.shield(task)
+            await asyncio.wait({task}, timeout=SETTLE_WAIT_S)
 
     def _settle_soon(self, running: Running) -> asyncio.Task[None] | None:
         if running.settled:
@@ -150,9 +157,8 @@ class Register:
         code = None if running.error is None else errors.report(running.error).code
         running.watch.ended(end, running.done_s, code)
         settlement = Settlement(
-            running.request.request_id,
+            running.progress(),
             running.reason,
-            end.billed_s,
             running.watch.first_audio_s,
             running.watch.total_s,
             sum(report.num_failovers for report in end.pieces),
@@ -180,7 +186,8 @@ class Register:
 
     async def _report_forever(self) -> None:
         async def report() -> None:
-            progress = [running.progress() for running in self._running]
+            # One whose settlement is under way is not reported: a new gatekeeper would take it for one that runs.
+            progress = [running.progress() for running in self._running if not running.settled]
             for request_id in await self._gatekeeper.report(self._edge, progress):
                 self.stop(request_id)
 

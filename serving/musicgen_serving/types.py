@@ -111,7 +111,7 @@ class GenerationEnd:
     reason: FinishReason
     pieces: tuple[PieceReport, ...]
     billed_s: float
-    """Seconds of audio that count against the tenant's allowance."""
+    """Seconds of audio that count against the tenant's allowance: what was made and had not been billed before."""
     error: BaseException | None = None
     """Why it failed or was cancelled: an error of the project, never one that names internals."""
 

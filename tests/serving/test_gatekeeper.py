@@ -60,6 +60,7 @@ class Setting:
             },
         }
         self.settings = settings or load_settings(values)
+        self.admitted: dict[str, tuple[Ticket, float]] = {}
         self.keeper = self.new(**times)
 
     def new(self, **times: Any) -> LocalGatekeeper:
@@ -70,20 +71,26 @@ class Setting:
     async def admit(
         self, request_id: str, tenant: str = "a", audio_s: float = 10.0, key: str | None = None, fingerprint: str = ""
     ) -> Ticket:
-        return await self.keeper.admit(AdmissionRequest(request_id, tenant, "demo", audio_s, key, fingerprint))
+        ticket = await self.keeper.admit(AdmissionRequest(request_id, tenant, "demo", audio_s, key, fingerprint))
+        self.admitted[request_id] = ticket, audio_s
+        return ticket
 
     async def report(self, edge: str, *tickets: Ticket, done_s: float = 0.0, audio_s: float = 10.0) -> list[str]:
-        return await self.keeper.report(edge, [Progress(ticket, "demo", audio_s, done_s) for ticket in tickets])
+        return await self.keeper.report(edge, [Progress(t, "demo", audio_s, done_s, done_s) for t in tickets])
 
     async def settle(
         self,
-        request_id: str,
-        billed_s: float = 10.0,
+        which: str | Ticket,
+        made_s: float = 10.0,
         reason: FinishReason = FinishReason.FINISHED,
         total_s: float = 0.0,
         code: str | None = None,
     ) -> None:
-        await self.keeper.settle(Settlement(request_id, reason, billed_s, 0.5, total_s, 0, code))
+        """Of a ticket, or of the latest one with this id."""
+        ticket, audio_s = self.admitted[which if isinstance(which, str) else which.request_id]
+        ticket = ticket if isinstance(which, str) else which
+        progress = Progress(ticket, "demo", audio_s, made_s, made_s)
+        await self.keeper.settle(Settlement(progress, reason, 0.5, total_s, 0, code))
 
     async def total(self, name: str) -> int:
         counts = await self.keeper.counts()
@@ -115,7 +122,8 @@ def test_a_life_from_admission_to_the_ledger(tmp_path: Path) -> None:
     async def body() -> None:
         s = Setting(tmp_path / "usage")
         ticket = await s.admit("r", "b")
-        assert ticket == Ticket("r", "b", "default", 2.0, 0, 0.0)
+        assert ticket == Ticket("r", "b", "default", 2.0, 0, 0.0, ticket.serial)
+        assert ticket.serial
         s.clock.now += 2.0
         assert await s.report("edge", ticket, done_s=4.0) == []
         status = await s.keeper.status("b", "r")
@@ -286,7 +294,6 @@ def test_cancel_reaches_an_edge_that_comes_later_and_one_that_missed_the_answer(
         assert await s.keeper.wait_cancelled("third") == []
         await s.settle("r", 0.0, FinishReason.CANCELLED)
         assert await s.report("edge", ticket) == []  # a report that was under way when it settled
-        assert await s.report("other", ticket) == ["r"]  # whoever else runs it shall not
         await s.keeper.check()
         assert await s.total("admitted") == 1
 
@@ -367,8 +374,7 @@ def test_a_new_gatekeeper_takes_over_what_runs(tmp_path: Path) -> None:
         await s.settle("r", 40.0)
         assert await s.total("finished") == 1
         assert len(lines(tmp_path / "usage")) == 1
-        await s.settle("never heard of")
-        unserved = Progress(Ticket("x", "a", "paid", 1.0, 0, 0.0), "gone", 1.0, 0.0)
+        unserved = Progress(Ticket("x", "a", "paid", 1.0, 0, 0.0), "gone", 1.0, 0.0, 0.0)
         assert await s.keeper.report("edge", [unserved]) == []
         assert await s.total("admitted") == 1
         await s.keeper.check()
@@ -419,7 +425,7 @@ def test_a_repeat_need_not_wait_for_an_edge_that_died(tmp_path: Path, silent_s: 
         assert await s.report("new edge", again, done_s=0.0) == []
         assert await s.report("dead edge", ticket, done_s=6.0) == ["r"]
         assert await s.report("new edge", again, done_s=7.0) == []
-        await s.settle("r", 6.0, FinishReason.CANCELLED, total_s=silent_s + 2.0)  # the first one's end, late
+        await s.settle(ticket, 6.0, FinishReason.CANCELLED, total_s=silent_s + 2.0)  # the first one's end, late
         assert (await s.keeper.status("a", "r")).state == "running"
         s.clock.now += 3.0
         await s.settle("r", 10.0, total_s=3.0)
@@ -502,5 +508,118 @@ def test_replicas_raise_what_is_taken() -> None:
             await s.admit("3")
         await s.keeper.set_capacity("demo", 2)
         await s.admit("3")
+
+    run(body)
+
+
+def test_a_repeat_with_the_same_key_is_not_charged_twice(tmp_path: Path) -> None:
+    async def body() -> None:
+        s = Setting(tmp_path / "usage", remember_s=100.0)
+        asked = {"tenant": "small", "audio_s": 20.0, "key": "k", "fingerprint": "f"}
+        await s.admit("1", **asked)
+        await s.settle("1", 12.0, FinishReason.CANCELLED)
+        goes_on = await s.admit("2", **asked)
+        assert goes_on.paid_s == 12.0
+        with pytest.raises(QuotaExceededError):
+            await s.admit("other", "small", 11.0)  # 12 are spent and 8 taken, of 30
+        await s.settle("2", 20.0)
+        again = await s.admit("3", **asked)
+        await s.settle("3", 5.0, FinishReason.CANCELLED)  # what was finished before stays paid
+        assert again.paid_s == (await s.admit("4", **asked)).paid_s == 20.0
+        await s.settle("4", 20.0)
+        assert [line["billed_s"] for line in lines(tmp_path / "usage")] == [12.0, 8.0, 0.0, 0.0]
+        assert (await s.keeper.status("small", "4")).done_s == 20.0
+        with pytest.raises(QuotaExceededError):
+            await s.admit("other", "small", 11.0)
+        other_key = await s.admit("5", "small", 10.0, "k5", "f")
+        assert other_key.paid_s == 0.0
+        await s.settle("5", 0.0, FinishReason.CANCELLED)
+        s.clock.now += 100.5
+        assert (await s.admit("6", **asked)).paid_s == 0.0  # forgotten
+        await s.keeper.check()
+
+    run(body)
+
+
+def test_a_repeat_that_was_refused_forgets_nothing_that_was_billed() -> None:
+    async def body() -> None:
+        s = Setting()
+        asked = {"tenant": "small", "audio_s": 20.0, "key": "k", "fingerprint": "f"}
+        await s.admit("1", **asked)
+        await s.settle("1", 12.0, FinishReason.CANCELLED)
+        await s.admit("meanwhile", "small", 15.0)
+        with pytest.raises(QuotaExceededError):
+            await s.admit("2", **asked)
+        await s.settle("meanwhile", 0.0, FinishReason.CANCELLED)
+        assert (await s.admit("2", **asked)).paid_s == 12.0
+
+    run(body)
+
+
+def test_what_an_edge_made_and_did_not_give_out_counts_when_it_dies(tmp_path: Path) -> None:
+    async def body() -> None:
+        s = Setting(tmp_path / "usage", takeover_s=0.01)
+        ticket = await s.admit("r", key="k", fingerprint="f")
+        await s.keeper.report("edge", [Progress(ticket, "demo", 10.0, 1.0, 7.5)])
+        again = await s.admit("r", key="k", fingerprint="f")
+        (line,) = lines(tmp_path / "usage")
+        assert (line["error_code"], line["billed_s"], again.paid_s) == ("superseded", 7.5, 7.5)
+
+    run(body)
+
+
+def test_what_ended_while_the_gatekeeper_was_away_is_in_the_ledger_once(tmp_path: Path) -> None:
+    async def body() -> None:
+        s = Setting(tmp_path / "usage")
+        ticket = await s.admit("r", "b", key="k", fingerprint="f")
+        s.keeper = s.new()
+        await s.settle("r", 9.0, FinishReason.FINISHED)
+        assert await s.report("edge", ticket, done_s=4.0) == []  # from before its end: it is not adopted
+        await s.settle("r", 9.0, FinishReason.FINISHED)
+        assert await s.total("running") == 0
+        assert await s.total("admitted") == await s.total("finished") == 1
+        (line,) = lines(tmp_path / "usage")
+        assert (line["request_id"], line["tenant"], line["asked_s"], line["billed_s"]) == ("r", "b", 10.0, 9.0)
+        status = await s.keeper.status("b", "r")
+        assert (status.state, status.done_s) == ("finished", 9.0)
+        assert (await s.admit("again", "b", key="k", fingerprint="f")).paid_s == 9.0
+        await s.keeper.check()
+
+    run(body)
+
+
+def test_the_late_end_of_an_earlier_request_is_not_that_of_its_repeat(tmp_path: Path) -> None:
+    """The first was admitted by the earlier gatekeeper, its repeat with the same id by the new one."""
+
+    async def body() -> None:
+        s = Setting(tmp_path / "usage")
+        first = await s.admit("r", key="k", fingerprint="f")
+        s.keeper = s.new()
+        repeat = await s.admit("r", key="k", fingerprint="f")
+        assert await s.report("edge", first, done_s=3.0) == []  # it may run the repeat too
+        assert await s.report("new edge", repeat, done_s=1.0) == []
+        assert await s.report("edge", first, done_s=4.0) == ["r"]
+        await s.settle(first, 4.0, FinishReason.CANCELLED)
+        assert (await s.keeper.status("a", "r")).state == "running"
+        await s.settle(repeat, 10.0)
+        assert [(line["reason"], line["billed_s"]) for line in lines(tmp_path / "usage")] == [
+            ("cancelled", 4.0),
+            ("finished", 10.0),
+        ]
+        await s.keeper.check()
+
+    run(body)
+
+
+def test_a_new_gatekeeper_knows_the_keys_of_what_runs() -> None:
+    async def body() -> None:
+        s = Setting(takeover_s=0.01)
+        ticket = await s.admit("r", key="k", fingerprint="f")
+        s.keeper = s.new(takeover_s=0.01)
+        await s.report("edge", ticket, done_s=3.0)
+        with pytest.raises(ConflictError):
+            await s.admit("other", key="k", fingerprint="g")
+        assert (await s.admit("again", key="k", fingerprint="f")).paid_s == 3.0
+        assert (await s.total("running"), await s.total("cancelled")) == (1, 1)
 
     run(body)

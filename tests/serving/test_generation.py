@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from musicgen_serving import register
+from musicgen_serving.admission import Settlement
 from musicgen_serving.deployments.language_model import LanguageModelEvent
 from musicgen_serving.errors import DeadlineExceededError, NotFoundError, ReplicaLostError
 from musicgen_serving.generation import READINESS_S
@@ -164,6 +166,89 @@ def test_a_resumed_request_begins_where_it_was_cut(service: InProcess, wanted: T
     _, made, end = service.run(collect(service, request("resumed", first_sample=first)))
     assert all(torch.equal(piece, want[:, first:]) for piece, want in zip(made, wanted, strict=True))
     assert [report.num_samples for report in end.pieces] == [wanted.shape[-1] - first] * 2
+
+
+@pytest.fixture
+def settled(service: InProcess, monkeypatch: pytest.MonkeyPatch) -> list[Settlement]:
+    """What the gatekeeper is told from now on."""
+    told: list[Settlement] = []
+    settle = service.gatekeeper.settle
+
+    async def noted(settlement: Settlement) -> None:
+        told.append(settlement)
+        await settle(settlement)
+
+    monkeypatch.setattr(service.gatekeeper, "settle", noted)
+    return told
+
+
+def test_what_was_made_is_billed_wherever_it_is_to_begin(service: InProcess, settled: list[Settlement]) -> None:
+    _, _, end = service.run(collect(service, request("from-the-end", first_sample=95_999)))
+    assert end.billed_s == settled[0].progress.billed_s == 2 * DURATION_S
+    assert settled[0].progress.done_s == pytest.approx(2 / 32_000)
+
+
+def test_going_on_with_the_same_key_is_billed_once(service: InProcess, settled: list[Settlement]) -> None:
+    async def both() -> GenerationEnd:
+        tenant = await service.service.authenticate(None)
+        same: dict[str, Any] = {"idempotency_key": "k", "fingerprint": "f"}
+        async with service.service.generate(tenant, request("begun", **same)) as events:
+            async for event in events:
+                if isinstance(event, PieceAudio):
+                    break
+        while not settled:
+            await asyncio.sleep(0.01)
+        return (await collect(service, request("gone-on", first_sample=5_000, **same)))[2]
+
+    end = service.run(both())
+    first, second = (settlement.progress.billed_s for settlement in settled)
+    assert 0 < first < 2 * DURATION_S
+    assert second == end.billed_s
+    assert first + second == pytest.approx(2 * DURATION_S)
+
+
+def test_what_was_made_ahead_of_a_caller_that_leaves_is_billed(service: InProcess, settled: list[Settlement]) -> None:
+    async def leave() -> None:
+        tenant = await service.service.authenticate(None)
+        async with service.service.generate(tenant, request("ahead", duration_s=20.0)) as events:
+            async for event in events:
+                if isinstance(event, PieceAudio):
+                    break
+            while (await service.engine.load()).num_running:
+                await asyncio.sleep(0.05)
+        while not settled:
+            await asyncio.sleep(0.01)
+
+    service.run(leave())
+    assert settled[0].progress.done_s < 1.0
+    assert settled[0].progress.billed_s == 40.0
+    service.run(at_rest(service))
+
+
+def test_the_end_does_not_wait_for_a_gatekeeper_that_is_away(
+    service: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(register, "SETTLE_WAIT_S", 0.1)
+    settle, back = service.gatekeeper.settle, asyncio.Event()
+    told: list[Settlement] = []
+
+    async def away(settlement: Settlement) -> None:
+        await back.wait()
+        told.append(settlement)
+        await settle(settlement)
+
+    monkeypatch.setattr(service.gatekeeper, "settle", away)
+
+    async def run() -> GenerationEnd:
+        end = (await collect(service, request("unsettled")))[2]
+        assert not told
+        assert (await service.gatekeeper.counts()).running == 1
+        back.set()
+        await at_rest(service)
+        return end
+
+    assert service.run(run()).reason is FinishReason.FINISHED
+    assert [settlement.reason for settlement in told] == [FinishReason.FINISHED]
 
 
 @pytest.mark.parametrize("losses", [[0], [1], [2], [4, 1, 3], [1, 1]])

@@ -14,7 +14,7 @@ from musicgen_serving.register import Register
 from musicgen.errors import OverloadedError
 from musicgen.types import FinishReason
 
-REQUEST = AdmissionRequest("mine", "tenant", "demo", 1.0)
+REQUEST = AdmissionRequest("mine", "tenant", "demo", 1.0, num_pieces=2)
 of_caller: contextvars.ContextVar[str] = contextvars.ContextVar("of_caller", default="nobody")
 
 
@@ -65,8 +65,9 @@ def test_whoever_leaves_while_being_admitted_leaves_no_ticket_behind(refuses: bo
         return gatekeeper.settled
 
     settled = asyncio.run(run())
-    expected = [] if refuses else [("mine", FinishReason.CANCELLED, 0.0)]
-    assert [(s.request_id, s.reason, s.billed_s) for s in settled] == expected
+    expected = [] if refuses else [("mine", FinishReason.CANCELLED, "demo", 1.0, 2, 0.0)]
+    ends = [(s.request_id, s.reason, s.progress) for s in settled]
+    assert [(i, r, p.model, p.audio_s, p.num_pieces, p.billed_s) for i, r, p in ends] == expected
 
 
 def test_the_gatekeeper_is_not_called_in_the_context_of_a_request() -> None:
@@ -83,6 +84,20 @@ def test_the_gatekeeper_is_not_called_in_the_context_of_a_request() -> None:
         return gatekeeper.contexts
 
     assert asyncio.run(run()) == ["nobody", "nobody"]
+
+
+def test_what_is_not_settled_yet_is_settled_before_the_replica_goes() -> None:
+    async def run() -> list[Settlement]:
+        gatekeeper = SlowGatekeeper()
+        there = Register(gatekeeper)  # type: ignore[arg-type]
+        caller = asyncio.create_task(there.admit(REQUEST))
+        await asyncio.sleep(0.01)
+        caller.cancel()
+        asyncio.get_running_loop().call_later(0.1, gatekeeper.go.set)
+        await there.close()
+        return gatekeeper.settled
+
+    assert len(asyncio.run(run())) == 1
 
 
 class FailingGatekeeper:

@@ -8,15 +8,21 @@ in between; only allowances may be counted elsewhere.
 tenant, same fingerprint, and the same idempotency key or request id) is not an error: the older one is cancelled and
 the newer admitted. It waits for the older to be settled, so that one id never runs twice and the older's allowance is
 back; if the older's edge has been silent for `takeover_s`, or does not settle within that time, the gatekeeper settles
-it itself. The newest repeat wins. A repeat after the end is a request like any other, and charged like any other. The
-same key or running id with another fingerprint is a conflict.
+it itself. The newest repeat wins. The same key or running id with another fingerprint is a conflict.
+
+**What is billed** is what was made, whether its caller took it or not, from the beginning of each piece to where it
+stood at the end. A repeat with the same idempotency key and fingerprint, while its earlier end is remembered, is billed
+for what goes beyond what was billed before: so going on after a lost connection is not charged twice, and neither is
+asking again for what was finished. It does count as a request.
 
 **An edge that died.** Its requests stop being reported; after `edge_silence_s`, found silent again `GRACE_S` later,
-they are settled as cancelled with what they had given out. The second look is there because a gatekeeper that was
+they are settled as cancelled with what they had made. The second look is there because a gatekeeper that was
 held up itself has a queue of reports to read first. The same end comes to a ticket that its edge never received.
 
-**A gatekeeper that was replaced** learns of running requests from the edges' reports. It does not know what they were
-charged or their idempotency keys: nothing is refunded for them.
+**A gatekeeper that was replaced** learns of running requests from the edges' reports, and of those that ended meanwhile
+from their settlements: each gets its line in the ledger. It does not know what they were charged, nor what was billed
+for requests that had ended before: nothing is refunded for them. An admission has a serial of its own, so that a late
+report or settlement is never taken for that of another request with the same id.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ import asyncio
 import logging
 import math
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 
@@ -45,8 +52,6 @@ log = logging.getLogger(__name__)
 SWEEP_S = 1.0
 """How often silent edges are looked for, when anybody calls."""
 GRACE_S = 2.0
-STALE_S = 1.0
-"""A settlement that is older than its request by more than this is that of an earlier one of the same id."""
 EDGE_LOST, SUPERSEDED = "edge_lost", "superseded"
 """Codes in the ledger of requests that the gatekeeper settled itself."""
 
@@ -129,14 +134,23 @@ class LocalGatekeeper:
         backlog = self._backlogs[request.model]
         wait_s = backlog.check(tenant.name, tenant.weight, tenant.priority)
         ticket = Ticket(
-            request.request_id, tenant.name, tenant.tenant_class, tenant.weight, tenant.priority, quoted_wait_s=wait_s
+            request.request_id,
+            tenant.name,
+            tenant.tenant_class,
+            tenant.weight,
+            tenant.priority,
+            quoted_wait_s=wait_s,
+            serial=uuid.uuid4().hex,
+            paid_s=min(request.audio_s, self._registry.paid_s(tenant.name, key, fingerprint)),
+            idempotency_key=key,
+            fingerprint=fingerprint,
         )
-        record = Record(ticket, request.model, request.audio_s, called_at, self._clock(), key, fingerprint)
+        record = Record(ticket, request.model, request.audio_s, called_at, self._clock())
         # Listed before its allowances are taken: others that are being admitted meanwhile must see it.
         self._registry.add(record)
         backlog.add(ticket.request_id, tenant.name, tenant.weight, tenant.priority, request.audio_s, request.num_pieces)
         try:
-            record.charge = await self._quotas.take(tenant, request.audio_s)
+            record.charge = await self._quotas.take(tenant, request.audio_s - ticket.paid_s)
         except BaseException:
             self._registry.withdraw(record)
             backlog.withdraw(ticket.request_id)
@@ -171,14 +185,18 @@ class LocalGatekeeper:
 
     async def settle(self, settlement: Settlement) -> None:
         """See `admission.Gatekeeper`."""
-        record = self._registry.running(settlement.request_id)
-        if record is None or not record.admitted:
-            if self._registry.ended(settlement.request_id) is None:
-                log.warning("request %s: settled, but not known here", settlement.request_id)
+        progress = settlement.progress
+        ticket, record = progress.ticket, self._registry.running(settlement.request_id)
+        if self._registry.ended_here(ticket.serial) is not None:
             return
-        if record.reused and settlement.total_s > self._clock() - record.admitted_at + STALE_S:
+        if record is not None and record.ticket.serial == ticket.serial:
+            await self._end(record, settlement)
             return
-        await self._end(record, settlement)
+        log.warning("request %s: admitted by an earlier gatekeeper, and has ended", ticket.request_id)
+        began_at = self._clock() - settlement.total_s
+        record = Record(ticket, progress.model, progress.audio_s, began_at, began_at, admitted=True)
+        self._ledger.admit(ticket.tenant_class, progress.model)
+        self._note_end(record, settlement, here=False)
 
     async def report(self, edge: str, running: list[Progress]) -> list[str]:
         """See `admission.Gatekeeper`."""
@@ -190,24 +208,19 @@ class LocalGatekeeper:
     def _note(self, edge: str, progress: Progress, now: float) -> bool:
         """Take in how far one request is; returns whether it shall go on."""
         ticket = progress.ticket
-        record = self._registry.running(ticket.request_id)
+        record, ended_here = self._registry.running(ticket.request_id), self._registry.ended_here(ticket.serial)
+        if ended_here is False:
+            return True  # a report from before its end
+        if ended_here or (record is not None and record.ticket.serial != ticket.serial):
+            # It shall stop. But edges stop by the id, and this one may run a repeat of it by now.
+            return record is not None and record.edge in (None, edge)
         if record is None:
-            ended = self._registry.ended(ticket.request_id)
-            if ended is not None:
-                # An edge that settled it itself is not told to stop it: by now it may run a repeat of the same id.
-                settled_there = ended.edge == edge or (ended.edge is None and not ended.former_edges)
-                return settled_there and not ended.ended_here and not {edge, None} & ended.former_edges
             record = self._adopt(edge, progress, now)
             if record is None:
                 return True
-        if not record.admitted:
-            return True
-        if record.edge != edge:
-            if record.edge is not None and not {record.edge, None} & record.former_edges:
-                return False
-            record.edge = edge
-        record.seen_at, record.suspect_since = now, None
+        record.edge, record.seen_at, record.suspect_since = edge, now, None
         record.done_s = max(record.done_s, progress.done_s)
+        record.made_s = max(record.made_s, progress.made_s)
         self._backlogs[record.model].progress(ticket.request_id, record.done_s)
         return not record.cancelled
 
@@ -294,23 +307,22 @@ class LocalGatekeeper:
                 await self._end_here(record, EDGE_LOST)
 
     async def _end_here(self, record: Record, error_code: str) -> None:
-        """End a request whose edge does not: what it has given out counts."""
+        """End a request whose edge does not: what it has made, as far as is known, counts."""
         total_s = self._clock() - record.admitted_at
-        record.ended_here = True
-        await self._end(
-            record,
-            Settlement(record.request_id, FinishReason.CANCELLED, record.done_s, None, total_s, 0, error_code),
-        )
+        progress = Progress(record.ticket, record.model, record.audio_s, record.done_s, record.made_s)
+        settlement = Settlement(progress, FinishReason.CANCELLED, None, total_s, 0, error_code)
+        await self._end(record, settlement, here=True)
 
-    async def _end(self, record: Record, settlement: Settlement) -> None:
-        """The one end of an admitted request."""
-        ticket, billed_s = record.ticket, min(max(0.0, settlement.billed_s), record.audio_s)
-        record.done_s = max(record.done_s, billed_s)
-        self._registry.end(record, settlement.reason, settlement.error_code, self._clock())
-        self._backlogs[record.model].remove(ticket.request_id, record.done_s)
-        line = UsageLine.of(ticket, record.model, record.audio_s, settlement, billed_s)
-        self._ledger.end(line, self._wall_clock())
-        await self._quotas.give_back(record.charge, math.ceil(record.audio_s) - math.ceil(billed_s))
+    async def _end(self, record: Record, settlement: Settlement, *, here: bool = False) -> None:
+        """The one end of a request that was admitted or adopted here."""
+        self._note_end(record, settlement, here=here)
+        self._backlogs[record.model].remove(record.request_id, record.done_s)
+        taken_s = math.ceil(record.audio_s - record.ticket.paid_s)
+        await self._quotas.give_back(record.charge, taken_s - math.ceil(settlement.progress.billed_s))
+
+    def _note_end(self, record: Record, settlement: Settlement, *, here: bool) -> None:
+        self._registry.end(record, settlement, self._clock(), here=here)
+        self._ledger.end(UsageLine.of(settlement), self._wall_clock())
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

@@ -60,7 +60,8 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
                 "X-First-Sample": "Sample of the piece at which the audio begins.",
                 "X-Checksum": "Whole results: SHA-256 of each piece's samples as made: float32, little-endian, "
                 "interleaved.",
-                "X-Billed-Seconds": "Whole results: seconds that count against the allowance.",
+                "X-Billed-Seconds": "Whole results: seconds that count against the allowance: made, and not charged "
+                "before.",
             }.items()
         },
     },
@@ -94,7 +95,8 @@ GENERATION_DOCS: dict[str, Any] = {
         _header("X-Request-Id", "Id of the generation; made if absent.", "my-song-17", maxLength=128),
         _header(
             "Idempotency-Key",
-            "Makes a repeat safe: the same key means the same request and, without a seed, the same audio.",
+            "Makes a repeat safe: the same key means the same request and, without a seed, the same audio. Repeated within "
+            "ten minutes of its end, it is charged only for what had not been made before.",
             "5f1c7a",
             minLength=1,
             maxLength=255,

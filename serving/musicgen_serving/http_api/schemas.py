@@ -118,7 +118,7 @@ class GenerationBody(BaseModel):
         ge=0,
         le=2**53,
         description="Leave out the samples before this one: to go on after a broken connection, with the same seed or "
-        "Idempotency-Key.",
+        "Idempotency-Key. With the key what was made before is not charged again.",
     )
 
 
@@ -154,7 +154,9 @@ class PieceResult(BaseModel):
 class UsageBody(BaseModel):
     """What a request took; of several pieces the sums."""
 
-    billed_s: float = Field(description="Seconds of audio that count against the allowance.")
+    billed_s: float = Field(
+        description="Seconds of audio that count against the allowance: made, and not charged before."
+    )
     num_frames: int
     queue_s: float
     prefill_s: float
