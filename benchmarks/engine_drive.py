@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from musicgen_kernels import SampleBatch, page_bytes
+from musicgen_kernels.cpu_step import CpuStep
 from musicgen_kernels.step import BlockWeights, DecoderWeights
 from torch import Tensor
 
@@ -73,9 +74,9 @@ class TimedRunner(ModelRunner):
 
     def __init__(self, lm: LanguageModel, config: EngineConfig, weights: DecoderWeights) -> None:
         super().__init__(lm, config, weights=weights)
-        assert self._native is not None, "this measures the CPU's step"
-        self._timed = _TimedNative(self._native._native)
-        self._native._native = self._timed
+        assert isinstance(self._step, CpuStep), "this measures the CPU's step"
+        self._timed = _TimedNative(self._step._native)
+        self._step._native = self._timed
         self.last = Step()
 
     def run(self, batch: ScheduledBatch) -> np.ndarray:

@@ -68,41 +68,42 @@ def _load(backend: str) -> object:
         return str(error)
 
 
-def unavailable(backend: str, operation: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run the operation on that device and dtype; None when it can."""
+def unavailable(backend: str, operation: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run the operation on that device ("cuda:1") and dtype; None when it can."""
     module = _load(backend)
     if isinstance(module, str):
         return module
     if not hasattr(module, operation):
         return f"it does not offer {operation}"
-    reason: str | None = getattr(module, "unavailable")(operation, device_type, dtype)  # noqa: B009
+    reason: str | None = getattr(module, "unavailable")(operation, device, dtype)  # noqa: B009
     return reason
 
 
-def preference(operation: str, device_type: str) -> tuple[str, ...]:
+def preference(operation: str, device: str) -> tuple[str, ...]:
     """The backends of a device, in the order in which the operation tries them."""
+    device_type = device.partition(":")[0]
     return _PREFERENCE_OF.get((device_type, operation), _PREFERENCE.get(device_type, ("reference",)))
 
 
 @functools.cache
-def choose(operation: str, device_type: str, dtype: torch.dtype, wanted: str | None) -> Choice:
-    """Choose a backend. `wanted` names one, None leaves it to preference.
+def choose(operation: str, device: str, dtype: torch.dtype, wanted: str | None) -> Choice:
+    """Choose a backend. `wanted` names one, None leaves it to preference. GPUs of one machine may differ.
 
     Raises:
         BackendUnavailableError: the one asked for cannot run this case.
     """
     if wanted is not None:
-        reason = unavailable(wanted, operation, device_type, dtype)
+        reason = unavailable(wanted, operation, device, dtype)
         if reason is not None:
-            raise BackendUnavailableError(wanted, f"{operation} on {device_type} {dtype}: {reason}")
+            raise BackendUnavailableError(wanted, f"{operation} on {device} {dtype}: {reason}")
         return Choice(operation, wanted, "asked for")
     refused: list[str] = []
-    for name in preference(operation, device_type):
-        reason = unavailable(name, operation, device_type, dtype)
+    for name in preference(operation, device):
+        reason = unavailable(name, operation, device, dtype)
         if reason is None:
             return Choice(operation, name, "; ".join(refused) or "the first choice for this device")
         refused.append(f"not {name}: {reason}")
-    raise BackendUnavailableError("any", f"{operation} on {device_type} {dtype}: " + "; ".join(refused))
+    raise BackendUnavailableError("any", f"{operation} on {device} {dtype}: " + "; ".join(refused))
 
 
 def from_environment(operation: str) -> str | None:
@@ -130,11 +131,11 @@ def implementation(operation: str, device: torch.device, dtype: torch.dtype, bac
     Raises:
         BackendUnavailableError: the backend asked for, by argument or environment, cannot run this case.
     """
-    choice = choose(operation, device.type, dtype, backend or from_environment(operation))
+    choice = choose(operation, str(device), dtype, backend or from_environment(operation))
     function: Callable[..., Any] = getattr(_load(choice.backend), operation)
     return function
 
 
-def report(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
+def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
     """What would run each operation on that device and dtype, and why."""
-    return [choose(name, device_type, dtype, from_environment(name)) for name in OPERATIONS]
+    return [choose(name, device, dtype, from_environment(name)) for name in OPERATIONS]

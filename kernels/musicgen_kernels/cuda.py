@@ -43,16 +43,17 @@ def native() -> Any:
         return f"the CUDA kernels are not built ({error}); install with MUSICGEN_KERNELS_CUDA=1 and nvcc on PATH"
 
 
-def unavailable(operation: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run the operation on that device and dtype; None when it can."""
     module = native()
     if isinstance(module, str):
         return module
+    device_type = device.partition(":")[0]
     if device_type != module.device_type:
         return f"it runs on {module.device_type} tensors only"
     if dtype not in _DTYPES.get(operation, _FLOATS if operation != "delayed_sample_step" else _FLOATS[:1]):
         return f"it has no kernel for {dtype}"
-    return too_old() if device_type == "cuda" else None
+    return too_old(device) if device_type == "cuda" else None
 
 
 def append_paged_kv(

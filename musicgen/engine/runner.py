@@ -12,9 +12,8 @@ import numpy as np
 import psutil
 import torch
 from musicgen_kernels import PAGE_LEN, KVStore, SampleBatch, delayed_sample_step, new_kv_store, page_bytes
-from musicgen_kernels.cpu_step import CpuStep
-from musicgen_kernels.errors import BackendUnavailableError
-from musicgen_kernels.step import DecoderWeights, StepBatch, step_by_operations
+from musicgen_kernels.step import DecoderWeights, StepBatch
+from musicgen_kernels.whole_step import whole_step
 from torch import Tensor
 
 from musicgen.config import EngineConfig, ModelConfig
@@ -80,13 +79,13 @@ class ModelRunner:
         self._num_threads = config.num_threads or torch.get_num_threads()
         self.max_row_len = max_row_len(lm.config)
         assert config.weights is not None
-        self.weights = weights or pack_decoder(
-            lm.decoder, config.weights, self.max_row_len, release=release, on_layer=on_layer
+        self._step = whole_step(
+            weights or pack_decoder(lm.decoder, config.weights, self.max_row_len, release=release, on_layer=on_layer)
         )
-        self._native = self._native_step()
+        self.weights = self._step.weights
         self.pages = self._new_pages(config)
         self.num_pages = self.pages.k.shape[1]
-        self.text_pages = TextPages(self.weights, self.pages.k.dtype) if self.weights.has_cross else None
+        self.text_pages = TextPages(self._step, self.pages.k.dtype) if self.weights.has_cross else None
         num_slots = config.scheduler.max_requests
         self._codes = torch.empty(num_slots, lm.config.decoder.num_codebooks, 0, dtype=torch.int32, device=self.device)
         tables = (num_slots * MAX_GUIDANCE_ROWS, num_pages_for(self.max_row_len))
@@ -109,7 +108,7 @@ class ModelRunner:
         self._num_tabled[first : first + MAX_GUIDANCE_ROWS] = 0
         if self.text_pages is not None:
             assert sequence.inputs.text is not None
-            self.text_pages.open(sequence.slot, sequence.inputs.text, self._native)
+            self.text_pages.open(sequence.slot, sequence.inputs.text)
         self._layout = None
 
     def close(self, slot: int) -> None:
@@ -136,10 +135,7 @@ class ModelRunner:
             layout.page_table = self._page_tables[layout.row_ids].to(self.device)
         step = self._step_batch(batch, layout)
         cross_pages = None if self.text_pages is None else self.text_pages.store
-        if self._native is not None:
-            logits = self._native.run(step, self.pages, cross_pages, num_threads=self._num_threads)
-        else:
-            logits = step_by_operations(self.weights, step, self.pages, cross_pages)
+        logits = self._step.run(step, self.pages, cross_pages, num_threads=self._num_threads)
         if layout.sampling is None:
             return np.empty((0, self.model_config.decoder.num_codebooks), dtype=np.int32)
         layout.sampling.steps.copy_(self._ints(_decided_steps(batch)))
@@ -258,22 +254,15 @@ class ModelRunner:
             if tensor is not None:
                 tensor[:, target] = tensor[:, source]
 
-    def _native_step(self) -> CpuStep | None:
-        """The one-call step, where there is one: on the CPU, with the compiled kernels, for their head dims."""
-        if self.device.type != "cpu":
-            return None
-        try:
-            return CpuStep(self.weights)
-        except BackendUnavailableError:
-            return None
-
     def _new_pages(self, config: EngineConfig) -> KVStore:
         assert config.cache.dtype is not None
         decoder, dtype = self.model_config.decoder, getattr(torch, config.cache.dtype)
         size = page_bytes(decoder.num_layers, decoder.num_heads, decoder.head_dim, dtype)
         budget = config.cache.memory_bytes
         if budget is None:
-            free = torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else psutil.virtual_memory().available
+            free = psutil.virtual_memory().available
+            if self.device.type == "cuda":
+                free = torch.cuda.mem_get_info(self.device)[0]
             budget = int(free * config.cache.memory_share)
             most = config.scheduler.max_rows * num_pages_for(self.max_row_len)
             budget = min(budget, most * size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from musicgen_kernels import new_kv_store
 from musicgen_kernels.cpu_step import CpuStep
-from musicgen_kernels.step import DecoderWeights, write_cross_by_operations
+from musicgen_kernels.whole_step import StepByOperations
 from torch import Tensor
 
 from musicgen.engine.batch import MAX_GUIDANCE_ROWS
@@ -19,12 +19,12 @@ class TextPages:
     """Keys and values of the texts of models with cross-attention: written once, read at every step.
 
     Args:
-        weights: the decoder that they are computed with.
+        step: the decoder that they are computed with.
         dtype: of keys and values, as of the other pages.
     """
 
-    def __init__(self, weights: DecoderWeights, dtype: torch.dtype) -> None:
-        self._weights = weights
+    def __init__(self, step: CpuStep | StepByOperations, dtype: torch.dtype) -> None:
+        self._step, weights = step, step.weights
         heads, head_dim = weights.num_heads, weights.dim // weights.num_heads
         device = weights.embeddings.device
         self.store = new_kv_store(len(weights.blocks), FIRST_TEXT_PAGES, heads, head_dim, dtype, device=device)
@@ -34,7 +34,7 @@ class TextPages:
         """By row id; 0 for rows without text, whose cross-attention is zero."""
         self.table = torch.zeros(0, num_pages_for(MAX_TEXT_TOKENS), dtype=torch.int32, device=device)
 
-    def open(self, slot: int, text: Tensor, native: CpuStep | None) -> None:
+    def open(self, slot: int, text: Tensor) -> None:
         """Write the texts `[R, L, dim]` of a sequence's rows."""
         self.close(slot)
         first = slot * MAX_GUIDANCE_ROWS
@@ -47,12 +47,12 @@ class TextPages:
             length = states.shape[0] if bool(states.any()) else 0
             self.lens[first + row] = length
             if length:
-                self._write(slot, first + row, states, native)
+                self._write(slot, first + row, states)
 
     def close(self, slot: int) -> None:
         self._allocator.release(self._pages.pop(slot, []))
 
-    def _write(self, slot: int, row_id: int, states: Tensor, native: CpuStep | None) -> None:
+    def _write(self, slot: int, row_id: int, states: Tensor) -> None:
         num_pages = num_pages_for(states.shape[0])
         if self._allocator.num_available < num_pages:
             self._grow()
@@ -62,10 +62,7 @@ class TextPages:
         self.table[row_id, :num_pages] = torch.tensor(pages, dtype=torch.int32, device=device)
         offsets = torch.tensor([0, states.shape[0]], dtype=torch.int32, device=device)
         states, table = states.float().contiguous(), self.table[row_id : row_id + 1]
-        if native is not None:
-            native.write_cross(states, table, offsets, offsets[1:], self.store)
-        else:
-            write_cross_by_operations(self._weights, states, table, offsets, offsets[1:], self.store)
+        self._step.write_cross(states, table, offsets, offsets[1:], self.store)
 
     def _grow(self) -> None:
         """Twice the pages; page numbers stay."""

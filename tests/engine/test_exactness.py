@@ -15,6 +15,8 @@ import tiny
 import torch
 from engine.fakes import Listener, run_all
 from musicgen_kernels import page_bytes
+from musicgen_kernels.backend import ENVIRONMENT
+from musicgen_kernels.whole_step import StepByOperations
 from tiny import tune
 from torch import Tensor
 
@@ -248,6 +250,21 @@ def test_equal_to_one_request_at_a_time_without_an_engine(kind: str, greedy: boo
         Crowd(new_core(models[kind]), seed=8).play(requests),
         [generate_codes(models[kind].lm, request) for request in requests],
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", "linear=reference"])
+@pytest.mark.parametrize("kind", ["text", "melody"])
+def test_without_the_one_call(
+    kind: str, backend: str, models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One operation after another, as on a GPU, and on a CPU without the compiled kernels: with cut prefills, in which
+    steps decide nothing, the same codes."""
+    requests = [request for request in mixed_requests(models[kind], greedy=True) if request.num_frames <= 31][:6]
+    expected = each_alone(new_core(models[kind]), requests)
+    monkeypatch.setenv(ENVIRONMENT, backend)
+    core = new_core(models[kind], prefill_tokens=3, idle_prefill_tokens=9)
+    assert isinstance(core.runner._step, StepByOperations)
+    equal(Crowd(core, seed=12).play(requests), expected)
 
 
 @pytest.mark.parametrize("kind", ["text-stereo", "melody-stereo"])

@@ -7,26 +7,43 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from musicgen_kernels import backend, gpu, triton
+from musicgen_kernels import backend, gpu, reference, triton
 
 
-def _pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+def _pretend(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """GPUs of those capabilities; the first is the current one."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capabilities[torch.device(device).index or 0]
+    )
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
 def test_a_gpu_before_ampere_is_refused(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     _pretend(monkeypatch, capability)
-    assert "need 8.0" in str(gpu.too_old())
+    assert "need 8.0" in str(gpu.too_old("cuda"))
     assert "need 8.0" in str(triton.unavailable("layer_norm", "cuda", torch.float32))
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_later_ones_are_taken(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     _pretend(monkeypatch, capability)
-    assert gpu.too_old() is None
+    assert gpu.too_old("cuda") is None
     assert triton.unavailable("layer_norm", "cuda", torch.float32) is None
+
+
+def test_each_gpu_is_asked_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, (7, 5), (9, 0))
+    assert triton.unavailable("linear", "cuda:1", torch.float32) is None
+    assert "7.5" in str(triton.unavailable("linear", "cuda:0", torch.float32))
+    backend.choose.cache_clear()
+    assert backend.choose("layer_norm", "cuda:1", torch.float32, None).backend == "triton"
+    assert backend.choose("layer_norm", "cuda:0", torch.float32, None).backend == "reference"
+    assert [backend.implementation("linear", torch.device("cuda", i), torch.float32, None) for i in (0, 1)] == [
+        reference.linear,
+        triton.linear,
+    ]
+    backend.choose.cache_clear()
 
 
 def test_other_devices_and_dtypes_are_refused() -> None:

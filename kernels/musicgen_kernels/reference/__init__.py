@@ -27,6 +27,6 @@ __all__ = [
 ]
 
 
-def unavailable(operation: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
     """The reference runs everything everywhere."""
     return None

@@ -38,12 +38,12 @@ _DTYPES = {
 }
 
 
-def unavailable(operation: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run the operation on that device and dtype; None when it can."""
     wanted = "cpu" if interpreted() else "cuda"
-    if device_type != wanted:
+    if device.partition(":")[0] != wanted:
         reason = "in Triton's interpreter" if interpreted() else "outside of Triton's interpreter"
         return f"{reason} it runs on {wanted} tensors only"
     if dtype not in _DTYPES.get(operation, _FLOATS):
         return f"it has no kernel for {dtype}"
-    return None if interpreted() else too_old()
+    return None if interpreted() else too_old(device)
