@@ -173,8 +173,7 @@ class EngineCore:
                 self._postprocess(*self._compute(batch))
                 self._measure(self._clock() - began)
         except Exception as error:
-            self._die(error)
-            raise EngineDeadError(f"the engine failed: {self._fatal}") from error
+            raise self.die(error) from error
         return self.take_events()
 
     def take_events(self) -> list[EngineEvent]:
@@ -278,10 +277,14 @@ class EngineCore:
         usage = sequence.usage(self._clock())
         self._events.append(EndOfRequest(sequence.request.request_id, reason, usage, error))
 
-    def _die(self, error: Exception) -> None:
+    def die(self, error: Exception) -> EngineDeadError:
+        """Fail every request for `error`, and every later call; returns what to raise."""
         self._fatal = f"{type(error).__name__}: {error}"
+        logger.error("the engine failed", exc_info=error)
+        reason = f"the engine failed: {self._fatal}"
         for sequence in list(self._sequences.values()):
-            self._end(sequence, FinishReason.FAILED, "the engine failed")
+            self._end(sequence, FinishReason.FAILED, reason)
+        return EngineDeadError(reason)
 
     def _check_alive(self) -> None:
         if self._fatal is not None:

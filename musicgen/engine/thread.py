@@ -95,7 +95,8 @@ class EngineThread:
         call.done(None, self._refusal())
 
     def _refusal(self) -> EngineDeadError:
-        return EngineDeadError(f"expected a running engine, got one that {self._failure or 'is closed'}")
+        why = "" if self._failure is None else f": {self._failure}"
+        return EngineDeadError(f"expected a running engine, got one that is closed{why}")
 
     # --- on the engine's thread ---
 
@@ -105,6 +106,9 @@ class EngineThread:
                 events = self._core.step()
             except EngineDeadError as error:
                 self._failure = str(error)
+                events = self._core.take_events()
+            except Exception as error:  # not even the core has expected it: nobody may wait for a thread that is gone
+                self._failure = str(self._core.die(error))
                 events = self._core.take_events()
             self._dispatch(events)
             if self._failure is not None:

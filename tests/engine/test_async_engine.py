@@ -396,6 +396,32 @@ def test_closing_the_engine_ends_every_stream_and_answers_every_call() -> None:
     assert end.reason is FinishReason.CANCELLED
 
 
+def test_an_error_that_the_core_does_not_know_is_a_failure_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for a thread that has ended."""
+    core, runner = gated()
+    thread = EngineThread(core)
+    accepted: queue.SimpleQueue[object] = queue.SimpleQueue()
+    events: queue.SimpleQueue[list[EngineEvent]] = queue.SimpleQueue()
+    thread.submit(request("a", codes_request(40)), events.put, lambda _, error: accepted.put(error))
+    assert accepted.get(timeout=PATIENCE_S) is None
+
+    def broken() -> list[EngineEvent]:
+        raise KeyError("nobody expects it")
+
+    monkeypatch.setattr(core, "step", broken)
+    runner.allow(1_000)
+    (end,) = events.get(timeout=PATIENCE_S)[-1:]
+    assert isinstance(end, EndOfRequest)
+    assert "KeyError: 'nobody expects it'" in str(end.error)
+    thread.close()
+    assert "KeyError: 'nobody expects it'" in str(thread.failure)
+    with pytest.raises(EngineDeadError, match="KeyError: 'nobody expects it'"):
+        EngineStream(thread, request("late", codes_request(20)))
+    assert "nobody expects it" in caplog.text
+
+
 def test_a_failure_reaches_every_thread() -> None:
     core, runner = gated()
     thread = EngineThread(core)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from engine.fakes import CONFIG, MAX_FRAMES, FakeRunner, Listener, alone, codes_
 from musicgen.engine.checks import check_request
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from musicgen.models.t5 import MAX_TEXT_TOKENS
-from musicgen.types import CodesRequest, Conditioning, EngineRequest, FinishReason, SamplingParams, Window
+from musicgen.types import CodesRequest, Conditioning, EndOfRequest, EngineRequest, FinishReason, SamplingParams, Window
 
 KNOWN = torch.zeros(2, 5, dtype=torch.int32)
 
@@ -164,6 +165,24 @@ def test_a_request_that_the_kernels_refuse_fails_alone(refused: set[str], caplog
         assert core.stats().pages_held == 0
         core.check()
     assert "top_k" in caplog.text
+
+
+def test_the_reason_of_an_end_is_logged_and_told_to_everyone(caplog: pytest.LogCaptureFixture) -> None:
+    core = new_core()
+    for name in ("running", "waiting"):
+        core.add(EngineRequest(name, codes_request(20)))
+    assert isinstance(core.runner, FakeRunner)
+    core.runner.fail = True
+    reason = "RunnerError: told to fail"
+    with caplog.at_level(logging.ERROR), pytest.raises(EngineDeadError, match=reason):
+        core.step()
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert "told to fail" in str(record.exc_info[1])
+    ends = [event for event in core.take_events() if isinstance(event, EndOfRequest)]
+    assert [end.error for end in ends] == [f"the engine failed: {reason}"] * 2
+    with pytest.raises(EngineDeadError, match=reason):
+        core.add(EngineRequest("late", codes_request(20)))
 
 
 def test_a_cancelled_request_frees_its_pages_at_once_and_frees_a_waiting_one() -> None:
