@@ -180,11 +180,11 @@ class RayGatekeeper:
         """Of hashed keys the tenant, and until when it counts."""
 
     async def authenticate(self, api_key: str | None) -> Tenant:
-        key = None if api_key is None else hash_key(api_key)
+        key = hash_key(api_key) if api_key else None  # the key itself goes no further
         now = asyncio.get_running_loop().time()
         until, tenant = self._known.get(key, (0.0, None))
         if tenant is None or now >= until:
-            tenant = await self._call("authenticate", api_key)
+            tenant = await self._call("find_tenant", key)
             assert isinstance(tenant, Tenant)
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()

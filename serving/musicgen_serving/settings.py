@@ -6,18 +6,24 @@ Owns names, defaults and bounds. Knows nothing of Ray. `MUSICGEN_LIMITS__MAX_DUR
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from musicgen.config import KVDtype, WeightDtype
 from musicgen.errors import InvalidRequestError
 
 ENV_PREFIX = "MUSICGEN_"
+_NO_SETTING = re.compile(r"(?:API_KEY|BENCHMARK_RUN|DEBUG|DELAY_POINTS|KERNELS_\w+)")
+"""The project's other variables."""
+_OF_KUBERNETES = re.compile(r"\w+_(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)")
+"""What every pod gets for a Service called `musicgen-…`; and `…_PORT`, whose value is an address."""
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -260,8 +266,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidRequestError("a readable YAML file", f"{path} ({error})", param="config") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        # From None, and the place only: YAML's own words show the lines around the problem, and what stands there.
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "strerror", None) or (f"line {mark.line + 1}" if mark else type(error).__name__)
+        raise InvalidRequestError("a readable YAML file", f"{path} ({reason})", param="config") from None
     if not isinstance(values, dict):
         raise InvalidRequestError("a mapping of settings", type(values).__name__, param="config")
     return values
@@ -271,13 +280,32 @@ def load_settings(source: Path | dict[str, Any] | None = None) -> ServeSettings:
     """Settings from a YAML file, or values, and the environment.
 
     Raises:
-        InvalidRequestError: an unknown key or a value out of its range; it names each.
+        InvalidRequestError: an unknown key or a value out of its range; it names each, and shows no value.
     """
     values = read_settings(source) if isinstance(source, Path) else source or {}
+    _check_environment()
     try:
         return ServeSettings(**values)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-        raise InvalidRequestError(
-            "valid settings", problems, "see `musicgen serve --print-config`", param="config"
-        ) from error
+    except SettingsError as error:  # a variable that is to hold JSON and does not
+        problems = str(error)
+    # Outside of the handlers, without a cause: it would print the values, and someone may have pasted a key.
+    raise InvalidRequestError("valid settings", problems, "see `musicgen serve --print-config`", param="config")
+
+
+def _check_environment() -> None:
+    """Raises: InvalidRequestError: a variable that looks like a setting and is none, which would be ignored."""
+    for name, value in os.environ.items():
+        rest = name.upper().removeprefix(ENV_PREFIX)
+        if rest == name.upper() or rest.partition("__")[0].lower() in ServeSettings.model_fields:
+            continue
+        if _NO_SETTING.fullmatch(rest) or _OF_KUBERNETES.fullmatch(rest):
+            continue
+        if rest.endswith("_PORT") and "://" in value:
+            continue
+        sections = [section.upper() for section in ServeSettings.model_fields]
+        near = difflib.get_close_matches(rest.partition("__")[0], sections, n=1, cutoff=0.0)[0]
+        expected = f"{ENV_PREFIX}SECTION__NAME with a section of the settings"
+        hint = f"do you mean {ENV_PREFIX}{near}__…? see `musicgen serve --print-config`"
+        raise InvalidRequestError(expected, name, hint, param="environment")

@@ -66,18 +66,26 @@ class Tenancy:
     def authenticate(self, api_key: str | None) -> Tenant:
         """The tenant of an API key; None or an empty one is no key.
 
+        Raises:
+            UnauthenticatedError: no key where one is needed, or an unknown one.
+        """
+        return self.find(hash_key(api_key) if api_key else None)
+
+    def find(self, key_sha256: str | None) -> Tenant:
+        """The tenant of a hashed API key (see `hash_key`), None: no key.
+
         All hashes are compared, whichever fits, so that the time taken says nothing about them.
 
         Raises:
             UnauthenticatedError: no key where one is needed, or an unknown one.
         """
-        if not api_key or (self._anonymous is not None and not self._keys):
+        if key_sha256 is None or (self._anonymous is not None and not self._keys):
             if self._anonymous is None:
                 raise UnauthenticatedError("expected an API key, got none; send it as `Authorization: Bearer KEY`")
             return self._anonymous
-        given, found = hash_key(api_key), None
+        found = None
         for known, tenant in self._keys:
-            if hmac.compare_digest(known, given):
+            if hmac.compare_digest(known, key_sha256):
                 found = tenant
         if found is None:
             raise UnauthenticatedError("expected a known API key, got another; ask the operator for one")
@@ -112,7 +120,8 @@ def _from_file(path: Path) -> list[TenantSettings]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InvalidRequestError("a readable YAML file", f"{path} ({type(error).__name__})", param=param) from error
+        # From None: YAML's own words show the lines around the problem.
+        raise InvalidRequestError("a readable YAML file", f"{path} ({type(error).__name__})", param=param) from None
     if not isinstance(values, list):
         raise InvalidRequestError("a list of tenants", f"{type(values).__name__} in {path}", param=param)
     try:

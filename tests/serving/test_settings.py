@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,58 @@ def test_what_cannot_be_meant_is_refused_by_name(values: dict[str, Any], named: 
 
 
 def test_an_error_never_shows_what_was_given_for_a_key() -> None:
+    key = "-".join(("mg", "secret"))  # so that this line of a traceback does not hold it
     with pytest.raises(InvalidRequestError) as caught:
-        load_settings({"access": {"tenants": [{"name": "a", "key_sha256": ["mg-secret"]}]}})
+        load_settings({"access": {"tenants": [{"name": "a", "key_sha256": [key]}]}})
     assert "mg-secret" not in str(caught.value)
+    assert "mg-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_error_never_shows_the_lines_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("access:\n  limits_storage: 'redis://:mg-secret@host\n")
+    with pytest.raises(InvalidRequestError, match="line") as caught:
+        load_settings(path)
+    assert "mg-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["MUSICGEN_ACCES__OPEN", "MUSICGEN_ACCESS_OPEN", "musicgen_acces__open", "MUSICGEN_LIMITS_MAX_PIECES", "MUSICGEN_"],
+)
+def test_a_variable_that_is_no_setting_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "mg-secret")
+    with pytest.raises(InvalidRequestError, match=f"got {name}") as caught:
+        load_settings()
+    assert "mg-secret" not in str(caught.value)
+
+
+def test_a_variable_of_a_section_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSICGEN_ACCESS", "{mg-secret")
+    with pytest.raises(InvalidRequestError, match="access") as caught:
+        load_settings()
+    assert "mg-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MUSICGEN_API_KEY", "k"),
+        ("MUSICGEN_KERNELS_ISA", "avx2"),
+        ("MUSICGEN_DEBUG", "1"),
+        ("MUSICGEN_HTTP_SERVICE_HOST", "10.0.0.1"),
+        ("MUSICGEN_HTTP_SERVICE_PORT", "8000"),
+        ("MUSICGEN_HTTP_SERVICE_PORT_HTTP", "8000"),
+        ("MUSICGEN_HTTP_PORT", "tcp://10.0.0.1:8000"),
+        ("MUSICGEN_HTTP_PORT_8000_TCP", "tcp://10.0.0.1:8000"),
+        ("MUSICGEN_HTTP_PORT_8000_TCP_ADDR", "10.0.0.1"),
+    ],
+)
+def test_other_variables_of_ours_and_of_kubernetes_are_let_be(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert load_settings() == ServeSettings()
 
 
 def test_the_environment_goes_before_the_file_and_leaves_the_rest(

@@ -44,7 +44,7 @@ from musicgen_serving.ledger import Counts, Ledger, UsageLine
 from musicgen_serving.quotas import Quotas
 from musicgen_serving.registry import Record, Registry
 from musicgen_serving.settings import ServeSettings, TenantSettings
-from musicgen_serving.tenancy import Tenancy
+from musicgen_serving.tenancy import Tenancy, hash_key
 from musicgen_serving.types import GenerationStatus
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,12 @@ class LocalGatekeeper:
 
     async def authenticate(self, api_key: str | None) -> Tenant:
         """See `admission.Gatekeeper`."""
+        return await self.find_tenant(hash_key(api_key) if api_key else None)
+
+    async def find_tenant(self, key_sha256: str | None) -> Tenant:
+        """The tenant of a hashed key: between processes no key travels. Raises: UnauthenticatedError."""
         try:
-            return self._tenancy.authenticate(api_key)
+            return self._tenancy.find(key_sha256)
         except UnauthenticatedError as error:
             self._ledger.reject("", "", report(error).code)
             raise

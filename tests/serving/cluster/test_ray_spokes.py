@@ -10,9 +10,12 @@ import grpc
 import pytest
 from musicgen_serving import ray_spokes
 from musicgen_serving.admission import Tenant
+from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.errors import UnauthenticatedError
 from musicgen_serving.ray_spokes import RayGatekeeper, RaySpokes, call, translated
+from musicgen_serving.settings import load_settings
 from musicgen_serving.spokes import LostError
+from musicgen_serving.tenancy import hash_key
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
@@ -125,7 +128,7 @@ class Keys(RayGatekeeper):
 
     async def _call(self, method: str, *arguments: object) -> Tenant:
         self.asked.append(arguments[0])
-        if arguments[0] != "good":
+        if arguments[0] != hash_key("good"):
             raise UnauthenticatedError("expected a known API key, got another")
         return Tenant("a", "default", 1.0, 0, None, None)
 
@@ -143,4 +146,19 @@ def test_a_known_key_is_asked_for_once_in_a_while(monkeypatch: pytest.MonkeyPatc
         await keys.authenticate("good")
         return keys.asked
 
-    assert asyncio.run(run()) == ["good", "bad", "bad", "bad", "good"]
+    good, bad = hash_key("good"), hash_key("bad")
+    assert asyncio.run(run()) == [good, bad, bad, bad, good], "and no key itself goes to another process"
+
+
+def test_the_gatekeeper_knows_keys_by_their_hashes() -> None:
+    access = {"tenants": [{"name": "a", "key_sha256": [hash_key("good")]}]}
+
+    async def run() -> None:
+        keeper = LocalGatekeeper(load_settings({"access": access}))
+        for find in (keeper.authenticate("good"), keeper.find_tenant(hash_key("good"))):
+            assert (await find).name == "a"
+        for refuse in (keeper.authenticate(hash_key("good")), keeper.find_tenant("good"), keeper.find_tenant(None)):
+            with pytest.raises(UnauthenticatedError):
+                await refuse
+
+    asyncio.run(run())
