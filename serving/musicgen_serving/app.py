@@ -42,6 +42,16 @@ def build_app(values: dict[str, Any]) -> Application:
     return http.bind(settings, parts, gatekeeper, *others)
 
 
+def actor_options(how: ReplicaSettings) -> dict[str, Any]:
+    """What Ray is told of each replica. Whoever overrides a deployment's options must say all of these."""
+    return {
+        "num_cpus": how.num_cpus,
+        "num_gpus": how.num_gpus,
+        "resources": how.resources,
+        "runtime_env": {"env_vars": dict(ONE_LOOP)},
+    }
+
+
 def _parts(model: ModelSettings, settings: ServeSettings) -> tuple[Application, ...]:
     """One model's deployments, in the order of `RaySpokes`."""
     limits, watched = settings.limits, settings.observability
@@ -80,12 +90,7 @@ def _deployment(cls: type, name: str, how: ReplicaSettings, settings: ServeSetti
         }
     deployment = serve.deployment(
         name=name,
-        ray_actor_options={
-            "num_cpus": how.num_cpus,
-            "num_gpus": how.num_gpus,
-            "resources": how.resources,
-            "runtime_env": {"env_vars": ONE_LOOP},
-        },
+        ray_actor_options=actor_options(how),
         max_ongoing_requests=MAX_ONGOING,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,

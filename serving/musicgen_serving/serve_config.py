@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from musicgen.errors import InvalidRequestError
-from musicgen_serving.app import APP_NAME
+from musicgen_serving.app import APP_NAME, actor_options
 from musicgen_serving.settings import ReplicaSettings, ServeSettings
 
 IMPORT_PATH = "musicgen_serving.app:build_app"
@@ -69,5 +69,5 @@ def _gatekeeper(http_ingress: ReplicaSettings) -> dict[str, Any]:
         return {}
     resources = dict.fromkeys(http_ingress.resources, GATEKEEPER_SHARE)
     # Serve puts these options in the place of the code's, so all of them stand here.
-    options = {"num_cpus": ReplicaSettings().num_cpus, "num_gpus": 0.0, "resources": resources}
+    options = actor_options(ReplicaSettings(resources=resources))
     return {"deployments": [{"name": "Gatekeeper", "ray_actor_options": options}]}

@@ -7,9 +7,9 @@ from typing import Any
 import deploy_files
 import pytest
 import yaml
-from musicgen_serving import serve_config
+from musicgen_serving import app, replicas, serve_config
 from musicgen_serving.serve_config import to_serve_config, to_yaml
-from musicgen_serving.settings import load_settings
+from musicgen_serving.settings import ReplicaSettings, load_settings
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
@@ -53,6 +53,17 @@ def test_the_gatekeeper_goes_where_the_http_ingress_goes() -> None:
     assert override["name"] == "Gatekeeper"
     assert override["ray_actor_options"]["resources"] == {"edge": serve_config.GATEKEEPER_SHARE}
     assert "deployments" not in to_serve_config(load_settings({}))["applications"][0]
+
+
+def test_the_override_says_all_that_the_code_says() -> None:
+    """Serve puts the options in the place of the code's: what is not in both is lost."""
+    settings = load_settings({"http": {"ingress": {"resources": {"edge": 0.9}}}})
+    (override,) = to_serve_config(settings)["applications"][0]["deployments"]
+    in_code = app._deployment(replicas.GatekeeperReplica, "Gatekeeper", ReplicaSettings(), settings).ray_actor_options
+    assert in_code is not None
+    given = override["ray_actor_options"]
+    assert given.keys() == in_code.keys()
+    assert {**given, "resources": None} == {**in_code, "resources": None}
 
 
 def test_what_rays_schema_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
