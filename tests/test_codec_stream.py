@@ -146,7 +146,7 @@ def test_stereo_codebooks_alternate_left_and_right() -> None:
     assert both.shape == (1, 2, 9 * HOP)
     for channel in (0, 1):
         alone = decoder.decode_whole(codes[:, channel::2])
-        assert (both[:, channel] - alone).abs().max() <= 1e-6
+        assert (both[:, channel] - alone).abs().max() <= 1e-5
     assert not torch.allclose(both[:, 0], both[:, 1], atol=1e-3)
     assert torch.equal(split_channels(codes, 2), torch.cat([codes[:, 0::2], codes[:, 1::2]]))
 

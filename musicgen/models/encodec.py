@@ -8,6 +8,7 @@ of fixed size, `DecoderState`. Knows one mono signal a row; stereo and streams o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,8 +24,12 @@ _WHOLE_PIECE_FRAMES = 250
 """Frames a whole decode handles at a time, to bound its memory."""
 _UPSAMPLED_FRAMES = 25
 """Of these, frames that are upsampled at a time: the widest activation (4 MB for MusicGen) stays in the cache."""
-_FUSED_LSTM_FRAMES = 5
-"""From here on torch's LSTM over a sequence is faster than its cell, since each call rearranges all weights first."""
+_FUSED_LSTM_SIZE = 8000
+"""Torch's LSTM rearranges all weights at each call, ours costs more a frame. So torch's is faster only from
+width² / this many frames on: 5 for the embedded model (width 192), 131 for Meta's (1024)."""
+
+_LayerState = tuple[Tensor, Tensor]
+"""`[B, D]` the hidden state and the cell of a layer of the LSTM."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,18 +170,14 @@ class EncodecDecoder(nn.Module):
 
     def _recur(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The LSTM with its skip: `[n, B, D]` and two `[layers, B, D]` → the same."""
-        if x.shape[0] >= _FUSED_LSTM_FRAMES:
+        if x.is_cuda or x.shape[0] * _FUSED_LSTM_SIZE >= x.shape[2] ** 2:
             y, (hidden, cell) = self.lstm(x, (hidden.contiguous(), cell.contiguous()))
             return x + y, hidden, cell
-        states = list(zip(hidden, cell, strict=True))
-        out = []
-        for frame in x:
-            y = frame
-            for layer, weights in enumerate(self.lstm.all_weights):
-                states[layer] = torch.lstm_cell(y, states[layer], *weights)
-                y = states[layer][0]
-            out.append(frame + y)
-        return torch.stack(out), torch.stack([h for h, _ in states]), torch.stack([c for _, c in states])
+        y, states = x, []
+        for before, weights in zip(zip(hidden, cell, strict=True), self.lstm.all_weights, strict=True):
+            y, after = _recur_layer(y, before, weights)
+            states.append(after)
+        return x + y, torch.stack([h for h, _ in states]), torch.stack([c for _, c in states])
 
     def _upsample(self, x: Tensor, tails: list[Tensor], piece: Piece) -> tuple[Tensor, list[Tensor]]:
         """`[n, B, D]` → `[B, N]` samples and the next tails of the layers after the LSTM."""
@@ -211,6 +212,27 @@ class EncodecDecoder(nn.Module):
             filled = F.pad(tail, (0, 0, 0, 0, 0, length - tail.shape[0]))
             parts.append(filled.transpose(0, 1).flatten(1))
         return torch.cat(parts, dim=-1)
+
+
+def _recur_layer(x: Tensor, state: _LayerState, weights: Sequence[Tensor]) -> tuple[Tensor, _LayerState]:
+    """One layer of the LSTM, frame by frame: `[n, B, D]` and two `[B, D]` → the same.
+
+    Each gate is a product of its own: one product with so few rows stays on one thread, four are shared out.
+    """
+    num_frames, batch, dim = x.shape
+    hidden, cell = state
+    from_input, from_hidden = (w.view(4, dim, dim).transpose(1, 2) for w in weights[:2])
+    bias = (weights[2] + weights[3]).view(4, 1, dim)
+    inputs = torch.baddbmm(bias, x.reshape(-1, dim).expand(4, -1, -1), from_input)
+    out = []
+    for sums in inputs.view(4, num_frames, batch, dim).unbind(1):
+        gates = torch.baddbmm(sums, hidden.expand(4, -1, -1), from_hidden)
+        new = gates[2].tanh()
+        take, keep, _, give = gates.sigmoid_().unbind(0)
+        cell = torch.addcmul(new.mul_(take), keep, cell)
+        hidden = cell.tanh().mul_(give)
+        out.append(hidden)
+    return torch.stack(out), (hidden, cell)
 
 
 def _residual(config: CodecConfig, dim: int, index: int) -> StreamResidual:

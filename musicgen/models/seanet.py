@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from musicgen.config import PadMode
 
+_MIN_OUTPUTS = 24
+"""Products with fewer columns are slow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -79,32 +82,42 @@ class StreamConv(nn.Module):
         self.pad_right = self.tail_len // 2
         self.pad_left = self.tail_len - self.pad_right
         self.tail_shape = (self.tail_len, in_dim)
+        steps = _MIN_OUTPUTS // out_dim
+        fits = dilation == 1 and kernel_size > 2 and self.tail_len <= steps <= kernel_size + 1
+        self.steps_per_row = steps if fits else 1
+        """See `_convolve_thin`. More would be mostly zeros; fewer than the tail would need more than two products."""
 
     def extend(self, x: Tensor, tail: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
         return extend(x, tail, piece, self.pad_left, self.pad_right, self.pad_mode)
 
     def convolve(self, extended: Tensor) -> Tensor:
         """`[n + tail_len, B, in_dim]` → `[n, B, out_dim]`, no padding."""
-        kernel_size, in_dim, out_dim = self.weight.shape
+        num_taps, in_dim, out_dim = self.weight.shape
         num_out, batch = extended.shape[0] - self.tail_len, extended.shape[1]
-        if out_dim * kernel_size <= in_dim:
-            return self._convolve_narrow(extended, num_out)
+        if batch == 1 and self.steps_per_row > 1:
+            return self._convolve_thin(extended, num_out)
         rows = extended.reshape(-1, in_dim)
         stride = self.dilation * batch
         out = torch.addmm(self.bias, rows[: num_out * batch], self.weight[0])
-        for tap in range(1, kernel_size):
+        for tap in range(1, num_taps):
             out.addmm_(rows[tap * stride : tap * stride + num_out * batch], self.weight[tap])
         return out.view(num_out, batch, out_dim)
 
-    def _convolve_narrow(self, extended: Tensor, num_out: int) -> Tensor:
-        """As `convolve` for few outputs: all taps in one product, as `out_dim` alone is too thin for one."""
-        kernel_size, in_dim, out_dim = self.weight.shape
-        taps = extended @ self.weight.permute(1, 0, 2).reshape(in_dim, kernel_size * out_dim)
-        taps = taps.view(*extended.shape[:2], kernel_size, out_dim)
-        out = self.bias.expand(num_out, extended.shape[1], out_dim).clone()
-        for tap in range(kernel_size):
-            out += taps[tap * self.dilation : tap * self.dilation + num_out, :, tap]
-        return out
+    def _convolve_thin(self, extended: Tensor, num_out: int) -> Tensor:
+        """As `convolve` for one signal with few outputs: several steps of time make a row of the product, with a
+        weight that has each output's taps where its inputs are and zeros elsewhere."""
+        _, in_dim, out_dim = self.weight.shape
+        steps = self.steps_per_row
+        if missing := -num_out % steps:  # at a signal's ends
+            extended = F.pad(extended, (0, 0, 0, 0, 0, missing))
+        rows = extended.flatten().unfold(0, (steps + self.tail_len) * in_dim, steps * in_dim)
+        own, beyond = rows.tensor_split([steps * in_dim], dim=1)  # rows that overlap would be copied
+        # Repeated with one zero less than a period, the taps begin one place later for each output.
+        taps = F.pad(self.weight, (0, 0, 0, 0, 0, steps)).repeat(steps, 1, 1)[:-steps]
+        weight = taps.view(steps, -1, in_dim, out_dim).permute(1, 2, 0, 3).flatten(2)
+        out = torch.addmm(self.bias.repeat(steps), own, weight[:steps].flatten(0, 1))
+        out.addmm_(beyond, weight[steps:].flatten(0, 1))
+        return out.view(-1, 1, out_dim)[:num_out]
 
     def forward(self, x: Tensor, tail: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
         extended, tail = self.extend(x, tail, piece)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import EncodecConfig, EncodecModel
 
 from musicgen.errors import InvalidRequestError, WeightsError
+from musicgen.models import encodec
 from musicgen.models.encodec import EncodecDecoder
 from musicgen.weights import codec as weights
 from musicgen.weights.codec_config import codec_config_from_audiocraft, codec_config_from_hf
@@ -64,17 +65,31 @@ def draw_codes(model: EncodecModel, batch: int, num_frames: int) -> Tensor:
     return torch.randint(0, 64, (batch, model.config.num_quantizers, num_frames), generator=generator)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_whole_decode_equals_transformers(variant: str) -> None:
+def test_whole_decode_equals_transformers(variant: str, batch: int) -> None:
+    """One signal goes through other products than several."""
     model = peer(variant)
     decoder, _ = ours(model)
     for num_frames in (1, 2, 3, 4, 5, 49, 50, 51, 120):
-        codes = draw_codes(model, 2, num_frames)
+        codes = draw_codes(model, batch, num_frames)
         expected = peer_decode(model, codes)
         got = decoder.decode_whole(codes)
-        assert got.shape == expected.shape == (2, num_frames * decoder.config.hop_length)
+        assert got.shape == expected.shape == (batch, num_frames * decoder.config.hop_length)
         assert expected.std() > 0.01
         assert (got - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", ["reflect", "odd"])
+def test_the_lstm_of_wide_codecs_equals_transformers(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encodec, "_FUSED_LSTM_SIZE", 0)
+    model = peer(variant)
+    codes = draw_codes(model, 2, 31)
+    decoder, _ = ours(model)
+    assert (decoder.decode_whole(codes) - peer_decode(model, codes)).abs().max() <= 1e-5
+    begin, state = decoder.decode(codes[..., :9], decoder.initial_state(2), last=False)
+    end, _ = decoder.decode(codes[..., 9:], state, last=True)
+    assert (torch.cat([begin, end], -1) - peer_decode(model, codes)).abs().max() <= 1e-5
 
 
 def test_every_pad_mode_sounds_different_at_the_ends() -> None:
