@@ -4,6 +4,7 @@
     ├── InvalidRequestError      the caller can fix it: bad argument, unreadable audio, unknown model name
     ├── RetryLaterError          not started; says when to try again, if that is known
     │   ├── OverloadedError      the server cannot take it now
+    │   │   └── DeadlineTooShortError   it could not be finished in the time that its caller gives
     │   └── QuotaExceededError   the tenant has used up its allowance
     ├── RequestCancelledError    the caller, or a deadline, ended the request
     ├── EngineDeadError          the engine thread failed; the replica must be replaced
@@ -57,6 +58,10 @@ class RetryLaterError(MusicGenError):
 
 class OverloadedError(RetryLaterError):
     """No capacity now; the request was not started."""
+
+
+class DeadlineTooShortError(OverloadedError):
+    """It could not be finished in the time that its caller gives, as things are now; the request was not started."""
 
 
 class QuotaExceededError(RetryLaterError):

@@ -66,7 +66,12 @@ def checked_prompt(wav: Tensor | None, sample_rate: int | None, config: ModelCon
     if sample_rate is None:
         raise InvalidRequestError("the prompt's rate in Hz", "none", param="prompt_sample_rate")
     check_sample_rate(sample_rate, "prompt_sample_rate")
-    prompt_s = samples.shape[-1] / sample_rate
+    check_prompt_length(samples.shape[-1] / sample_rate, config, duration_s)
+    return convert_audio(samples, sample_rate, config.sample_rate, config.audio_channels)
+
+
+def check_prompt_length(prompt_s: float, config: ModelConfig, duration_s: float) -> None:
+    """Raises: InvalidRequestError: after a recording of so many seconds nothing would be left to make."""
     if prompt_s >= duration_s - 1 / config.frame_rate_hz:
         raise InvalidRequestError(
             f"a prompt shorter than the duration ({duration_s:g} s)",
@@ -74,7 +79,6 @@ def checked_prompt(wav: Tensor | None, sample_rate: int | None, config: ModelCon
             "raise the duration, which includes the prompt, or cut the prompt",
             param="prompt",
         )
-    return convert_audio(samples, sample_rate, config.sample_rate, config.audio_channels)
 
 
 def checked_weights(weights: object) -> WeightDtype:

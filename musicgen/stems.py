@@ -6,6 +6,7 @@ nothing of chroma or of the language model, and imports demucs only when a separ
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -30,6 +31,14 @@ class Separator(Protocol):
     def separate(self, mix: Tensor) -> Tensor:
         """`[2, N]` float32 at `samplerate` → `[len(sources), 2, N]`."""
         ...
+
+
+def check_installed() -> None:
+    """Raises: MissingDependencyError: the package of the default separator is not there."""
+    if importlib.util.find_spec("demucs") is None:
+        raise MissingDependencyError(
+            f"stem separation: expected the package demucs, got none; install it with: {_INSTALL}"
+        )
 
 
 class _HTDemucs:

@@ -22,7 +22,7 @@ from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.scheduler import Scheduler
 from musicgen.engine.sequence import Phase, Sequence
-from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from musicgen.errors import DeadlineTooShortError, EngineDeadError, InvalidRequestError, OverloadedError
 from musicgen.models.language_model import LanguageModel
 from musicgen.types import CodeChunk, EndOfRequest, EngineEvent, EngineRequest, FinishReason
 
@@ -89,7 +89,8 @@ class EngineCore:
 
         Raises:
             InvalidRequestError: it can never run here; nothing is admitted.
-            OverloadedError: too many wait, or its deadline cannot be met; nothing is admitted.
+            OverloadedError: too many wait; nothing is admitted.
+            DeadlineTooShortError: its deadline cannot be met; nothing is admitted.
             EngineDeadError: the engine has failed.
         """
         self._check_alive()
@@ -111,7 +112,7 @@ class EngineCore:
         quoted_steps = self.scheduler.steps_to_start(sequence)
         total_s = (quoted_steps + sequence.num_steps_left) * self._step_s
         if request.deadline_s is not None and total_s > request.deadline_s:
-            raise OverloadedError(
+            raise DeadlineTooShortError(
                 f"expected to finish within {request.deadline_s:.1f} s, would take about {total_s:.1f} s; retry later"
             )
         self._sequences[request.request_id] = sequence

@@ -78,15 +78,20 @@ class TextEncoder:
         """
         if not prompt:
             return None
+        tokens = self.tokenize(prompt)
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([tokens], device=device)
+        states: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        return states[0].float()
+
+    def tokenize(self, prompt: str) -> list[int]:
+        """The tokens of a prompt. Raises: InvalidRequestError: more than `MAX_TEXT_TOKENS`."""
         tokens = self.tokenizer.encode(prompt)
         if len(tokens) > MAX_TEXT_TOKENS:
             raise InvalidRequestError(
                 f"a prompt of at most {MAX_TEXT_TOKENS} tokens", f"{len(tokens)}", "shorten the text", param="prompt"
             )
-        device = next(self.model.parameters()).device
-        ids = torch.tensor([tokens], device=device)
-        states: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-        return states[0].float()
+        return tokens
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

@@ -103,12 +103,15 @@ class Gatekeeper(Protocol):
     async def authenticate(self, api_key: str | None) -> Tenant:
         """Raises: UnauthenticatedError."""
 
+    async def takes_requests(self) -> bool:
+        """False: the service is about to stop."""
+
     async def admit(self, request: AdmissionRequest) -> Ticket:
         """Take one request in.
 
         Raises:
             QuotaExceededError: an allowance is used up; with `retry_after_s`. Nothing is taken from any allowance.
-            OverloadedError: it would wait longer than `max_wait_s`; with `retry_after_s`.
+            OverloadedError: it would wait longer than `max_wait_s`; with `retry_after_s`. Or the service stops soon.
             ConflictError: its id is in use, or its idempotency key was used for another request.
         """
 

@@ -18,7 +18,7 @@ class Batcher(Generic[Item, Result]):
     """Runs a function of several items on a thread, one batch at a time.
 
     Args:
-        compute: a result, or an error, for each item, in order; it must not raise.
+        compute: a result, or an error, for each item, in order. What it raises is every item's error.
     """
 
     def __init__(self, compute: Callable[[Sequence[Item]], Sequence[Result | Exception]], max_batch: int) -> None:
@@ -45,13 +45,22 @@ class Batcher(Generic[Item, Result]):
         finally:
             self.num_calls -= 1
 
+    def _results(self, items: Sequence[Item]) -> Sequence[Result | Exception]:
+        try:
+            results = self._compute(items)
+        except Exception as error:
+            return [error] * len(items)
+        if len(results) != len(items):
+            return [RuntimeError(f"expected {len(items)} results, got {len(results)}")] * len(items)
+        return results
+
     async def _work(self) -> None:
         while num_waiting := len(self._urgent) + len(self._waiting):
             batch = [(self._urgent or self._waiting).popleft() for _ in range(min(self._max_batch, num_waiting))]
             wanted = [(item, future) for item, future in batch if not future.cancelled()]
             if not wanted:
                 continue
-            results = await asyncio.to_thread(self._compute, [item for item, _ in wanted])
+            results = await asyncio.to_thread(self._results, [item for item, _ in wanted])
             for (_, future), result in zip(wanted, results, strict=True):
                 if future.cancelled():
                     continue

@@ -148,9 +148,13 @@ def _check_texts(fields: RequestFields, limits: LimitSettings) -> None:
             raise InvalidRequestError("Unicode text", "half of a surrogate pair", param="prompt")
 
 
+def longest_piece_s(tenant: Tenant, limits: LimitSettings) -> float:
+    """Seconds of the longest piece that the tenant may ask for."""
+    return limits.max_duration_s if tenant.max_duration_s is None else min(limits.max_duration_s, tenant.max_duration_s)
+
+
 def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings) -> None:
-    longest_s = min(limits.max_duration_s, tenant.max_duration_s or limits.max_duration_s)
-    _check_range("duration_s", fields.duration_s, 0, longest_s, "seconds", above=True)
+    _check_range("duration_s", fields.duration_s, 0, longest_piece_s(tenant, limits), "seconds", above=True)
     _check_range("extend_stride_s", fields.extend_stride_s, 0, _MAX_NUMBER, "seconds", above=True)
     _check_range("temperature", fields.temperature, 0, _MAX_NUMBER)
     _check_range("top_k", fields.top_k, 0, _MAX_COUNT)

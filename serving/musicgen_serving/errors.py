@@ -7,7 +7,8 @@
     ├── ConflictError            an idempotency key or request id that is used for something else
     ├── TooLargeError            a body, file or text beyond the limits
     ├── DeadlineExceededError    the caller's deadline passed
-    └── ReplicaLostError         a replica died or fell silent, and so did those tried in its place
+    ├── ReplicaLostError         a replica died or fell silent, and so did those tried in its place
+    └── InternalError            replicas that live fail, all in the same way
 
 `report` is total: what is not in the table is an internal error without a word about its cause.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from musicgen.errors import (
+    DeadlineTooShortError,
     EngineDeadError,
     InvalidRequestError,
     MissingDependencyError,
@@ -56,6 +58,10 @@ class ReplicaLostError(MusicGenError):
     """A replica is gone and the attempts to go on elsewhere are used up."""
 
 
+class InternalError(MusicGenError):
+    """Replicas that live fail in the same way, one after the other: the same request will fail again."""
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
     """An error as clients see it."""
@@ -92,11 +98,14 @@ _TABLE = (
     _Row(QuotaExceededError, 429, "rate_limit_error", "rate_limit_exceeded", "RESOURCE_EXHAUSTED"),
     _Row(RequestCancelledError, 499, "request_cancelled", "cancelled", "CANCELLED"),
     _Row(DeadlineExceededError, 504, "timeout_error", "deadline_exceeded", "DEADLINE_EXCEEDED"),
+    _Row(DeadlineTooShortError, 503, "timeout_error", "deadline_too_short", "UNAVAILABLE"),
     _Row(OverloadedError, 503, "overloaded_error", "overloaded", "UNAVAILABLE"),
     _Row(ReplicaLostError, 503, "overloaded_error", "temporarily_unavailable", "UNAVAILABLE"),
     _Row(EngineDeadError, 503, "overloaded_error", "temporarily_unavailable", "UNAVAILABLE"),
     _Row(WeightsError, 500, "server_error", "internal_error", "INTERNAL"),
 )
+CLIENT_CODES = frozenset(row.code for row in _TABLE if row.http_status < 500)
+"""Of errors that callers bring about: no fault of the service, whenever they are found."""
 _HIDDEN = (EngineDeadError, WeightsError)
 """Their messages name what is inside."""
 _INTERNAL = ErrorReport(

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+import unicodedata
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 
 from musicgen.config import ModelConfig
-from musicgen.errors import InvalidRequestError, MusicGenError, RequestCancelledError
+from musicgen.errors import DeadlineTooShortError, MusicGenError, RequestCancelledError
+from musicgen.inputs import check_prompt_length
+from musicgen.models.t5 import MAX_TEXT_TOKENS
 from musicgen.types import FinishReason
 from musicgen_serving import errors
 from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Tenant
+from musicgen_serving.checks import longest_piece_s
 from musicgen_serving.concurrency import together
 from musicgen_serving.deployments.language_model import ModelCard
 from musicgen_serving.errors import DeadlineExceededError, ForbiddenError, NotFoundError
 from musicgen_serving.maker import Maker
 from musicgen_serving.patience import insist
 from musicgen_serving.pipeline import PieceStarted, Pipeline, Prepared, check_fits
+from musicgen_serving.recordings import length_s
 from musicgen_serving.register import Register, Running
 from musicgen_serving.service import Readiness
 from musicgen_serving.settings import LimitSettings, ModelSettings, ServeSettings
@@ -38,11 +43,14 @@ from musicgen_serving.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-READY = "ready"
+READY, NOT_REACHED = "ready", "not reached"
 READINESS_S = 1.0
 """For how long a look at the parts counts."""
 READINESS_WAIT_S = 2.0
 """A part that takes longer to answer is not ready."""
+INPUTS_WAIT_S = 2.0
+"""For how long a request waits for a part to look at what it brings."""
+GATEKEEPER = "gatekeeper"
 
 
 class GenerationService:
@@ -59,7 +67,7 @@ class GenerationService:
         self._settings, self._pipelines, self._gatekeeper, self._watch = settings, pipelines, gatekeeper, watch
         self._register = Register(gatekeeper)
         self._cards: dict[str, ModelCard] = {}
-        self._readiness = Readiness(False, dict.fromkeys(pipelines, "not reached"))
+        self._readiness = Readiness(False, dict.fromkeys((GATEKEEPER, *pipelines), NOT_REACHED))
         self._look_again_at = 0.0
 
     @property
@@ -75,7 +83,14 @@ class GenerationService:
         await self._register.close()
 
     async def authenticate(self, api_key: str | None) -> Tenant:
-        return await self._gatekeeper.authenticate(api_key)
+        try:
+            return await self._gatekeeper.authenticate(api_key)
+        except MusicGenError as error:
+            self.count_refusal(errors.report(error).code)
+            raise
+
+    def count_refusal(self, code: str, tenant: Tenant | None = None) -> None:
+        self._watch.rejected("", "" if tenant is None else tenant.tenant_class, code)
 
     async def cancel(self, tenant: Tenant, request_id: str) -> GenerationStatus:
         self._register.stop(request_id, tenant.name)  # if it is here, it need not wait for the gatekeeper's message
@@ -92,17 +107,17 @@ class GenerationService:
         now = asyncio.get_running_loop().time()
         if now >= self._look_again_at:  # probes of both protocols come often
             self._look_again_at = now + READINESS_S
-            states = await together(*(self._state(name) for name in self._pipelines))
-            details = dict(zip(self._pipelines, states, strict=True))
-            self._readiness = Readiness(all(state == READY for state in states), details)
+            looks = (self._gatekeeper_state(), *(self._state(name) for name in self._pipelines))
+            keeper, *states = await together(*(_looked(look) for look in looks))
+            details = {GATEKEEPER: keeper, **dict(zip(self._pipelines, states, strict=True))}
+            self._readiness = Readiness(keeper == READY and READY in states, details)
         return self._readiness
 
+    async def _gatekeeper_state(self) -> str:
+        return READY if await self._gatekeeper.takes_requests() else "draining"
+
     async def _state(self, model: str) -> str:
-        try:
-            async with asyncio.timeout(READINESS_WAIT_S):
-                await self._pipelines[model].spokes.check()
-        except (LostError, MusicGenError, TimeoutError):
-            return "not reached"
+        await self._pipelines[model].spokes.check()
         return READY
 
     @asynccontextmanager
@@ -117,7 +132,8 @@ class GenerationService:
             config = await self._checked(tenant, request)
             ticket = await self._register.admit(_admission(tenant, request))
         except MusicGenError as error:
-            self._watch.rejected(request.model, tenant.tenant_class, errors.report(error).code)
+            model = request.model if request.model in self._pipelines else ""  # else whatever a caller writes
+            self._watch.rejected(model, tenant.tenant_class, errors.report(error).code)
             raise
         self._log_admitted(tenant, request)
         watch = self._watch.admitted(
@@ -141,7 +157,7 @@ class GenerationService:
                         yield event
             running.reason = FinishReason.FINISHED
         except Exception as error:
-            stopped = isinstance(error, (RequestCancelledError, DeadlineExceededError))
+            stopped = isinstance(error, (RequestCancelledError, DeadlineExceededError, DeadlineTooShortError))
             running.reason = FinishReason.CANCELLED if stopped else FinishReason.FAILED
             running.error = error
             if not isinstance(error, MusicGenError):
@@ -196,13 +212,28 @@ class GenerationService:
             )
         if tenant.models is not None and request.model not in tenant.models:
             raise ForbiddenError(f"model: {request.model!r} is not among those that this key may use")
-        longest_s = _longest_s(self._settings.limits, tenant)
-        if request.duration_s > longest_s:
-            got = f"{request.duration_s:g} s"
-            raise InvalidRequestError(f"at most {longest_s:g} s", got, "ask for less", param="duration_s")
         config = (await self._card(request.model)).config
         check_fits(request, config)
+        await self._check_inputs(request, config)
         return config
+
+    async def _check_inputs(self, request: GenerationRequest, config: ModelConfig) -> None:
+        """Refuse what is quickly seen to be unusable, before it takes a place and counts as a request that failed. What
+        only the work itself can show (a damaged recording) is found then; so is this, if a part does not answer."""
+        if request.prompt_audio is not None:
+            prompt_s = await asyncio.to_thread(length_s, request.prompt_audio)
+            if prompt_s is not None:
+                check_prompt_length(prompt_s, config, request.duration_s)
+        spokes = self._pipelines[request.model].spokes
+        long = {piece.prompt for piece in request.pieces if piece.prompt and _may_be_too_long(piece.prompt)}
+        checks = [spokes.check_prompt(prompt) for prompt in long]
+        if request.stems:
+            checks.append(spokes.check_stems())
+        try:
+            async with asyncio.timeout(INPUTS_WAIT_S):
+                await together(*checks)
+        except (LostError, TimeoutError) as error:
+            logger.warning("request %s: not checked beforehand: %s", request.request_id, type(error).__name__)
 
     async def _card(self, model: str) -> ModelCard:
         """What is known of a model; asked for once.
@@ -213,6 +244,14 @@ class GenerationService:
             describe = self._pipelines[model].spokes.describe
             self._cards[model], _ = await insist(self._settings.failover, f"model {model}", describe)
         return self._cards[model]
+
+
+async def _looked(look: Awaitable[str]) -> str:
+    try:
+        async with asyncio.timeout(READINESS_WAIT_S):
+            return await look
+    except (LostError, MusicGenError, TimeoutError):
+        return NOT_REACHED
 
 
 @contextmanager
@@ -254,8 +293,10 @@ def _started(request: GenerationRequest, prepared: Prepared, quoted_start_s: flo
     )
 
 
-def _longest_s(limits: LimitSettings, tenant: Tenant) -> float:
-    return limits.max_duration_s if tenant.max_duration_s is None else min(limits.max_duration_s, tenant.max_duration_s)
+def _may_be_too_long(prompt: str) -> bool:
+    """Whether it is worth asking: no token of T5 has less than one character after it has normalised the text; two are
+    added."""
+    return len(unicodedata.normalize("NFKC", prompt)) + 2 > MAX_TEXT_TOKENS
 
 
 def _info(model: ModelSettings, card: ModelCard, settings: ServeSettings, tenant: Tenant) -> ModelInfo:
@@ -266,7 +307,7 @@ def _info(model: ModelSettings, card: ModelCard, settings: ServeSettings, tenant
         config.sample_rate,
         config.audio_channels,
         config.chroma is not None,
-        _longest_s(settings.limits, tenant),
+        longest_piece_s(tenant, settings.limits),
         config.max_duration_s,
         card.weights,
     )

@@ -1,6 +1,7 @@
-"""Who used what: one line for each request that ended, and the counts behind the metrics.
+"""Who used what: one line for each request that ended, and counts to check the gatekeeper's books by.
 
-Owns the usage file and the counters. Knows no prompt and no key, and decides nothing.
+Owns the usage file and the counts. Of these only the lines that were lost become a metric: requests are counted for
+the metrics by the edges (`watch`). Knows no prompt and no key, and decides nothing.
 """
 
 from __future__ import annotations

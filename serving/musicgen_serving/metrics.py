@@ -41,14 +41,18 @@ METRICS: Mapping[str, Metric] = {
     "requests_finished": Metric("counter", "admitted requests that ended well", (*_BY_TENANT, "reason")),
     "requests_cancelled": Metric("counter", "admitted requests that were cancelled", (*_BY_TENANT, "reason")),
     "requests_failed": Metric("counter", "admitted requests that failed", (*_BY_TENANT, "reason")),
-    "requests_rejected": Metric("counter", "requests that were not taken in", (*_BY_TENANT, "reason")),
+    "requests_rejected": Metric(
+        "counter", "requests that were not taken in, whoever refused them", (*_BY_TENANT, "reason")
+    ),
     "audio_seconds": Metric("counter", "seconds of audio given out", _BY_TENANT),
     "failovers": Metric("counter", "times a replica was lost and another went on", _BY_TENANT),
     "underrun_seconds": Metric("counter", "silence at a simulated real-time player", _BY_TENANT),
     "streams_played": Metric("counter", "streams, by whether a player heard no gap", (*_BY_TENANT, "continuous")),
     "time_to_first_audio_seconds": Metric("histogram", "from admission to the first audio", _BY_TENANT, _SECONDS),
     "queue_seconds": Metric("histogram", "from the engine's taking a piece to its start", _BY_TENANT, _SECONDS),
-    "real_time_factor": Metric("histogram", "seconds of work a second of audio", _BY_TENANT, _RATIO),
+    "real_time_factor": Metric(
+        "histogram", "seconds an engine took for a second of a piece, its wait not counted", _BY_TENANT, _RATIO
+    ),
     "step_seconds": Metric("gauge", "running mean of an engine's step", ("model", "replica")),
     "batch_pieces": Metric("gauge", "pieces that an engine decodes", ("model", "replica")),
     "waiting_pieces": Metric("gauge", "pieces that wait at an engine", ("model", "replica")),
@@ -56,6 +60,7 @@ METRICS: Mapping[str, Metric] = {
     "kv_pages_used": Metric("gauge", "pages of keys and values in use", ("model", "replica")),
     "kv_pages": Metric("gauge", "pages of keys and values", ("model", "replica")),
     "codec_calls": Metric("gauge", "decode calls under way", ("model", "replica")),
+    "usage_lines_lost": Metric("gauge", "lines that are missing in the usage file since the gatekeeper began", ()),
     "quoted_wait_seconds": Metric("gauge", "wait that a new request would be quoted", ("model",)),
 }
 

@@ -7,13 +7,27 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from musicgen_serving.errors import ReplicaLostError
+from musicgen_serving.errors import InternalError, ReplicaLostError
 from musicgen_serving.settings import FailoverSettings
-from musicgen_serving.spokes import LostError
+from musicgen_serving.spokes import BrokenError, LostError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Repetition:
+    """Tells a failure that is the same wherever it is tried from one that another replica may not have."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+
+    def check(self, error: BaseException) -> None:
+        """An attempt failed so. Raises: InternalError: so did the one before, in a replica that lives."""
+        failure = str(error) if isinstance(error, BrokenError) else None
+        if failure is not None and failure == self._last:
+            raise InternalError("a part of the service failed twice in the same way; its replicas' logs say how")
+        self._last = failure
 
 
 class Patience:
@@ -28,21 +42,25 @@ class Patience:
         self._settings, self._what = settings, what
         self._max_attempts = min(settings.max_attempts, max_attempts or settings.max_attempts)
         self._num_in_a_row = 0
+        self._repetition = Repetition()
         self.num_failures = 0
 
     def progress(self) -> None:
         """The work got on: failures before this count no more."""
         self._num_in_a_row = 0
+        self._repetition = Repetition()
 
     async def lost(self, error: BaseException) -> None:
         """An attempt failed: wait before the next.
 
         Raises:
             ReplicaLostError: that was the last one.
+            InternalError: replicas that live fail in the same way: more attempts would too.
         """
         self.num_failures += 1
         self._num_in_a_row += 1
         logger.warning("%s: attempt %d lost: %s", self._what, self._num_in_a_row, _first_line(error))
+        self._repetition.check(error)
         if self._num_in_a_row >= self._max_attempts:
             raise ReplicaLostError("the service lost a part of itself and could not replace it in time; retry later")
         wait_s = self._settings.backoff_s * 2 ** (self._num_in_a_row - 1)
@@ -57,7 +75,7 @@ async def insist(
     Args:
         max_attempts: in the place of the settings', if it is less.
     Raises:
-        ReplicaLostError: the attempts are used up. Other errors are passed on.
+        ReplicaLostError: the attempts are used up. InternalError: they fail alike. Other errors are passed on.
     """
     patience = Patience(settings, what, max_attempts)
     while True:

@@ -16,7 +16,7 @@ import grpc
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 from musicgen.codec_stream import StreamPiece, StreamState
 from musicgen.errors import EngineDeadError, MusicGenError
@@ -27,7 +27,8 @@ from musicgen_serving.concurrency import together
 from musicgen_serving.deployments.chroma import Recording
 from musicgen_serving.deployments.language_model import LanguageModelEvent, ModelCard
 from musicgen_serving.errors import ReplicaLostError
-from musicgen_serving.spokes import LostError
+from musicgen_serving.patience import Repetition
+from musicgen_serving.spokes import BrokenError, LostError
 from musicgen_serving.tenancy import hash_key
 from musicgen_serving.types import GenerationStatus
 
@@ -38,17 +39,28 @@ logger = logging.getLogger(__name__)
 GATEKEEPER_WAIT_S = 10.0
 """Longest wait for a gatekeeper that is being replaced."""
 
+_LOSSES = (
+    *(RayError, RayServeException, grpc.RpcError, asyncio.CancelledError, OSError, TimeoutError),
+    *(EngineDeadError, MemoryError, OutOfMemoryError),
+)
+"""Of the replica or the way to it, as they may be over in a moment or elsewhere."""
+_OF_SERVE = "Unexpected error ("
+"""How Serve (2.60) begins what it says, as a RuntimeError, of a connection that broke during a call."""
+
 KNOWN_S = 10.0
 """For how long a key counts that the gatekeeper has known: its callers save a call for each request."""
 MAX_KNOWN = 1000
 
 
 def translated(error: BaseException) -> BaseException:
-    """What an error of a handle means: the project's own error, or `LostError`."""
+    """What an error of a handle means: the project's own error, `LostError`, or `BrokenError` if it was raised by code
+    of the replica: Serve passes on such errors as they are."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, MusicGenError) and not isinstance(cause, EngineDeadError):
         return cause
-    return LostError(f"{type(cause).__name__}: {cause}")
+    text = f"{type(cause).__name__}: {cause}"
+    is_loss = isinstance(cause, _LOSSES) or str(cause).startswith(_OF_SERVE)
+    return LostError(text) if is_loss else BrokenError(text)
 
 
 def direct(handle: Handle) -> Handle:
@@ -84,7 +96,7 @@ def _translating() -> Iterator[None]:
     """Around whatever waits for a replica."""
     try:
         yield
-    except (RayError, RayServeException, MusicGenError, grpc.RpcError) as error:
+    except Exception as error:
         raise translated(error) from None
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
@@ -120,6 +132,12 @@ class RaySpokes:
     async def encode_text(self, prompt: str) -> Tensor:
         states: Tensor = await call(self._text_encoder.encode, prompt, **_traced())
         return states
+
+    async def check_prompt(self, prompt: str) -> None:
+        await call(self._text_encoder.check_prompt, prompt)
+
+    async def check_stems(self) -> None:
+        await call(self._chroma.check_stems)
 
     async def extract_chroma(self, recording: Recording) -> list[Tensor]:
         chroma: list[Tensor] = await call(self._chroma.extract, recording, **_traced())
@@ -191,6 +209,10 @@ class RayGatekeeper:
             self._known[key] = now + KNOWN_S, tenant
         return tenant
 
+    async def takes_requests(self) -> bool:
+        """Raises: LostError: it does not answer now."""
+        return bool(await call(self._handle.takes_requests))
+
     async def admit(self, request: AdmissionRequest) -> Ticket:
         ticket = await self._call("admit", request)
         assert isinstance(ticket, Ticket)
@@ -220,7 +242,8 @@ class RayGatekeeper:
         await self._call("set_capacity", model, num_replicas)
 
     async def _call(self, method: str, *arguments: object) -> Any:
-        """Raises: ReplicaLostError: there is none for too long."""
+        """Raises: ReplicaLostError: there is none for too long. InternalError: it fails in the same way again."""
+        repetition = Repetition()
         deadline = asyncio.get_running_loop().time() + GATEKEEPER_WAIT_S
         while True:
             left_s = deadline - asyncio.get_running_loop().time()
@@ -229,6 +252,7 @@ class RayGatekeeper:
                     return await call(getattr(self._handle, method), *arguments)
             except (LostError, TimeoutError) as error:
                 logger.warning("gatekeeper.%s: %s", method, str(error).splitlines()[:1])
+                repetition.check(error)
                 if left_s < 0.5:
                     raise ReplicaLostError("the service is being restored; retry in some seconds") from None
                 await asyncio.sleep(0.2)

@@ -65,6 +65,15 @@ async def check_recording(content: bytes, param: str, limits: LimitSettings) -> 
     await asyncio.to_thread(_check_header, content, kind, param, limits.max_recording_s)
 
 
+def length_s(content: bytes) -> float | None:
+    """Seconds of a recording as its header says; None: it says so only roughly (MPEG), or cannot be read."""
+    try:
+        with soundfile.SoundFile(_Content(content)) as file:
+            return None if str(file.format) in _CONTAINERS["mp3"] else int(file.frames) / int(file.samplerate)
+    except (soundfile.LibsndfileError, OSError, ValueError, OverflowError, TypeError, ZeroDivisionError):
+        return None
+
+
 def _check_header(content: bytes, kind: str, param: str, max_recording_s: float) -> None:
     try:
         with soundfile.SoundFile(_Content(content)) as file:

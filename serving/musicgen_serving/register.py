@@ -155,7 +155,7 @@ class Register:
         running.settled = True
         end = running.end()
         code = None if running.error is None else errors.report(running.error).code
-        running.watch.ended(end, running.done_s, code)
+        running.watch.ended(end, running.done_s, code, running.config.frame_rate_hz)
         settlement = Settlement(
             running.progress(),
             running.reason,

@@ -15,10 +15,8 @@ from ray import serve
 from torch import Tensor
 
 from musicgen.codec_stream import StreamPiece, StreamState
-from musicgen.errors import OverloadedError
 from musicgen.types import EngineRequest
 from musicgen_serving import inner_ports, logs, tracing, wire
-from musicgen_serving.admission import AdmissionRequest, Ticket
 from musicgen_serving.autoscaling import LOAD
 from musicgen_serving.deployments.chroma import ChromaExtractor, Recording
 from musicgen_serving.deployments.codec import CodecDecoder
@@ -173,25 +171,15 @@ class GatekeeperReplica(LocalGatekeeper):
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
         set_up("gatekeeper", settings.observability)
         super().__init__(settings)
-        self._draining = False
         self._gauges = asyncio.create_task(self._show_gauges())
-
-    async def admit(self, request: AdmissionRequest) -> Ticket:
-        """Raises: OverloadedError: the service is about to stop. Others: as `LocalGatekeeper.admit`."""
-        if self._draining:
-            raise OverloadedError("the service is shutting down; retry when it is back")
-        return await super().admit(request)
-
-    async def drain(self) -> int:
-        """Take nothing more in. Returns how many requests still run."""
-        self._draining = True
-        return (await self.counts()).running
 
     async def _show_gauges(self) -> None:
         recorder = RayRecorder()
         while True:
             await asyncio.sleep(GAUGES_S)
-            for model, load in (await self.counts()).models.items():
+            counts = await self.counts()
+            recorder.set("usage_lines_lost", counts.num_lines_lost, {})
+            for model, load in counts.models.items():
                 recorder.set("quoted_wait_seconds", load.wait_s, {"model": model})
 
     def check_health(self) -> None:

@@ -21,7 +21,7 @@ class Readiness:
 
     ready: bool
     details: dict[str, str]
-    """Part → `ready`, or what it waits for. Names deployments, never machines."""
+    """`gatekeeper` and each model → `ready`, or what it waits for. Never names machines."""
 
 
 class MusicService(Protocol):
@@ -32,6 +32,10 @@ class MusicService(Protocol):
 
     async def authenticate(self, api_key: str | None) -> Tenant:
         """Raises: UnauthenticatedError."""
+
+    def count_refusal(self, code: str, tenant: Tenant | None = None) -> None:
+        """An edge has refused a request before `generate` could: with the error `code`, as in `errors.report`. What
+        `authenticate` and `generate` refuse they count themselves."""
 
     def generate(
         self, tenant: Tenant, request: GenerationRequest
@@ -57,4 +61,4 @@ class MusicService(Protocol):
         """The models that the tenant may use."""
 
     async def readiness(self) -> Readiness:
-        """Whether every part is there and warmed."""
+        """Whether requests are taken, and at least one model can make them: others may be gone meanwhile."""

@@ -26,6 +26,10 @@ class LostError(Exception):
     """A replica is gone, silent or broken; never seen outside."""
 
 
+class BrokenError(LostError):
+    """A replica that lives failed inside; another may fail in the same way. Says how."""
+
+
 class Spokes(Protocol):
     """One model's parts."""
 
@@ -37,6 +41,12 @@ class Spokes(Protocol):
 
     async def encode_text(self, prompt: str) -> Tensor:
         """Raises: InvalidRequestError, LostError."""
+
+    async def check_prompt(self, prompt: str) -> None:
+        """Whether `encode_text` would take it. Raises: InvalidRequestError, LostError."""
+
+    async def check_stems(self) -> None:
+        """Whether stems can be separated. Raises: MissingDependencyError, LostError."""
 
     async def extract_chroma(self, recording: Recording) -> list[Tensor]:
         """Raises: InvalidRequestError, MissingDependencyError, LostError."""
@@ -78,6 +88,12 @@ class LocalSpokes:
 
     async def encode_text(self, prompt: str) -> Tensor:
         return await self.text_encoder.encode(prompt)
+
+    async def check_prompt(self, prompt: str) -> None:
+        await self.text_encoder.check_prompt(prompt)
+
+    async def check_stems(self) -> None:
+        await self.chroma.check_stems()
 
     async def extract_chroma(self, recording: Recording) -> list[Tensor]:
         return await self.chroma.extract(recording)

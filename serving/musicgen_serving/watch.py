@@ -74,7 +74,7 @@ class RequestWatch:
     def total_s(self) -> float:
         return self._watch.clock() - self._began
 
-    def ended(self, end: GenerationEnd, audio_s: float, error_code: str | None) -> None:
+    def ended(self, end: GenerationEnd, audio_s: float, error_code: str | None, frame_rate_hz: float) -> None:
         """The terminal event: `audio_s` seconds were given out."""
         recorder, labels, total_s = self._watch.recorder, self._labels, self.total_s
         reason = {**labels, "reason": error_code or end.reason.value}
@@ -84,10 +84,11 @@ class RequestWatch:
         recorder.count("failovers", sum(piece.num_failovers for piece in end.pieces), labels)
         for piece in end.pieces:
             recorder.observe("queue_seconds", piece.queue_s, labels)
-        if end.reason is FinishReason.FINISHED and audio_s:
-            recorder.observe("real_time_factor", total_s / audio_s, labels)
-            if self._is_stream:
-                self._continuity()
+            if piece.num_frames:
+                work_s = piece.prefill_s + piece.decode_s
+                recorder.observe("real_time_factor", work_s * frame_rate_hz / piece.num_frames, labels)
+        if end.reason is FinishReason.FINISHED and audio_s and self._is_stream:
+            self._continuity()
         logger.info(
             end.reason.value,
             extra={

@@ -26,6 +26,7 @@ from musicgen_serving.types import (
 )
 from torch import Tensor
 
+from musicgen.errors import InvalidRequestError
 from musicgen.types import FinishReason
 
 SAMPLE_RATE = 32000
@@ -69,6 +70,11 @@ class FakeService:
     num_given: int = 0
     """Chunks handed to the edge."""
     cancelled: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    """Codes, and the class of the tenant or nothing, of what the edges refused themselves."""
+
+    def count_refusal(self, code: str, tenant: Tenant | None = None) -> None:
+        self.refused.append((code, tenant.tenant_class if tenant else ""))
 
     async def authenticate(self, api_key: str | None) -> Tenant:
         if self.keys is not None and api_key not in self.keys:
@@ -99,6 +105,8 @@ class FakeService:
         if request.model != MODEL.name:
             raise NotFoundError(f"expected a served model, got {request.model!r}")
         num_samples = round(request.duration_s * SAMPLE_RATE)
+        if request.first_sample >= num_samples:
+            raise InvalidRequestError(f"a sample below {num_samples}", "another", param="first_sample")
         seeds = tuple(piece.seed for piece in request.pieces)
         yield Started(request.request_id, request.model, seeds, SAMPLE_RATE, self.channels, num_samples, 0.5)
         await asyncio.sleep(self.audio_delay_s)

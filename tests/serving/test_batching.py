@@ -73,3 +73,23 @@ def test_what_is_urgent_goes_first() -> None:
         assert compute.batches == [[0], [11, 12], [13, 1], [2, 3]]
 
     asyncio.run(body())
+
+
+def test_what_a_batch_raises_is_every_callers_error_and_the_next_batch_goes_on() -> None:
+    batches: list[list[int]] = []
+
+    def compute(numbers: Sequence[int]) -> list[int | Exception]:
+        batches.append(list(numbers))
+        if 0 in numbers:
+            raise RuntimeError("no memory")
+        return [2 * number for number in numbers if number > 0]  # one too few where a number is negative
+
+    async def body() -> list[int | BaseException]:
+        batcher = Batcher(compute, max_batch=2)
+        calls = asyncio.gather(*(batcher(number) for number in (0, 1, 2, -3, 4)), return_exceptions=True)
+        return await asyncio.wait_for(calls, 5)
+
+    first, second, third, fourth, last = asyncio.run(body())
+    assert batches == [[0, 1], [2, -3], [4]]
+    assert all(isinstance(error, RuntimeError) for error in (first, second, third, fourth))
+    assert last == 8

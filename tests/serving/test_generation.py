@@ -10,19 +10,30 @@ from typing import Any
 import pytest
 import torch
 from musicgen_serving import register
-from musicgen_serving.admission import Settlement
+from musicgen_serving.admission import AdmissionRequest, Settlement
+from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.deployments.language_model import LanguageModelEvent
-from musicgen_serving.errors import DeadlineExceededError, NotFoundError, ReplicaLostError
-from musicgen_serving.generation import READINESS_S
-from musicgen_serving.settings import FailoverSettings
-from musicgen_serving.spokes import LostError, Spokes
+from musicgen_serving.errors import (
+    CLIENT_CODES,
+    DeadlineExceededError,
+    InternalError,
+    NotFoundError,
+    ReplicaLostError,
+    UnauthenticatedError,
+    report,
+)
+from musicgen_serving.generation import READINESS_S, GenerationService
+from musicgen_serving.service import Readiness
+from musicgen_serving.settings import FailoverSettings, ServeSettings
+from musicgen_serving.spokes import BrokenError, LostError, Spokes
 from musicgen_serving.types import GenerationEnd, GenerationRequest, Piece, PieceAudio, Started
 from serving.in_process import InProcess, small_settings
 from torch import Tensor
 
 from musicgen import MusicGen
+from musicgen.audio_encode import encode_audio
 from musicgen.codec_stream import StreamPiece, StreamState
-from musicgen.errors import InvalidRequestError, OverloadedError
+from musicgen.errors import DeadlineTooShortError, InvalidRequestError, MissingDependencyError, OverloadedError
 from musicgen.types import ChunkPolicy, EngineRequest, FinishReason, SamplingParams
 
 DURATION_S = 3.0
@@ -34,7 +45,7 @@ class Lossy:
 
     def __init__(self, parts: Spokes) -> None:
         self._parts = parts
-        self.num_codec_losses = self.num_text_losses = self.num_silences = 0
+        self.num_codec_losses = self.num_text_losses = self.num_text_failures = self.num_silences = 0
         self.is_lost = False
         self.lost_after_events: list[int] = []
         """For each coming attempt of the language model: events until it is lost."""
@@ -48,10 +59,18 @@ class Lossy:
         await self._parts.check()
 
     async def encode_text(self, prompt: str) -> Tensor:
+        if self.num_text_failures:
+            self.num_text_failures -= 1
+            raise BrokenError("ValueError: planned")
         if self.num_text_losses:
             self.num_text_losses -= 1
             raise LostError("planned")
         return await self._parts.encode_text(prompt)
+
+    async def check_prompt(self, prompt: str) -> None:
+        """The embedded model's own tokenizer cuts every text off; T5's does not."""
+        assert len(prompt) > 500
+        raise InvalidRequestError("a prompt of at most 512 tokens", "more", param="prompt")
 
     async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
         if self.num_codec_losses:
@@ -102,6 +121,11 @@ def wanted() -> Tensor:
     model.close()
     assert isinstance(wav, Tensor)
     return wav
+
+
+def recording(duration_s: float) -> bytes:
+    """A file of noise."""
+    return encode_audio(torch.rand(1, round(32_000 * duration_s)) - 0.5, 32_000, "wav")
 
 
 def request(request_id: str, **fields: Any) -> GenerationRequest:
@@ -340,33 +364,119 @@ def test_a_deadline_ends_it(service: InProcess) -> None:
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"duration_s": 121.0}, InvalidRequestError),
         ({"duration_s": 0.01}, InvalidRequestError),
         ({"melody": b"not audio"}, InvalidRequestError),
         ({"prompt_audio": b"not audio"}, InvalidRequestError),
         ({"stems": True}, InvalidRequestError),
         ({"first_sample": 96_000}, InvalidRequestError),
+        ({"prompt_audio": recording(3.0)}, InvalidRequestError),
+        ({"pieces": (Piece("la " * 600, 1),)}, InvalidRequestError),
+        ({"melody": recording(1.0), "stems": True}, MissingDependencyError),
         ({"extend_stride_s": 30.0}, InvalidRequestError),
     ],
 )
 def test_what_cannot_be_made_is_refused(service: InProcess, fields: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
+    """Before admission, unless only the work shows it: then it has failed, for a reason that is the caller's."""
+    counted = dict(service.recorder.counted)
+    with pytest.raises(error) as caught:
         service.run(collect(service, request("refused", **fields)))
+    service.run(at_rest(service))
+    code = report(caught.value).code
+    is_damaged = b"not audio" in fields.values()
+    for name in ("requests_admitted", "requests_failed", "requests_rejected"):
+        reason = "" if name == "requests_admitted" else code
+        is_counted = is_damaged != (name == "requests_rejected")
+        assert service.recorder.counted.get((name, reason), 0) - counted.get((name, reason), 0) == is_counted, name
+    assert code in CLIENT_CODES
+
+
+def test_a_deadline_that_cannot_be_met_is_no_failure_of_the_service(service: InProcess) -> None:
+    before = service.recorder.counted.get(("requests_cancelled", "deadline_too_short"), 0)
+    with pytest.raises(DeadlineTooShortError) as caught:
+        service.run(collect(service, request("too-short", duration_s=100.0, deadline_s=0.5)))
+    assert report(caught.value).grpc_code == "UNAVAILABLE"
+    assert service.recorder.counted[("requests_cancelled", "deadline_too_short")] == before + 1
+    service.run(at_rest(service))
+
+
+def test_what_fails_alike_in_every_replica_is_not_tried_for_long(service: InProcess, lossy: list[Lossy]) -> None:
+    lossy[0].num_text_failures = 10
+    with pytest.raises(InternalError):
+        service.run(collect(service, request("broken", pieces=(Piece("x", 1),))))
+    assert lossy[0].num_text_failures == 8
+    lossy[0].num_text_failures = 0
     service.run(at_rest(service))
 
 
 def test_readiness_follows_the_parts(service: InProcess, lossy: list[Lossy]) -> None:
-    async def seen() -> bool:
+    async def seen() -> dict[str, str]:
         await asyncio.sleep(READINESS_S)
         readiness = await service.service.readiness()
-        assert list(readiness.details) == ["demo"]
-        return readiness.ready
+        assert readiness.ready == (set(readiness.details.values()) == {"ready"})
+        return readiness.details
 
-    assert service.run(seen())
+    assert service.run(seen()) == {"gatekeeper": "ready", "demo": "ready"}
     lossy[0].is_lost = True
-    assert not service.run(seen())
+    assert service.run(seen()) == {"gatekeeper": "ready", "demo": "not reached"}
     lossy[0].is_lost = False
-    assert service.run(seen())
+    assert service.run(seen()) == {"gatekeeper": "ready", "demo": "ready"}
+
+
+class Whole:
+    """A model's parts that answer, or do not."""
+
+    def __init__(self, is_there: bool) -> None:
+        self.spokes, self.is_there = self, is_there
+
+    async def check(self) -> None:
+        if not self.is_there:
+            raise LostError("planned")
+
+
+def test_one_model_that_is_whole_is_enough_but_not_without_a_gatekeeper_that_takes_requests() -> None:
+    keeper = LocalGatekeeper(ServeSettings())
+
+    async def seen(*are_there: bool) -> Readiness:
+        parts: Any = {str(index): Whole(is_there) for index, is_there in enumerate(are_there)}
+        return await GenerationService(ServeSettings(), parts, keeper, None).readiness()  # type: ignore[arg-type]
+
+    async def run() -> None:
+        one = await seen(False, True)
+        assert (one.ready, one.details) == (True, {"gatekeeper": "ready", "0": "not reached", "1": "ready"})
+        assert not (await seen(False, False)).ready
+        assert await keeper.drain() == 0
+        draining = await seen(True, True)
+        assert (draining.ready, draining.details["gatekeeper"]) == (False, "draining")
+        with pytest.raises(OverloadedError):
+            await keeper.admit(AdmissionRequest("r", "anonymous", "demo", 1.0))
+
+    asyncio.run(run())
+    keeper.close()
+
+
+def test_unknown_keys_and_names_are_counted_without_them(service: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(_: object) -> None:
+        raise UnauthenticatedError("expected a known API key, got another")
+
+    monkeypatch.setattr(service.gatekeeper, "authenticate", refuse)
+    labels: list[dict[str, str]] = []
+    count = service.recorder.count
+
+    def noted(name: str, amount: float, of: dict[str, str]) -> None:
+        labels.extend([of] * (name == "requests_rejected"))
+        count(name, amount, of)
+
+    monkeypatch.setattr(service.recorder, "count", noted)
+    with pytest.raises(UnauthenticatedError):
+        service.run(service.service.authenticate("no such key"))
+    monkeypatch.undo()
+    monkeypatch.setattr(service.recorder, "count", noted)
+    with pytest.raises(NotFoundError):
+        service.run(collect(service, GenerationRequest("unknown", "no such model", (Piece(None, 1),), 1.0)))
+    assert labels == [
+        {"model": "", "tenant_class": "", "reason": "invalid_api_key"},
+        {"model": "", "tenant_class": "default", "reason": "not_found"},
+    ]
 
 
 def test_an_unknown_model_is_not_found(service: InProcess) -> None:

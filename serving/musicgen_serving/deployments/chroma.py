@@ -17,10 +17,11 @@ from torch import Tensor
 from musicgen.audio import load_audio
 from musicgen.conditioning import Melody, window_chroma
 from musicgen.errors import InvalidRequestError
-from musicgen.stems import MelodyStems
+from musicgen.stems import MelodyStems, check_installed
 from musicgen.types import Window
 from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
+from musicgen_serving.deployments.self_check import SelfCheck
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
 MAX_BATCH = 8
@@ -52,6 +53,7 @@ class ChromaExtractor:
         self._stems = MelodyStems(self._config.sample_rate)
         self._extract = Batcher(self._extract_all, MAX_BATCH)
         self._cache: OrderedDict[str, list[Tensor]] = OrderedDict()
+        self._self_check = SelfCheck("chroma extractor", self.warm_up)
 
     async def warm_up(self) -> None:
         """The first Fourier transform is slow."""
@@ -67,7 +69,12 @@ class ChromaExtractor:
             InvalidRequestError: not readable audio, too long, or the model takes no melody.
             MissingDependencyError: stems were asked for and cannot be separated here.
         """
-        return await self._extract(recording)
+        with self._self_check.watching():
+            return await self._extract(recording)
+
+    async def check_stems(self) -> None:
+        """Raises: MissingDependencyError: stems cannot be separated here."""
+        check_installed()
 
     def _extract_all(self, recordings: Sequence[Recording]) -> list[list[Tensor] | Exception]:
         """Only ever on one thread at a time: batches do not overlap."""
@@ -99,5 +106,6 @@ class ChromaExtractor:
         """Calls waiting and under way: the load."""
         return self._extract.num_calls
 
-    def check_health(self) -> None:
-        """An extractor that answers is well."""
+    async def check_health(self) -> None:
+        """Raises: RuntimeError: it fails again and again; the replica must be replaced."""
+        await self._self_check.check()

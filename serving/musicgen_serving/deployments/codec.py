@@ -7,6 +7,7 @@ together. Streams that begin go first: their listeners hear nothing yet.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from musicgen.codec_stream import StreamingCodec, StreamPiece, StreamState, deco
 from musicgen.inputs import checked_prompt
 from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
+from musicgen_serving.deployments.self_check import SelfCheck
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
 MAX_BATCH = 16
@@ -38,11 +40,18 @@ class CodecDecoder:
         on_cpu = decoder.codebooks.device.type == "cpu"
         self._decode = Batcher(self._decode_all, max_batch=1 if on_cpu else MAX_BATCH)
         self._encode = Batcher(self._encode_all, max_batch=1)
+        self._self_check = SelfCheck("codec", self._prove)
 
     async def warm_up(self) -> None:
         """Decode a little silence."""
         codes = torch.zeros(self._config.decoder.num_codebooks, 8, dtype=torch.int32)
         await self.decode(StreamPiece(codes, self._codec.initial_state(), last=True))
+
+    async def _prove(self) -> None:
+        """Decode and encode a little silence."""
+        await self.warm_up()
+        silence = torch.zeros(self._config.audio_channels, 4 * self._config.codec.hop_length)
+        await asyncio.to_thread(self._encoder.encode, silence)
 
     async def initial_state(self) -> StreamState:
         """The state of a stream before its first codes."""
@@ -54,7 +63,8 @@ class CodecDecoder:
         Raises:
             InvalidRequestError: codes or a state that do not fit the codec.
         """
-        return await self._decode(piece, urgent=piece.state.num_frames == 0)
+        with self._self_check.watching():
+            return await self._decode(piece, urgent=piece.state.num_frames == 0)
 
     @torch.inference_mode()
     def _decode_all(self, pieces: Sequence[StreamPiece]) -> Sequence[tuple[Tensor, StreamState] | Exception]:
@@ -74,7 +84,8 @@ class CodecDecoder:
         Raises:
             InvalidRequestError: not readable audio, too long, or nothing left to make.
         """
-        return await self._encode((content, duration_s))
+        with self._self_check.watching():
+            return await self._encode((content, duration_s))
 
     def _encode_all(self, recordings: Sequence[tuple[bytes, float]]) -> Sequence[Tensor | Exception]:
         results: list[Tensor | Exception] = []
@@ -93,8 +104,9 @@ class CodecDecoder:
         """Decode calls under way: the load."""
         return self._decode.num_calls
 
-    def check_health(self) -> None:
-        """A codec that answers is well."""
+    async def check_health(self) -> None:
+        """Raises: RuntimeError: it fails again and again; the replica must be replaced."""
+        await self._self_check.check()
 
 
 def _on_host(samples: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:

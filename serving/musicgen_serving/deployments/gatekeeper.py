@@ -35,7 +35,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 
-from musicgen.errors import MusicGenError, QuotaExceededError
+from musicgen.errors import MusicGenError, OverloadedError, QuotaExceededError
 from musicgen.types import FinishReason
 from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Tenant, Ticket
 from musicgen_serving.backlog import MAX_RETRY_S, MIN_RETRY_S, Backlog
@@ -103,6 +103,7 @@ class LocalGatekeeper:
         self._news = asyncio.Event()
         """Set, and replaced, when somebody wants the end of a request."""
         self._swept_at = clock()
+        self._draining = False
 
     async def authenticate(self, api_key: str | None) -> Tenant:
         """See `admission.Gatekeeper`."""
@@ -116,11 +117,22 @@ class LocalGatekeeper:
             self._ledger.reject("", "", report(error).code)
             raise
 
+    async def takes_requests(self) -> bool:
+        """See `admission.Gatekeeper`."""
+        return not self._draining
+
+    async def drain(self) -> int:
+        """Take nothing more in. Returns how many requests still run."""
+        self._draining = True
+        return (await self.counts()).running
+
     async def admit(self, request: AdmissionRequest) -> Ticket:
         """See `admission.Gatekeeper`. A repeat of a running request takes its place."""
         tenant = self._tenancy.settings_of(request.tenant)
         model = request.model if request.model in self._backlogs else ""
         try:
+            if self._draining:
+                raise OverloadedError("the service is shutting down; retry when it is back")
             if not model:
                 raise NotFoundError("expected the name of a served model, got another; list the models to see them")
             return await self._admit(request, tenant)

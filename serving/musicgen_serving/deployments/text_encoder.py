@@ -6,6 +6,7 @@ neighbours; repeated ones are computed once.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
+from musicgen_serving.deployments.self_check import SelfCheck
 from musicgen_serving.settings import ModelSettings
 
 MAX_BATCH = 32
@@ -29,6 +31,7 @@ class TextEncoder:
         self._encode = Batcher(self._encode_all, MAX_BATCH)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cached_bytes = 0
+        self._self_check = SelfCheck("text encoder", lambda: asyncio.to_thread(self._encoder.encode, "music"))
 
     async def warm_up(self) -> None:
         await self.encode("music")
@@ -39,7 +42,16 @@ class TextEncoder:
         Raises:
             InvalidRequestError: too long a prompt.
         """
-        return await self._encode(prompt)
+        with self._self_check.watching():
+            return await self._encode(prompt)
+
+    async def check_prompt(self, prompt: str) -> None:
+        """Whether `encode` would take it; a small part of the work.
+
+        Raises:
+            InvalidRequestError: too long a prompt.
+        """
+        await asyncio.to_thread(self._encoder.tokenize, prompt)
 
     def _encode_all(self, prompts: Sequence[str]) -> list[Tensor | Exception]:
         return [self._encode_one(prompt) for prompt in prompts]
@@ -66,5 +78,6 @@ class TextEncoder:
         """Calls waiting and under way: the load."""
         return self._encode.num_calls
 
-    def check_health(self) -> None:
-        """An encoder that answers is well."""
+    async def check_health(self) -> None:
+        """Raises: RuntimeError: it fails again and again; the replica must be replaced."""
+        await self._self_check.check()

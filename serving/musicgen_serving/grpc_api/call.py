@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 from google.protobuf.message import Message
 
-from musicgen.errors import RequestCancelledError
+from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen_serving import delay_points
 from musicgen_serving.admission import Tenant
 from musicgen_serving.checks import is_request_id, new_request_id
@@ -42,6 +42,15 @@ class Call:
     """As it came."""
     deadline_s: float | None
     """Seconds from the call's beginning to its deadline."""
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Around what refuses requests before the service sees them."""
+        try:
+            yield
+        except MusicGenError as error:
+            self.service.count_refusal(report(error).code, self.tenant)
+            raise
 
     async def send_request_id(self) -> None:
         """The initial metadata; from now on the caller knows that the call was taken."""

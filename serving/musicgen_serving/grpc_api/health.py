@@ -1,4 +1,4 @@
-"""grpc.health.v1, as the service's readiness is. Knows of the service only whether it is ready."""
+"""grpc.health.v1, as the service's readiness is. Knows of the service only whether it is ready, and its models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from musicgen_serving.grpc_api.call import ServiceGetter
+from musicgen_serving.service import Readiness
 
 NAME = str(health.SERVICE_NAME)
 PERIOD_S = 0.5
@@ -19,17 +20,20 @@ _log = logging.getLogger(__name__)
 
 
 class Health:
-    """Answers for the whole server (the empty name) and for each of `services`; not serving until `watch` found so."""
+    """Answers for the whole server (the empty name) and for each of `services`, which serve when requests are taken,
+    and for each part of the readiness's details, such as a model, by its name. Nothing serves until `watch` found so.
+    """
 
     def __init__(self, server: grpc.aio.Server, services: tuple[str, ...]) -> None:
         self._names = ("", *services)
+        self._parts: set[str] = set()
         self._servicer: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # unknown to grpc-stubs
         self._watcher: asyncio.Task[None] | None = None
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def watch(self, get_service: ServiceGetter) -> None:
         """Keep the answers right from now on."""
-        await self._set(ready=False)
+        await self._set(Readiness(False, {}))
         self._watcher = asyncio.create_task(self._watch(get_service))
 
     async def close(self) -> None:
@@ -43,14 +47,16 @@ class Health:
     async def _watch(self, get_service: ServiceGetter) -> None:
         while True:
             try:
-                ready = (await get_service().readiness()).ready
+                readiness = await get_service().readiness()
             except Exception as error:
                 _log.warning("the service's readiness is unknown: %s", type(error).__name__)
-                ready = False
-            await self._set(ready=ready)
+                readiness = Readiness(False, {})
+            await self._set(readiness)
             await asyncio.sleep(PERIOD_S)
 
-    async def _set(self, *, ready: bool) -> None:
+    async def _set(self, readiness: Readiness) -> None:
         known = health_pb2.HealthCheckResponse
-        for name in self._names:
+        self._parts |= readiness.details.keys()
+        serve = {part: readiness.details.get(part) == "ready" for part in self._parts}
+        for name, ready in {**serve, **dict.fromkeys(self._names, readiness.ready)}.items():
             await self._servicer.set(name, known.SERVING if ready else known.NOT_SERVING)

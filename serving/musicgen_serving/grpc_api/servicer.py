@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 import torch
 from torch import Tensor
 
-from musicgen.errors import InvalidRequestError, MusicGenError, RequestCancelledError
+from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen.types import ChunkPolicy, FinishReason
 from musicgen_serving.grpc_api import convert
 from musicgen_serving.grpc_api.call import Call, Context, ServiceGetter, begin
@@ -31,20 +31,22 @@ class MusicServicer(pb_grpc.MusicServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with begin(context, self._get_service, request.request_id) as call:
-            audio_format = convert.checked_format(request.audio_format, stream=False)
-            generation = await to_request(request, call, chunks=None)
+            with call.counting_refusals():
+                audio_format = convert.checked_format(request.audio_format, stream=False)
+                generation = await to_request(request, call, chunks=None)
             async with call.service.generate(call.tenant, generation) as events:
-                started, parts, end = await _collect(events, generation.first_sample)
+                started, parts, end = await _collect(events)
             answer = await asyncio.to_thread(_whole, started, parts, end, audio_format)
             await call.send_request_id()
         return answer
 
     async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Context) -> None:
         async with begin(context, self._get_service, request.request_id) as call:
-            audio_format = convert.checked_format(request.audio_format, stream=True)
-            generation = await to_request(request, call, chunks=ChunkPolicy())
+            with call.counting_refusals():
+                audio_format = convert.checked_format(request.audio_format, stream=True)
+                generation = await to_request(request, call, chunks=ChunkPolicy())
             async with call.service.generate(call.tenant, generation) as events:
-                await _stream(events, call, audio_format, generation.first_sample)
+                await _stream(events, call, audio_format)
 
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context
@@ -67,15 +69,12 @@ class MusicServicer(pb_grpc.MusicServiceServicer):
         return pb.ListModelsResponse(models=models)
 
 
-async def _stream(
-    events: AsyncIterator[GenerationEvent], call: Call, audio_format: pb.AudioFormat, first_sample: int
-) -> None:
+async def _stream(events: AsyncIterator[GenerationEvent], call: Call, audio_format: pb.AudioFormat) -> None:
     """Send the events. `started` waits for the first audio, so that a failure before it is a status alone."""
     started: Started | None = None
     num_sent = 0
     async for event in events:
         if isinstance(event, Started):
-            _check_first_sample(event, first_sample)
             started = event
             continue
         assert started is not None  # the service's first event
@@ -94,14 +93,13 @@ async def _stream(
 
 
 async def _collect(
-    events: AsyncIterator[GenerationEvent], first_sample: int
+    events: AsyncIterator[GenerationEvent],
 ) -> tuple[Started, list[list[Tensor]], GenerationEnd]:
     """All events of a request: its start, the samples of each piece, its end."""
     started: Started | None = None
     parts: list[list[Tensor]] = []
     async for event in events:
         if isinstance(event, Started):
-            _check_first_sample(event, first_sample)
             started, parts = event, [[] for _ in event.seeds]
         elif isinstance(event, PieceAudio):
             parts[event.piece].append(event.samples)
@@ -121,12 +119,6 @@ def _whole(
         whole = torch.cat(samples, dim=-1) if samples else torch.zeros(started.channels, 0)
         answer.pieces.add(audio=convert.file_bytes(whole, audio_format, started, piece), report=report)
     return answer
-
-
-def _check_first_sample(started: Started, first_sample: int) -> None:
-    if first_sample >= started.num_samples:
-        expected = f"a sample of the piece, 0 to {started.num_samples - 1}"
-        raise InvalidRequestError(expected, str(first_sample), param="first_sample")
 
 
 def _raise_unless_finished(end: GenerationEnd) -> None:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from musicgen.audio_encode import generation_metadata
-from musicgen.errors import InvalidRequestError, MusicGenError, RequestCancelledError
+from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen.types import FinishReason
 from musicgen_serving import delay_points
 from musicgen_serving.admission import Tenant
@@ -108,14 +108,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def next_started(events: AsyncIterator[GenerationEvent], request: GenerationRequest) -> Started:
-    """The first event. Raises: the service's refusal; InvalidRequestError: nothing is left after `first_sample`."""
+async def next_started(events: AsyncIterator[GenerationEvent]) -> Started:
+    """The first event. Raises: the service's refusal."""
     started = await _next(events)
     if not isinstance(started, Started):
         raise MusicGenError(f"expected Started first, got {type(started).__name__}")
-    if request.first_sample >= started.num_samples:
-        expected = f"a sample of the piece, 0 to {started.num_samples - 1}"
-        raise InvalidRequestError(expected, str(request.first_sample), param="first_sample")
     return started
 
 

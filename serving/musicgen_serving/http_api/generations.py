@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from musicgen.errors import InvalidRequestError
+from musicgen.errors import InvalidRequestError, MusicGenError
 from musicgen.types import ChunkPolicy
 from musicgen_serving.admission import Tenant
 from musicgen_serving.audio_formats import EVENT_FORMATS, STREAM_FORMATS
 from musicgen_serving.checks import RequestFields, build_request, is_request_id
-from musicgen_serving.errors import NotFoundError, UnauthenticatedError
+from musicgen_serving.errors import NotFoundError, UnauthenticatedError, report
 from musicgen_serving.http_api.body import parse_body, read_body
 from musicgen_serving.http_api.delivery import Delivery, GenerationResponse, Wish
-from musicgen_serving.http_api.errors import request_id_of
+from musicgen_serving.http_api.errors import http_report, request_id_of
 from musicgen_serving.http_api.openapi import ERRORS, GENERATION_DOCS, GENERATION_RESPONSES
 from musicgen_serving.http_api.schemas import GenerationBody, StatusBody
 from musicgen_serving.http_api.sse import SseDelivery
@@ -62,10 +64,13 @@ def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService])
         Closing the connection cancels the request.
         """
         service = get_service()
-        tenant = await service.authenticate(api_key(request.headers))
-        content = await read_body(request, service.limits.reader_stall_s)
-        body = await parse_body(request.headers, content)
-        return await _respond(service, tenant, request, body)
+        with _counting(service):
+            key = api_key(request.headers)
+        tenant = await service.authenticate(key)
+        with _counting(service, tenant):
+            content = await read_body(request, service.limits.reader_stall_s)
+            body = await parse_body(request.headers, content)
+            return await _respond(service, tenant, request, body)
 
     @app.get(
         _PATH + "/{id}", tags=["music"], responses=ERRORS, response_model=StatusBody, operation_id="get_generation"
@@ -84,6 +89,19 @@ def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService])
         service = get_service()
         tenant = await service.authenticate(api_key(request.headers))
         return _status(await service.cancel(tenant, _known_form(id)))
+
+
+@contextmanager
+def _counting(service: MusicService, tenant: Tenant | None = None) -> Iterator[None]:
+    """Around what refuses requests before the service sees them."""
+    try:
+        yield
+    except MusicGenError as error:
+        service.count_refusal(report(error).code, tenant)
+        raise
+    except HTTPException as error:
+        service.count_refusal(http_report(error.status_code, "").code, tenant)
+        raise
 
 
 async def _respond(service: MusicService, tenant: Tenant, request: Request, body: GenerationBody) -> Response:

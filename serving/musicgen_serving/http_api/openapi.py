@@ -95,8 +95,8 @@ GENERATION_DOCS: dict[str, Any] = {
         _header("X-Request-Id", "Id of the generation; made if absent.", "my-song-17", maxLength=128),
         _header(
             "Idempotency-Key",
-            "Makes a repeat safe: the same key means the same request and, without a seed, the same audio. Repeated within "
-            "ten minutes of its end, it is charged only for what had not been made before.",
+            "Makes a repeat safe: the same key means the same request and, without a seed, the same audio. Repeated "
+            "within ten minutes of its end, it is charged only for what had not been made before.",
             "5f1c7a",
             minLength=1,
             maxLength=255,

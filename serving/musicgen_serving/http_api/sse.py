@@ -48,7 +48,7 @@ class SseDelivery:
         self._num_given = 0
 
     async def deliver(self, events: AsyncIterator[GenerationEvent], out: Sender) -> None:
-        started = await next_started(events, self._request)
+        started = await next_started(events)
         event: GenerationEvent = await next_audio(events)
         headers = common_headers(self._request, started, MEDIA_TYPE, started.sample_rate)
         await out.start(headers | {"X-Accel-Buffering": "no"})

@@ -28,7 +28,7 @@ class StreamDelivery:
         self._request, self._wish = request, wish
 
     async def deliver(self, events: AsyncIterator[GenerationEvent], out: Sender) -> None:
-        started = await next_started(events, self._request)
+        started = await next_started(events)
         audio: GenerationEvent = await next_audio(events)
         num_left = started.num_samples - self._request.first_sample
         format, rate = self._wish.response_format, started.sample_rate

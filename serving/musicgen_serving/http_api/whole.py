@@ -34,7 +34,7 @@ class WholeDelivery:
         self._request, self._wish = request, wish
 
     async def deliver(self, events: AsyncIterator[GenerationEvent], out: Sender) -> None:
-        started = await next_started(events, self._request)
+        started = await next_started(events)
         order = PieceOrder(self._request, started)
         parts: list[list[Tensor]] = [[] for _ in self._request.pieces]
         end: GenerationEnd | None = None

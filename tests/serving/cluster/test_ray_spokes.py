@@ -14,7 +14,7 @@ from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.errors import UnauthenticatedError
 from musicgen_serving.ray_spokes import RayGatekeeper, RaySpokes, call, translated
 from musicgen_serving.settings import load_settings
-from musicgen_serving.spokes import LostError
+from musicgen_serving.spokes import BrokenError, LostError
 from musicgen_serving.tenancy import hash_key
 from ray.exceptions import ActorDiedError, RayTaskError
 
@@ -44,6 +44,27 @@ def test_all_else_is_a_loss(error: BaseException) -> None:
     lost = translated(error)
     assert isinstance(lost, LostError)
     assert "traceback" not in str(lost)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_broken"),
+    [
+        (of_task(ValueError("a bug")), True),
+        (of_task(ValueError("a bug")).as_instanceof_cause(), True),
+        (ValueError("a bug"), True),
+        (of_task(MemoryError("full")), False),
+        (of_task(EngineDeadError("broken")), False),
+        (ActorDiedError(), False),
+        (grpc.RpcError(), False),
+        (RuntimeError("Unexpected error (StatusCode.INTERNAL): gone."), False),
+    ],
+    ids=str,
+)
+def test_what_the_replicas_code_raised_is_told_from_what_befell_it(error: BaseException, is_broken: bool) -> None:
+    lost = translated(error)
+    assert isinstance(lost, LostError)
+    assert isinstance(lost, BrokenError) == is_broken
+    assert not is_broken or str(lost) == "ValueError: a bug"
 
 
 class Response:

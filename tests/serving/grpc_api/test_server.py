@@ -111,13 +111,17 @@ def test_health_is_the_readiness() -> None:
     async def main() -> None:
         async with serve(service) as server, channel_to(server) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            for name in ("", SERVICE):
+            for name in ("", SERVICE, "demo"):
                 answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
                 assert answer.status == known.NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Check(health_pb2.HealthCheckRequest(service="no such model"))
             watch = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE))
             assert (await watch.read()).status == known.NOT_SERVING
             service.ready = True
             assert (await asyncio.wait_for(watch.read(), 5)).status == known.SERVING
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service="demo"))
+            assert answer.status == known.SERVING
             service.ready = False
             assert (await asyncio.wait_for(watch.read(), 5)).status == known.NOT_SERVING
             service.ready = True

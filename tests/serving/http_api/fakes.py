@@ -26,6 +26,7 @@ from musicgen_serving.types import (
 )
 from torch import Tensor
 
+from musicgen.errors import InvalidRequestError
 from musicgen.types import FinishReason
 
 RATE = 32000
@@ -69,6 +70,8 @@ class FakeService:
     ready: bool = True
     is_open: bool = True
     requests: list[GenerationRequest] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    """Codes, and the class of the tenant or nothing, of what the edge refused itself."""
     num_left: int = 0
     """Contexts that were left."""
     num_cut_short: int = 0
@@ -84,6 +87,9 @@ class FakeService:
 
     async def models(self, tenant: Tenant) -> list[ModelInfo]:
         return MODELS
+
+    def count_refusal(self, code: str, tenant: Tenant | None = None) -> None:
+        self.refused.append((code, tenant.tenant_class if tenant else ""))
 
     async def readiness(self) -> Readiness:
         return Readiness(self.ready, {"demo/language_model": "ready" if self.ready else "warming"})
@@ -124,6 +130,8 @@ class FakeService:
         if model is None:
             raise NotFoundError("expected a served model")
         total = round(request.duration_s * RATE)
+        if request.first_sample >= total:
+            raise InvalidRequestError(f"a sample below {total}", "another", param="first_sample")
         seeds = tuple(piece.seed for piece in request.pieces)
         yield Started(request.request_id, model.name, seeds, RATE, model.channels, total, 0.25)
         await self._pause("first_audio")

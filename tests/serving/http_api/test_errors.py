@@ -275,3 +275,15 @@ def test_the_unforeseen_is_logged_with_its_request_and_not_told(
     assert "abc" in caplog.text
     assert SECRET in caplog.text
     assert "a secret song" not in caplog.text
+
+
+def test_what_the_edge_refuses_is_counted_once(client: Client, service: FakeService) -> None:
+    """The service counts what it refuses itself: unknown keys, and whatever it finds wrong with a request."""
+    client.post(stream=True, first_sample=2**40)
+    assert service.refused == []
+    client.post(duration_s=-1)
+    client.post(melody="no base64")
+    client.request("POST", URL, content=b"<xml/>", headers={"Content-Type": "text/xml"})
+    client.request("POST", URL, json={}, headers={"Authorization": "Basic eDp5"})
+    codes = [("invalid_request", "default")] * 2 + [("unsupported_media_type", "default"), ("invalid_api_key", "")]
+    assert service.refused == codes
