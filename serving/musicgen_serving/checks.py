@@ -6,6 +6,7 @@ and no models: what depends on the model (its window, whether it follows a melod
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -17,15 +18,18 @@ from musicgen.errors import InvalidRequestError
 from musicgen.inputs import resolve_seeds
 from musicgen.types import MAX_SEED, ChunkPolicy, SamplingParams
 from musicgen_serving.admission import Tenant
-from musicgen_serving.errors import TooLargeError
+from musicgen_serving.errors import TooLargeError, UnauthenticatedError
 from musicgen_serving.settings import LimitSettings
 from musicgen_serving.types import GenerationRequest, Piece
 
 MAX_IDEMPOTENCY_KEY_CHARS = 255
+MAX_MODEL_CHARS = 200
+MAX_API_KEY_CHARS = 512
 MIN_LOUDNESS_LUFS, MAX_LOUDNESS_LUFS = -70.0, 0.0
 _MAX_NUMBER = 1e4
 """No field means anything beyond it; keeps float32 arithmetic finite."""
 _MAX_COUNT = 2**31 - 1
+_INLINE_BYTES = 65536
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _TRACE_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -87,12 +91,37 @@ def well_formed_trace_parent(text: str | None) -> str | None:
     return text if text and _TRACE_PARENT.fullmatch(text) else None
 
 
+def given_key(authorization: str, x_api_key: str) -> str | None:
+    """The API key of a call: `Authorization: Bearer KEY`, or `X-API-Key: KEY`; empty texts for what is not there.
+
+    Raises:
+        UnauthenticatedError: another scheme, or a key that no key can be.
+    """
+    scheme, _, key = authorization.partition(" ")
+    if scheme and scheme.lower() != "bearer":
+        raise UnauthenticatedError("expected Authorization: Bearer KEY or X-API-Key: KEY, got another scheme")
+    key = key.strip() or x_api_key.strip()
+    if len(key) > MAX_API_KEY_CHARS:
+        raise UnauthenticatedError("expected an API key, got something longer than any")
+    return key or None
+
+
+async def checked_request(fields: RequestFields, tenant: Tenant, limits: LimitSettings) -> GenerationRequest:
+    """As `build_request`; in a thread where there are recordings to hash, which takes so long that others hear it.
+
+    Raises: as `build_request`.
+    """
+    if fields.idempotency_key is None or len(fields.melody or b"") + len(fields.prompt_audio or b"") <= _INLINE_BYTES:
+        return build_request(fields, tenant, limits)
+    return await asyncio.to_thread(build_request, fields, tenant, limits)
+
+
 def build_request(fields: RequestFields, tenant: Tenant, limits: LimitSettings) -> GenerationRequest:
     """The checked request.
 
     Raises:
         InvalidRequestError: a field out of its range; it names the field.
-        TooLargeError: a text beyond the limits.
+        TooLargeError: a text beyond the limits, or more audio than one answer may have.
     """
     _check_texts(fields, limits)
     _check_numbers(fields, tenant, limits)
@@ -131,6 +160,8 @@ def _check_texts(fields: RequestFields, limits: LimitSettings) -> None:
     if not is_request_id(fields.request_id):
         expected = "1 to 128 letters, digits, '.', '_', ':' or '-', a letter or digit first"
         raise InvalidRequestError(expected, "something else", param="request_id")
+    if not 0 < len(fields.model) <= MAX_MODEL_CHARS:
+        raise InvalidRequestError(f"a model's name of up to {MAX_MODEL_CHARS} characters", "another", param="model")
     key = fields.idempotency_key
     if key is not None and not (0 < len(key) <= MAX_IDEMPOTENCY_KEY_CHARS and key.isascii() and key.isprintable()):
         expected = f"1 to {MAX_IDEMPOTENCY_KEY_CHARS} printable ASCII characters"
@@ -168,6 +199,12 @@ def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings)
     if num_pieces > limits.max_pieces:
         expected = f"at most {limits.max_pieces} pieces (prompts × num_samples)"
         raise InvalidRequestError(expected, str(num_pieces), "send several requests", param="num_samples")
+    if fields.chunks is None and num_pieces > 1 and num_pieces * fields.duration_s > limits.max_answer_s:
+        raise TooLargeFieldError(
+            f"duration_s: expected at most {limits.max_answer_s:g} s of audio (max_answer_s) in one whole answer, got "
+            f"{num_pieces} pieces of {fields.duration_s:g} s; stream them, or send several requests",
+            "duration_s",
+        )
 
 
 def _check_range(param: str, value: float, low: float, high: float, unit: str = "", *, above: bool = False) -> None:

@@ -117,6 +117,7 @@ class GrpcSettings(_Section):
     tls_key: Path | None = None
     client_ca: Path | None = Field(None, description="PEM; clients must show a certificate signed by it")
     keepalive_s: Positive = 30.0
+    max_concurrent_calls: Count = Field(1000, description="calls that a replica has at the same time; more are refused")
 
     @model_validator(mode="after")
     def _whole(self) -> GrpcSettings:
@@ -135,7 +136,11 @@ class LimitSettings(_Section):
     max_prompt_chars: Count = 2000
     max_file_bytes: Count = 20 * 2**20
     max_recording_s: Positive = Field(600.0, description="longest melody or prompt recording")
-    reader_stall_s: Positive = Field(30.0, description="a client that takes nothing for so long is cut off")
+    max_answer_s: Positive = Field(480.0, description="audio of all pieces together in one answer that is no stream")
+    edge_bytes: Count = Field(2**30, description="uploads and whole answers that an edge holds at the same time")
+    reader_stall_s: Positive = Field(
+        30.0, description="a client that sends nothing of its body, or over gRPC takes nothing, for so long is cut off"
+    )
 
 
 class AdmissionSettings(_Section):

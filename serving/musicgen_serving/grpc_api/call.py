@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen_serving import delay_points
 from musicgen_serving.admission import Tenant
-from musicgen_serving.checks import is_request_id, new_request_id
+from musicgen_serving.checks import given_key, is_request_id, new_request_id
 from musicgen_serving.errors import report
 from musicgen_serving.grpc_api.errors import REQUEST_ID_KEY, abort
 from musicgen_serving.service import MusicService
@@ -79,12 +79,12 @@ async def begin(context: Context, get_service: ServiceGetter, request_id: str = 
     Args:
         request_id: of the message, if it has one.
     """
-    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    metadata = texts(context.invocation_metadata())
     chosen = request_id or metadata.get(REQUEST_ID_KEY, "")
     shown_id = chosen if is_request_id(chosen) else new_request_id()
     try:
         service = get_service()
-        tenant = await service.authenticate(_api_key(metadata))
+        tenant = await service.authenticate(api_key(metadata))
         yield Call(
             context,
             service,
@@ -103,8 +103,11 @@ async def begin(context: Context, get_service: ServiceGetter, request_id: str = 
         await abort(context, error, shown_id)
 
 
-def _api_key(metadata: dict[str, str]) -> str | None:
-    scheme, _, token = metadata.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    return metadata.get("x-api-key")
+def texts(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
+    """The metadata of a call that is text."""
+    return {key: value for key, value in metadata or () if isinstance(value, str)}
+
+
+def api_key(metadata: dict[str, str]) -> str | None:
+    """The key of a call. Raises: as `given_key`."""
+    return given_key(metadata.get("authorization", ""), metadata.get("x-api-key", ""))

@@ -52,9 +52,10 @@ def checked_format(audio_format: pb.AudioFormat, *, stream: bool) -> pb.AudioFor
     return audio_format
 
 
-def file_bytes(samples: Tensor, audio_format: pb.AudioFormat, started: Started, piece: int) -> bytes:
-    """A whole piece `[C, N]` in any format; a file says that a machine made it. Takes time for compressed ones."""
-    tags = generation_metadata(started.model, started.seeds[piece])
+def file_bytes(samples: Tensor, audio_format: pb.AudioFormat, started: Started, piece: int, license: str) -> bytes:
+    """A whole piece `[C, N]` in any format; a file says that a machine made it, and under what licence the model's
+    weights are. Takes time for compressed ones."""
+    tags = generation_metadata(started.model, started.seeds[piece], license=license)
     return encode_whole(samples, started.sample_rate, _FORMATS[audio_format], tags)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from musicgen.types import ChunkPolicy
-from musicgen_serving.checks import RequestFields, build_request
+from musicgen_serving.checks import RequestFields, checked_request
 from musicgen_serving.errors import NotFoundError
 from musicgen_serving.grpc_api.call import Call
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
@@ -43,7 +43,7 @@ async def to_request(
         **_present(spec.sampling, _OPTIONAL_SAMPLING),
     )
     limits = call.service.limits
-    request = build_request(fields, call.tenant, limits)
+    request = await checked_request(fields, call.tenant, limits)
     for param in ("melody", "prompt_audio"):
         content: bytes | None = getattr(fields, param)
         if content is not None:

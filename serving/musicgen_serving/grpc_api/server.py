@@ -15,8 +15,10 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from musicgen.errors import InvalidRequestError
+from musicgen_serving.budget import Budget
 from musicgen_serving.grpc_api.broken import BrokenMessages
 from musicgen_serving.grpc_api.call import ServiceGetter
+from musicgen_serving.grpc_api.callers import KnownCallers
 from musicgen_serving.grpc_api.health import NAME as HEALTH
 from musicgen_serving.grpc_api.health import Health
 from musicgen_serving.grpc_api.servicer import MusicServicer
@@ -55,9 +57,14 @@ async def start_server(get_service: ServiceGetter, settings: GrpcSettings, limit
     Raises:
         InvalidRequestError: a port that cannot be had, or files of TLS that cannot be read or used.
     """
-    server = grpc.aio.server(interceptors=[BrokenMessages(f"/{SERVICE}/")], options=_options(settings, limits))
+    server = grpc.aio.server(
+        interceptors=[KnownCallers(f"/{SERVICE}/", get_service), BrokenMessages(f"/{SERVICE}/")],
+        options=_options(settings, limits),
+        maximum_concurrent_rpcs=settings.max_concurrent_calls,
+    )
     health = Health(server, (SERVICE,))
-    pb_grpc.add_MusicServiceServicer_to_server(MusicServicer(get_service), server)
+    servicer = MusicServicer(get_service, Budget(lambda: limits.edge_bytes))
+    pb_grpc.add_MusicServiceServicer_to_server(servicer, server)
     reflection.enable_server_reflection([SERVICE, HEALTH, reflection.SERVICE_NAME], server)
     address = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
     credentials = _credentials(settings)

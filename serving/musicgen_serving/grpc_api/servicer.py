@@ -15,6 +15,7 @@ from torch import Tensor
 
 from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen.types import ChunkPolicy, FinishReason
+from musicgen_serving.budget import Budget, Share, whole_bytes
 from musicgen_serving.grpc_api import convert
 from musicgen_serving.grpc_api.call import Call, Context, ServiceGetter, begin
 from musicgen_serving.grpc_api.requests import to_request
@@ -26,27 +27,32 @@ from musicgen_serving.types import GenerationEnd, GenerationEvent, PieceAudio, S
 class MusicServicer(pb_grpc.MusicServiceServicer):
     """Thin: messages in, messages out."""
 
-    def __init__(self, get_service: ServiceGetter) -> None:
-        self._get_service = get_service
+    def __init__(self, get_service: ServiceGetter, budget: Budget) -> None:
+        self._get_service, self._budget = get_service, budget
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         async with begin(context, self._get_service, request.request_id) as call:
-            with call.counting_refusals():
-                audio_format = convert.checked_format(request.audio_format, stream=False)
-                generation = await to_request(request, call, chunks=None)
-            async with call.service.generate(call.tenant, generation) as events:
-                started, parts, end = await _collect(events)
-            answer = await asyncio.to_thread(_whole, started, parts, end, audio_format)
+            with self._budget.share() as share:
+                with call.counting_refusals():
+                    share.take(request.ByteSize())
+                    audio_format = convert.checked_format(request.audio_format, stream=False)
+                    generation = await to_request(request, call, chunks=None)
+                license = await _license(call, generation.model)
+                async with call.service.generate(call.tenant, generation) as events:
+                    started, parts, end = await _collect(events, share)
+                answer = await asyncio.to_thread(_whole, started, parts, end, audio_format, license)
             await call.send_request_id()
         return answer
 
     async def StreamGenerate(self, request: pb.StreamGenerateRequest, context: Context) -> None:
         async with begin(context, self._get_service, request.request_id) as call:
-            with call.counting_refusals():
-                audio_format = convert.checked_format(request.audio_format, stream=True)
-                generation = await to_request(request, call, chunks=ChunkPolicy())
-            async with call.service.generate(call.tenant, generation) as events:
-                await _stream(events, call, audio_format)
+            with self._budget.share() as share:
+                with call.counting_refusals():
+                    share.take(request.ByteSize())
+                    audio_format = convert.checked_format(request.audio_format, stream=True)
+                    generation = await to_request(request, call, chunks=ChunkPolicy())
+                async with call.service.generate(call.tenant, generation) as events:
+                    await _stream(events, call, audio_format)
 
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context
@@ -92,14 +98,20 @@ async def _stream(events: AsyncIterator[GenerationEvent], call: Call, audio_form
     raise RuntimeError("expected an end of the generation, got none")
 
 
+async def _license(call: Call, model: str) -> str:
+    """Of the model's weights: files say it."""
+    return next((info.license for info in await call.service.models(call.tenant) if info.name == model), "")
+
+
 async def _collect(
-    events: AsyncIterator[GenerationEvent],
+    events: AsyncIterator[GenerationEvent], share: Share
 ) -> tuple[Started, list[list[Tensor]], GenerationEnd]:
     """All events of a request: its start, the samples of each piece, its end."""
     started: Started | None = None
     parts: list[list[Tensor]] = []
     async for event in events:
         if isinstance(event, Started):
+            share.take(whole_bytes(len(event.seeds), event.num_samples, event.channels))
             started, parts = event, [[] for _ in event.seeds]
         elif isinstance(event, PieceAudio):
             parts[event.piece].append(event.samples)
@@ -111,13 +123,13 @@ async def _collect(
 
 
 def _whole(
-    started: Started, parts: list[list[Tensor]], end: GenerationEnd, audio_format: pb.AudioFormat
+    started: Started, parts: list[list[Tensor]], end: GenerationEnd, audio_format: pb.AudioFormat, license: str
 ) -> pb.GenerateResponse:
     reports = convert.from_end(end, started.seeds)
     answer = pb.GenerateResponse(started=convert.from_started(started), billed_s=end.billed_s)
     for piece, (samples, report) in enumerate(zip(parts, reports.pieces, strict=True)):
         whole = torch.cat(samples, dim=-1) if samples else torch.zeros(started.channels, 0)
-        answer.pieces.add(audio=convert.file_bytes(whole, audio_format, started, piece), report=report)
+        answer.pieces.add(audio=convert.file_bytes(whole, audio_format, started, piece, license), report=report)
     return answer
 
 

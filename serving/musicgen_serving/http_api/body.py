@@ -57,7 +57,10 @@ async def parse_body(headers: Headers, content: bytes) -> GenerationBody:
             return _from_json(content)
         return await asyncio.to_thread(_from_json, content)
     if kind == "multipart/form-data":
-        return _from_form(await _form_items(headers, content))
+        if len(content) <= _INLINE_BYTES:
+            return _from_form(await _form_items(headers, content))
+        # In a loop of the thread's own: the parser is a coroutine, which with a body in memory waits for nothing.
+        return await asyncio.to_thread(lambda: _from_form(asyncio.run(_form_items(headers, content))))
     raise HTTPException(415, "expected application/json or multipart/form-data as Content-Type, got something else")
 
 

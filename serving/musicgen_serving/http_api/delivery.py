@@ -20,8 +20,10 @@ from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen.types import FinishReason
 from musicgen_serving import delay_points
 from musicgen_serving.admission import Tenant
+from musicgen_serving.budget import Share
 from musicgen_serving.concurrency import ended
 from musicgen_serving.http_api.errors import ConnectionCutError
+from musicgen_serving.http_api.middleware import SHARE
 from musicgen_serving.service import MusicService
 from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationRequest, PieceAudio, Started
 
@@ -41,10 +43,20 @@ class Wish:
 
 
 class Sender:
-    """The sending side of one response; every message must be taken within `stall_s`."""
+    """The sending side of one response; every message must be taken within `stall_s`, by whoever is there to take it:
+    in Ray Serve that is its proxy, which takes everything at once and does not say how far its client is.
 
-    def __init__(self, send: Send, stall_s: float) -> None:
-        self._send, self._stall_s = send, stall_s
+    Args:
+        share: of the bytes that this edge may hold.
+    """
+
+    def __init__(self, send: Send, stall_s: float, share: Share | None = None) -> None:
+        self._send, self._stall_s, self._share = send, stall_s, share
+
+    def hold(self, num_bytes: int) -> None:
+        """So much will be in memory until all is sent. Raises: OverloadedError: too much is already."""
+        if self._share is not None:
+            self._share.take(num_bytes)
 
     async def start(self, headers: Mapping[str, str]) -> None:
         """Status 200 and the headers."""
@@ -86,7 +98,7 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(_disconnected(receive))
-        work = asyncio.create_task(self._run(send))
+        work = asyncio.create_task(self._run(send, scope.get(SHARE)))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:  # also when the server cancels this handler, as Ray Serve does
@@ -94,8 +106,8 @@ class GenerationResponse(Response):
         if not work.cancelled():
             work.result()  # raises what it raised
 
-    async def _run(self, send: Send) -> None:
-        out = Sender(send, self._service.limits.reader_stall_s)
+    async def _run(self, send: Send, share: Share | None) -> None:
+        out = Sender(send, self._service.limits.reader_stall_s, share)
         try:
             async with self._service.generate(self._tenant, self._request) as events:
                 await self._delivery.deliver(events, out)

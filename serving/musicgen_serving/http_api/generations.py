@@ -15,8 +15,8 @@ from musicgen.errors import InvalidRequestError, MusicGenError
 from musicgen.types import ChunkPolicy
 from musicgen_serving.admission import Tenant
 from musicgen_serving.audio_formats import EVENT_FORMATS, STREAM_FORMATS
-from musicgen_serving.checks import RequestFields, build_request, is_request_id
-from musicgen_serving.errors import NotFoundError, UnauthenticatedError, report
+from musicgen_serving.checks import RequestFields, checked_request, given_key, is_request_id
+from musicgen_serving.errors import NotFoundError, report
 from musicgen_serving.http_api.body import parse_body, read_body
 from musicgen_serving.http_api.delivery import Delivery, GenerationResponse, Wish
 from musicgen_serving.http_api.errors import http_report, request_id_of
@@ -30,22 +30,11 @@ from musicgen_serving.service import MusicService
 from musicgen_serving.types import GenerationRequest, GenerationStatus, ModelInfo
 
 _PATH = "/v1/music/generations"
-_MAX_KEY_CHARS = 512
 
 
 def api_key(headers: Headers) -> str | None:
-    """The key of a request: `Authorization: Bearer KEY`, or `X-API-Key: KEY`.
-
-    Raises:
-        UnauthenticatedError: another scheme, or a key that no key can be.
-    """
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    if scheme and scheme.lower() != "bearer":
-        raise UnauthenticatedError("expected Authorization: Bearer KEY or X-API-Key: KEY, got another scheme")
-    key = key.strip() or headers.get("x-api-key", "").strip()
-    if len(key) > _MAX_KEY_CHARS:
-        raise UnauthenticatedError("expected an API key, got something longer than any")
-    return key or None
+    """The key of a request. Raises: UnauthenticatedError: as `given_key`."""
+    return given_key(headers.get("authorization", ""), headers.get("x-api-key", ""))
 
 
 def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService]) -> None:
@@ -111,7 +100,7 @@ async def _respond(service: MusicService, tenant: Tenant, request: Request, body
     models = await service.models(tenant)
     model = _model_name(body.model, models)
     fields = _fields(body, model, request)
-    generation = build_request(fields, tenant, service.limits)
+    generation = await checked_request(fields, tenant, service.limits)
     license = next((info.license for info in models if info.name == model), "")
     delivery = _delivery(body, generation, _wants_json(request.headers), license)
     return GenerationResponse(service, tenant, generation, delivery)

@@ -16,12 +16,15 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from musicgen_serving.budget import Budget, Share
 from musicgen_serving.checks import is_request_id, new_request_id
 from musicgen_serving.errors import TooLargeError, report
-from musicgen_serving.http_api.errors import error_response
+from musicgen_serving.http_api.errors import error_response, request_id_of
 from musicgen_serving.settings import LimitSettings
 
 REQUEST_ID_HEADER = "X-Request-Id"
+SHARE = "musicgen.share"
+"""Where a request's scope has its `Share` of the bytes that this edge may hold."""
 _INTERNAL_NAMES = {"x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id"}
 _INTERNAL_PREFIXES = ("x-serve-", "serve-", "x-ray-", "ray-")
 _MAX_CHAR_BYTES = 12
@@ -56,6 +59,7 @@ class EdgeMiddleware:
         self._app = app
         self._limits = limits
         self._id_is_echoed = id_is_echoed
+        self._budget = Budget(lambda: limits().edge_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,7 +67,14 @@ class EdgeMiddleware:
             return
         given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
         request_id = given if is_request_id(given) else new_request_id()
-        inner = {**scope, "headers": list(_clean(scope["headers"])), "musicgen.request_id": request_id}
+        with self._budget.share() as share:
+            headers = list(_clean(scope["headers"]))
+            inner = {**scope, "headers": headers, "musicgen.request_id": request_id, SHARE: share}
+            await self._answer(inner, receive, send, given)
+
+    async def _answer(self, inner: Scope, receive: Receive, send: Send, given: str) -> None:
+        """Args: given: the request's own id, if it has one."""
+        request_id = request_id_of(inner)
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -75,7 +86,7 @@ class EdgeMiddleware:
             await send(message)
 
         try:
-            await self._app(inner, self._limited(inner, receive), send_with_id)
+            await self._app(inner, self._limited(inner, receive, inner[SHARE]), send_with_id)
         except ClientDisconnect:
             return  # nobody is there to answer to
         except Exception as error:
@@ -84,8 +95,9 @@ class EdgeMiddleware:
             logger.exception("request %s failed", request_id)
             await error_response(report(error))(inner, receive, send_with_id)
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` that raises TooLargeError as soon as it is known that the body is larger than any valid one."""
+    def _limited(self, scope: Scope, receive: Receive, share: Share) -> Receive:
+        """`receive` that raises TooLargeError as soon as it is known that the body is larger than any valid one, and
+        OverloadedError where this edge holds too much already."""
         num_bytes = 0
         length = Headers(scope=scope).get("content-length", "0")
         announced = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
@@ -98,6 +110,7 @@ class EdgeMiddleware:
             if message["type"] == "http.request" and message.get("body"):
                 num_bytes += len(message["body"])
                 self._check_size(num_bytes)
+                share.take(len(message["body"]))
             return message
 
         return limited

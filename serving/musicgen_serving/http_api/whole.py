@@ -14,6 +14,7 @@ from torch import Tensor
 from musicgen.loudness import normalize_audio
 from musicgen.types import FinishReason
 from musicgen_serving.audio_formats import encode_whole, file_rate, media_type
+from musicgen_serving.budget import whole_bytes
 from musicgen_serving.http_api.delivery import (
     PieceOrder,
     Sender,
@@ -35,6 +36,8 @@ class WholeDelivery:
 
     async def deliver(self, events: AsyncIterator[GenerationEvent], out: Sender) -> None:
         started = await next_started(events)
+        num_samples = started.num_samples - self._request.first_sample
+        out.hold(whole_bytes(len(self._request.pieces), num_samples, started.channels))
         order = PieceOrder(self._request, started)
         parts: list[list[Tensor]] = [[] for _ in self._request.pieces]
         end: GenerationEnd | None = None

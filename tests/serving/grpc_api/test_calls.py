@@ -214,3 +214,14 @@ def test_keys(metadata: tuple[tuple[str, str], ...], known: bool) -> None:
     ok, none = grpc.StatusCode.OK, grpc.StatusCode.NOT_FOUND
     assert asyncio.run(call_all()) == ([ok, ok, ok, none, none] if known else [grpc.StatusCode.UNAUTHENTICATED] * 5)
     assert service.entered == (2 if known else 0)
+
+
+def test_files_say_under_what_licence_the_weights_are() -> None:
+    async def main() -> None:
+        async with connected(FakeService()) as stub:
+            request = pb.GenerateRequest(spec=spec(model=""), audio_format=pb.AUDIO_FORMAT_FLAC)
+            answer = await stub.Generate(request)
+        with soundfile.SoundFile(io.BytesIO(answer.pieces[0].audio)) as file:
+            assert "licence of the weights: MIT" in file.comment
+
+    asyncio.run(main())
