@@ -18,6 +18,7 @@ from musicgen.cli.plan import Piece, free_stem, make_folder, plan_pieces
 from musicgen.cli.quiet import quiet_libraries, torch_threads
 from musicgen.cli.report import Bar, Report, Written
 from musicgen.cli.timing import Stopwatch
+from musicgen.weights.registry import DEMO_MODEL
 
 API_KEY = "MUSICGEN_API_KEY"
 """Environment variable: the key of `--server`. Not an option, because command lines can be seen by others."""
@@ -37,6 +38,7 @@ def run(values: dict[str, Any]) -> int:
     options = GenerateOptions(**values)
     if options.server is not None:
         return plugins.generate_remote()(options, options.server, os.environ.get(API_KEY))
+    options = dataclasses.replace(options, model=options.model or DEMO_MODEL)
     pieces = plan_pieces(options)
     loudness_lufs = check_loudness(options)
     make_folder(options.out)

@@ -62,6 +62,7 @@ class GenerateOptions:
     prompt_audio: list[Path]
     unconditional: int | None
     model: str
+    """Empty: the default, which depends on whether there is a server."""
     duration: float
     seed: int | None
     num_samples: int
@@ -199,10 +200,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--model",
-        default="demo",
+        default="",
         metavar="NAME",
         help="a name from `musicgen models`, a Hugging Face repository or a local folder (default: demo, which "
-        "comes with the package)",
+        "comes with the package; with --server the first that the service has)",
     )
     add("--device", metavar="NAME", help="such as cpu or cuda (default: the GPU if there is one)")
     add("--dtype", choices=DTYPES, help="of the decoder's weights (default: bfloat16 on a GPU, float32 on the CPU)")

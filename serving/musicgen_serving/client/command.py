@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -66,7 +66,8 @@ def generate_remote(options: GenerateOptions, url: str, api_key: str | None) -> 
         files = {path: _content(path) for path in dict.fromkeys([*options.melody, *options.prompt_audio])}
     with connect(url, api_key) as client:
         with watch.measure("load"):
-            model = cast("MusicGen", _find(client, options.model, url))
+            found = _find(client, options.model, url)
+        model, options = cast("MusicGen", found), replace(options, model=found.model.config.name)
         report = Report(options, model, len(pieces))
         report.start(pieces[0].seed)
         with Bar(len(pieces), options.duration) as bar:
@@ -155,9 +156,10 @@ def _content(path: Path) -> bytes:
 
 
 def _find(client: Client, name: str, url: str) -> _RemoteModel:
+    """The model of that name; the first, if there is none."""
     models = client.models()
     for info in models:
-        if info.name == name:
+        if name in ("", info.name):
             return _RemoteModel(_Parts(_Config(info.name, info.license)), info.sample_rate, url)
     names = ", ".join(info.name for info in models) or "none"
-    raise NotFoundError(f"model: expected one that the service has ({names}), got {name!r}")
+    raise NotFoundError(f"model: expected one that the service has ({names}), got {name or 'none'!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from serving.fake_service import FakeService, tone
 
 from musicgen.cli.options import GenerateOptions, build_parser
 from musicgen.errors import InvalidRequestError, MissingDependencyError
+from serving import fake_service
 
 BOTH = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
@@ -81,3 +83,15 @@ def test_what_can_be_known_is_said_before_the_work(tmp_path: Path) -> None:
     with running(service) as there, pytest.raises(NotFoundError, match="demo"):
         generate_remote(options("a", "--model", "other", "-o", str(tmp_path)), there.grpc_url, None)
     assert service.requests == []
+
+
+@BOTH
+def test_the_services_first_model_is_the_default(
+    protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fake_service, "MODEL", replace(fake_service.MODEL, name="melody", license="CC-BY-NC 4.0"))
+    service = FakeService()
+    with running(service) as there:
+        assert generate_remote(options("a", "--duration", "0.5", "-o", str(tmp_path)), there.url(protocol), None) == 0
+    assert [request.model for request in service.requests] == ["melody"]
+    assert "model melody; licence of the weights: CC-BY-NC 4.0" in capsys.readouterr().out
