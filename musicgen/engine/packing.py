@@ -34,6 +34,9 @@ def pack_decoder(
 ) -> DecoderWeights:
     """Quantise and arrange the matrices of `decoder`; embeddings, norms and biases keep fp32.
 
+    The result is on the device of the decoder's last norm. Layers that are in host memory go there one by one, as they
+    are: so a GPU never holds the whole fp32 model, and nothing is rounded twice.
+
     Args:
         max_positions: the longest row, prefix included.
         release: free each layer of `decoder` (mutated) once it is packed; it can only be packed from then on, not run.
@@ -43,54 +46,55 @@ def pack_decoder(
     if weights not in KINDS:
         raise InvalidRequestError(f"weights in {', '.join(KINDS)}", weights, param="weights")
     config: DecoderConfig = decoder.config
+    device = decoder.out_norm.weight.device
 
     def pack(linear: nn.Linear) -> PackedLinear:
-        return pack_linear(linear.weight.detach(), KINDS[weights])  # type: ignore[arg-type]
+        return pack_linear(linear.weight.detach().to(device), KINDS[weights])  # type: ignore[arg-type]
 
     blocks = []
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
-        blocks.append(_block(layer, pack))
+        blocks.append(_block(layer, pack, device))
         if release:
             layer.to("meta")
         if on_layer is not None:
             on_layer(len(blocks), config.num_layers)
     embeddings = decoder.embed.weight.detach().view(config.num_codebooks, config.codebook_size + 1, config.dim)
     return DecoderWeights(
-        embeddings=embeddings.contiguous(),
-        sinusoids=sinusoid_table(max_positions, config.dim, device=embeddings.device),
+        embeddings=embeddings.to(device).contiguous(),
+        sinusoids=sinusoid_table(max_positions, config.dim, device=device),
         blocks=tuple(blocks),
-        final_norm=_norm(decoder.out_norm),
+        final_norm=_norm(decoder.out_norm, device),
         heads=pack(decoder.heads),
         num_heads=config.num_heads,
     )
 
 
-def _block(layer: DecoderLayer, pack: Callable[[nn.Linear], PackedLinear]) -> BlockWeights:
+def _block(layer: DecoderLayer, pack: Callable[[nn.Linear], PackedLinear], device: torch.device) -> BlockWeights:
     cross = None
     if layer.cross_attn is not None:
         attention: Attention = layer.cross_attn
         assert layer.norm_cross is not None
         cross = CrossWeights(
-            norm=_norm(layer.norm_cross),
+            norm=_norm(layer.norm_cross, device),
             q=pack(attention.q),
             kv=pack(attention.kv),
             out=pack(attention.out),
         )
     return BlockWeights(
-        self_norm=_norm(layer.norm1),
+        self_norm=_norm(layer.norm1, device),
         qkv=pack(layer.self_attn.qkv),
         out=pack(layer.self_attn.out),
         cross=cross,
-        ffn_norm=_norm(layer.norm2),
+        ffn_norm=_norm(layer.norm2, device),
         fc1=pack(layer.fc1),
         fc2=pack(layer.fc2),
     )
 
 
-def _norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(_fp32(norm.weight), _fp32(norm.bias))
+def _norm(norm: nn.LayerNorm, device: torch.device) -> Norm:
+    return Norm(_fp32(norm.weight, device), _fp32(norm.bias, device))
 
 
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32).contiguous()
+def _fp32(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device, torch.float32).contiguous()

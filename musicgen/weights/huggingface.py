@@ -23,6 +23,8 @@ from musicgen.weights.codec_config import codec_config_from_hf
 from musicgen.weights.settings import complete
 
 MODEL_TYPES = ("musicgen", "musicgen_melody")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+"""One file, or the list of its shards. Facebook's repositories hold both layouts beside each other: these go first."""
 POSITION_TABLE = "decoder.model.decoder.embed_positions.weights"
 """A table that some files hold and that is computed here."""
 TEXT, CODEC = "text_encoder.", "audio_encoder."

@@ -41,10 +41,11 @@ class Checkpoint:
 
     Args:
         device: where parts go.
-        dtype: of the decoder's matrices.
+        dtype: of the decoder's matrices, to run the language model itself; None leaves its layers in host memory for
+            the engine to pack.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, layout: Layout, device: torch.device, dtype: torch.dtype | None) -> None:
         self._layout, self._device, self._dtype = layout, device, dtype
 
     @property
@@ -55,17 +56,19 @@ class Checkpoint:
         """The language model; beside it its packed decoder, where the checkpoint holds only that (see `Model`).
 
         Raises:
-            WeightsError: also for a packed decoder on a GPU: it stays where and what it was packed for.
+            WeightsError: also for a decoder that was packed for another kind of device.
         """
         lm, packed_decoder = self._layout.language_model()
-        if packed_decoder is None:
+        if packed_decoder is not None:
+            return lm, packed_decoder
+        if self._dtype is None:
+            for part in (lm.text_proj, lm.chroma_proj, lm.decoder.out_norm):  # the last tells where the model is
+                if part is not None:
+                    part.to(self._device)
+        else:
             lm.to(self._device)
             lm.decoder.set_compute_dtype(self._dtype)
-        elif self._device.type != "cpu":
-            raise WeightsError(
-                f"expected the cpu, which these weights are packed for, got {self._device}; pack them again"
-            )
-        return lm, packed_decoder
+        return lm, None
 
     def text_encoder(self) -> TextEncoder:
         """The text encoder. Of all parts only this one imports transformers to load."""
@@ -96,13 +99,12 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find a model and read its configuration, for those who need only parts of it; otherwise as `load_model`."""
     target = _device(device)
-    dtype = dtype or (torch.float32 if target.type == "cpu" else torch.float16)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise InvalidRequestError("float32, float16 or bfloat16", str(dtype), param="dtype")
     folder = hub.resolve(name)
     card = registry.find(name)
     license = card.license if card else UNKNOWN_LICENSE
-    return Checkpoint(_load(folder, card.name if card else folder.name, license), target, dtype)
+    return Checkpoint(_load(folder, card.name if card else folder.name, license, target), target, dtype)
 
 
 def load_model(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
@@ -112,7 +114,8 @@ def load_model(name: str, device: str | torch.device | None = None, dtype: torch
         name: a short name (`musicgen models` lists them), a Hugging Face repository id, or a local folder in
             Hugging Face or audiocraft layout.
         device: default: the GPU if there is one, else the CPU.
-        dtype: of the decoder's matrices; default: fp16 on a GPU, as audiocraft, and fp32 on the CPU.
+        dtype: of the decoder's matrices, for those who run the language model itself on the device. By default its
+            layers stay in host memory in fp32, from where the engine packs them onto the device one by one.
     Raises:
         InvalidRequestError: unknown name, device or dtype.
         WeightsError: the files cannot be used.
@@ -120,10 +123,11 @@ def load_model(name: str, device: str | torch.device | None = None, dtype: torch
     return open_checkpoint(name, device, dtype).model()
 
 
-def _load(folder: Path, name: str, license: str) -> Layout:
+def _load(folder: Path, name: str, license: str, device: torch.device) -> Layout:
     if (folder / packed.CONFIG_FILE).is_file():
-        return packed.PackedCheckpoint(folder)
-    if (folder / audiocraft.LM_FILE).is_file() and not (folder / "model.safetensors").is_file():
+        return packed.PackedCheckpoint(folder, device)
+    is_audiocraft = (folder / audiocraft.LM_FILE).is_file()
+    if is_audiocraft and not any((folder / file).is_file() for file in huggingface.WEIGHT_FILES):
         return audiocraft.AudiocraftCheckpoint(folder, name, license)
     if (folder / "config.json").is_file():
         return huggingface.HuggingFaceCheckpoint(folder, name, license)

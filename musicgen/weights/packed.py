@@ -1,7 +1,8 @@
 """Checkpoints of our own: everything a model needs, the decoder's matrices quantised and arranged for the kernels.
 
 A folder with `musicgen.json` (the configuration), `packed.safetensors` and the tokenizer. It loads without the
-original checkpoint, in the memory that it runs in. Matrices packed for the CPU's kernels run on CPUs only.
+original checkpoint, in the memory that it runs in. Matrices are in the order of the device that they were packed on:
+"tiles" runs on CPUs, "rows" on GPUs. The configuration says which.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from musicgen_kernels import KernelArgumentError, PackedLinear, sinusoid_table, unpack_header
 from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm
 from safetensors.torch import save_file
@@ -52,6 +54,7 @@ def save(model: Model, weights: DecoderWeights, folder: Path) -> None:
     save_file(tensors, folder / TENSOR_FILE)
     content = {
         "version": VERSION,
+        "order": weights.heads.order,
         "model": asdict(model.config),
         "text_encoder": model.text_encoder.model.config.to_dict(),
         "num_positions": weights.sinusoids.shape[0],
@@ -64,12 +67,14 @@ def save(model: Model, weights: DecoderWeights, folder: Path) -> None:
 class PackedCheckpoint:
     """What `save` wrote to `folder`: its configuration is read at once, each part when asked for.
 
+    Args:
+        device: where the packed decoder goes.
     Raises:
         WeightsError: another version, or (also from the methods) missing or damaged tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._content = folder, read_json(folder / CONFIG_FILE)
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._content, self._device = folder, read_json(folder / CONFIG_FILE), device
         version = self._content.get("version")
         if version != VERSION:
             raise WeightsError(
@@ -80,11 +85,19 @@ class PackedCheckpoint:
             self.config = _model_config(self._content["model"])
 
     def language_model(self) -> tuple[LanguageModel, DecoderWeights]:
-        """The projections of the conditions (the language model's own layers stay empty) and the packed decoder."""
+        """The projections of the conditions (the language model's own layers stay empty) and the packed decoder.
+
+        Raises:
+            WeightsError: also for matrices in an order that the device's kernels do not read.
+        """
         with self._told_as_damage():
-            lm = _language_model(self.config, self._tensors.under(LM), self._content["project_text"])
+            decoder = self._tensors.under(DECODER)
+            order = self._content.get("order") or unpack_header(decoder["heads"]).order  # files of before say none
+        self._check_order(order)
+        with self._told_as_damage():
+            lm = _language_model(self.config, self._tensors.under(LM), self._content["project_text"], self._device)
             num_positions = self._content["num_positions"]
-            return lm, _decoder_weights(self.config.decoder, self._tensors.under(DECODER), num_positions)
+            return lm, _decoder_weights(self.config.decoder, decoder, num_positions, self._device)
 
     def text_encoder(self) -> TextEncoder:
         """T5, in fp32 on the CPU."""
@@ -98,13 +111,23 @@ class PackedCheckpoint:
             decoder = _codec(config, self._tensors.under(CODEC))
             return decoder, EncodecEncoder(config, dict(self._tensors.under(CODEC_ENCODER)))
 
+    def _check_order(self, order: str) -> None:
+        on_cpu = self._device.type == "cpu"
+        if order == ("tiles" if on_cpu else "rows"):
+            return
+        got, todo = "ones packed on a GPU", "on a CPU, load the original, or pack it again with device='cpu'"
+        if not on_cpu:
+            got = "ones packed on a CPU"
+            todo = f"load them with device='cpu' (--device cpu), or load the original to run on {self._device}"
+        raise WeightsError(f"{self._folder}: expected matrices in the order of {self._device}, got {got}; {todo}")
+
     @contextmanager
     def _told_as_damage(self) -> Iterator[None]:
         try:
             yield
         except (KeyError, TypeError, RuntimeError, KernelArgumentError) as error:
             raise WeightsError(
-                f"{self._folder}: expected what `musicgen pack` writes, got {error}; pack it again"
+                f"{self._folder}: expected what `MusicGen.save_packed` writes, got {error}; pack it again"
             ) from error
 
 
@@ -119,14 +142,16 @@ def _model_config(raw: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**(raw | nested))
 
 
-def _language_model(config: ModelConfig, source: TensorSource, project_text: bool) -> LanguageModel:
+def _language_model(
+    config: ModelConfig, source: TensorSource, project_text: bool, device: torch.device
+) -> LanguageModel:
     with unfilled():
         model = LanguageModel(config, project_text=project_text)
     for name in ("text_proj", "chroma_proj"):
         part = source.under(f"{name}.")
         if part:
-            getattr(model, name).load_state_dict(dict(part), assign=True)
-    model.decoder.out_norm.to_empty(device="cpu")  # tells where the model is
+            getattr(model, name).load_state_dict({n: t.to(device) for n, t in part.items()}, assign=True)
+    model.decoder.out_norm.to_empty(device=device)  # tells where the model is
     return model.eval().requires_grad_(False)
 
 
@@ -170,12 +195,18 @@ def _named_norm(name: str, norm: Norm) -> Iterator[tuple[str, Tensor]]:
     yield f"{name}.bias", norm.bias
 
 
-def _decoder_weights(config: DecoderConfig, source: TensorSource, num_positions: int) -> DecoderWeights:
+def _decoder_weights(
+    config: DecoderConfig, source: TensorSource, num_positions: int, device: torch.device
+) -> DecoderWeights:
+    def tensor(name: str) -> Tensor:
+        return source[name].to(device, copy=True)  # aligned, unlike a view of the file
+
     def matrix(name: str) -> PackedLinear:
-        return unpack_header(source[name].clone())  # aligned, unlike a view of the file
+        described = unpack_header(source[name])
+        return replace(described, data=described.data.to(device, copy=True))
 
     def norm(name: str) -> Norm:
-        return Norm(source[f"{name}.weight"].clone(), source[f"{name}.bias"].clone())
+        return Norm(tensor(f"{name}.weight"), tensor(f"{name}.bias"))
 
     def block(i: int) -> BlockWeights:
         here = f"blocks.{i}"
@@ -194,8 +225,8 @@ def _decoder_weights(config: DecoderConfig, source: TensorSource, num_positions:
         )
 
     return DecoderWeights(
-        embeddings=source["embeddings"].clone(),
-        sinusoids=sinusoid_table(num_positions, config.dim),
+        embeddings=tensor("embeddings"),
+        sinusoids=sinusoid_table(num_positions, config.dim, device=device),
         blocks=tuple(block(i) for i in range(config.num_layers)),
         final_norm=norm("final_norm"),
         heads=matrix("heads"),

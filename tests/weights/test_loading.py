@@ -165,6 +165,15 @@ def test_audiocraft_twin_is_the_same_model(
         assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kind", ["text", "text-stereo"])
+def test_hugging_faces_files_go_first(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Facebook's repositories hold both layouts; the stereo model's is in shards."""
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
+    for name in ("state_dict.bin", "compression_state_dict.bin"):
+        (folder / name).write_bytes(b"not to be read")
+    assert load_model(str(folder)).config.audio_channels == (2 if kind == "text-stereo" else 1)
+
+
 def test_missing_extra_and_misshaped_tensors_are_named(copy: Callable[[str], Path]) -> None:
     folder = copy("text")
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from musicgen_kernels import pack_linear
 from tiny import tune
 
 from musicgen import MusicGen
 from musicgen.config import WeightDtype
 from musicgen.errors import InvalidRequestError, WeightsError
+from musicgen.weights import open_checkpoint
 
 
 @pytest.mark.parametrize("kind", ["text", "melody-stereo"])
@@ -56,6 +59,47 @@ def test_packed_weights_are_of_one_kind(folders: dict[str, Path], tmp_path: Path
     MusicGen.get_pretrained(folder, weights="int8")
     with pytest.raises(InvalidRequestError, match="int8 weights"):
         MusicGen.get_pretrained(folder, weights="int4")
+
+
+@pytest.fixture
+def packed_elsewhere(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a GPU would have packed."""
+    monkeypatch.setattr("musicgen.engine.packing.pack_linear", partial(pack_linear, order="rows"))
+    return MusicGen.get_pretrained(str(folders["melody"])).save_packed(tmp_path / "rows", "int8")
+
+
+def _undeclare(folder: Path) -> None:
+    content = json.loads((folder / "musicgen.json").read_text())
+    del content["order"]
+    (folder / "musicgen.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_what_a_gpu_packed_goes_to_a_gpu(packed_elsewhere: Path, declared: bool) -> None:
+    """The meta device stands for one."""
+    if not declared:
+        _undeclare(packed_elsewhere)
+    lm, weights = open_checkpoint(str(packed_elsewhere), "meta").language_model()
+    assert weights is not None
+    assert (weights.heads.order, lm.device.type) == ("rows", "meta")
+    block = weights.blocks[0]
+    tensors = [weights.heads.data, weights.embeddings, weights.sinusoids, block.qkv.data, block.self_norm.weight]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.device.type for tensor in (lm.text_proj.weight, lm.get_parameter("chroma_proj.bias"))} == {"meta"}
+    with pytest.raises(WeightsError, match=r"packed on a GPU.*device='cpu'"):
+        open_checkpoint(str(packed_elsewhere), "cpu").language_model()
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_what_a_cpu_packed_stays_on_cpus(declared: bool, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = MusicGen.get_pretrained(str(folders["text"])).save_packed(tmp_path / "tiles", "int8")
+    if not declared:
+        _undeclare(folder)
+    with pytest.raises(WeightsError, match=r"packed on a CPU.*--device cpu"):
+        open_checkpoint(str(folder), "meta").language_model()
+    _, weights = open_checkpoint(str(folder), "cpu").language_model()
+    assert weights is not None
+    assert weights.heads.order == "tiles"
 
 
 def test_damage_is_told(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from transformers.models.musicgen_melody.configuration_musicgen_melody import (
 )
 
 from musicgen import MusicGen
+from musicgen.engine.packing import pack_decoder
 from musicgen.errors import WeightsError
 from musicgen.model import Model
+from musicgen.types import Conditioning, SamplingParams
 from musicgen.weights import Checkpoint, checkpoint, codec_config, huggingface, load_model, open_checkpoint
 
 GOLDEN = tiny.GOLDEN / "audiocraft" / "text"
@@ -241,6 +243,33 @@ def test_parts_go_where_they_are_told(folders: dict[str, Path], packed: Path) ->
     assert elsewhere.codec()[0].codebooks.device.type == "meta"
     with pytest.raises(WeightsError, match="cpu"):
         elsewhere.language_model()
+
+
+@pytest.mark.parametrize("kind", ["text", "melody"])
+def test_the_engine_packs_from_full_precision(
+    kind: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for a GPU: layers wait in host memory, each goes there when it is packed."""
+    packed_from: set[tuple[str, torch.dtype]] = set()
+
+    def pack(weight: torch.Tensor, kind: str) -> torch.Tensor:
+        packed_from.add((weight.device.type, weight.dtype))
+        return weight
+
+    monkeypatch.setattr("musicgen.engine.packing.pack_linear", pack)
+    lm, _ = open_checkpoint(str(folders[kind]), "meta").language_model()
+    waiting = lm.decoder.layers.state_dict().values()
+    assert {(tensor.device.type, tensor.dtype) for tensor in waiting} == {("cpu", torch.float32)}
+    weights = pack_decoder(lm.decoder, "int8", 64)
+    assert packed_from == {("meta", torch.float32)}
+    norms = [norm for block in weights.blocks for norm in (block.self_norm, block.ffn_norm)]
+    rest = [weights.embeddings, weights.sinusoids, *(norm.weight for norm in [*norms, weights.final_norm])]
+    assert {(tensor.device.type, tensor.dtype) for tensor in rest} == {("meta", torch.float32)}
+    assert lm.device.type == "meta"
+    rows = lm.guidance_rows(Conditioning(torch.zeros(3, lm.config.text_dim), None), SamplingParams())
+    given = rows.text if kind == "text" else rows.prefix
+    assert given is not None
+    assert given.device.type == "meta"
 
 
 # --- configurations, which are read without transformers ---
