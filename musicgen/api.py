@@ -190,7 +190,7 @@ class MusicGen:
             cfg_coef: guidance: how strongly to follow the conditions; 1 turns it off.
             cfg_coef_beta: double guidance: how strongly to follow the text beyond the melody (melody models).
             two_step_cfg: accepted for compatibility; the result is the same either way.
-            extend_stride: beyond `max_duration`, seconds by which each window moves on.
+            extend_stride: beyond `max_duration`, seconds by which each window moves on; at least one frame.
         Raises:
             InvalidRequestError: a value out of its range. Nothing is changed then.
         """
@@ -210,14 +210,12 @@ class MusicGen:
                 "leave it out, or choose a melody model",
                 param="cfg_coef_beta",
             )
-        if not 0 < extend_stride < self.max_duration:
-            raise InvalidRequestError(
-                f"seconds in (0, {self.max_duration:g})", repr(extend_stride), param="extend_stride"
-            )
+        frame_s = 1 / self.frame_rate
+        if not 0 < extend_stride < self.max_duration or self.model.config.num_frames(extend_stride) < 1:
+            expected = f"at least one frame ({frame_s:g} s) and less than {self.max_duration:g} s"
+            raise InvalidRequestError(expected, repr(extend_stride), param="extend_stride")
         if self.model.config.num_frames(duration) < 1:
-            raise InvalidRequestError(
-                f"at least one frame ({1 / self.frame_rate:g} s)", repr(duration), param="duration"
-            )
+            raise InvalidRequestError(f"at least one frame ({frame_s:g} s)", repr(duration), param="duration")
         self._params = params
 
     def set_custom_progress_callback(self, progress_callback: ProgressCallback | None = None) -> None:
@@ -384,7 +382,7 @@ class MusicGen:
         seed: int | Sequence[int] | None,
         num_samples: int,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Make all pieces as one batch of requests, then decode them together."""
+        """Make the codes of all pieces as one batch of requests, then decode them one after the other."""
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise InvalidRequestError("an integer ≥ 1", repr(num_samples), param="num_samples")
         self._check_melodies_fit([item.melody for item in items])

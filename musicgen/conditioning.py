@@ -32,8 +32,9 @@ def condition(
 ) -> tuple[tuple[Window, Conditioning], ...]:
     """The conditioning of each window of one request.
 
-    In a piece of several windows each sees the melody from its own beginning on, and the melody starts again when it
-    is over. In a piece of one window the chroma repeats instead. Source: audiocraft `MusicGen._generate_tokens`.
+    In a piece longer than a window each one sees the melody from its own beginning on, and the melody starts again
+    when it is over; so does the only window after a prompt that fills more than one. In a piece that fits in one window
+    the chroma repeats instead. Source: audiocraft `MusicGen._generate_tokens`.
 
     Raises:
         InvalidRequestError: a melody for a model that takes none, or a prompt that is too long.
@@ -57,7 +58,7 @@ def window_chroma(
     extractor: ChromaExtractor, melody: Melody, windows: Sequence[Window], config: ModelConfig
 ) -> list[Tensor]:
     """The chroma `[num_frames, num_chroma]` that each window sees; see `condition`."""
-    if len(windows) == 1:
+    if len(windows) == 1 and windows[0].start == 0:
         return extractor.forward([(melody.wav, melody.sample_rate)])
     parts = [_from_offset(melody, window.start, config) for window in windows]
     return extractor.forward([(part.wav, part.sample_rate) for part in parts])

@@ -30,6 +30,7 @@ def plan_windows(num_frames: int, num_prompt_frames: int, max_frames: int, strid
     """
     if num_frames <= max_frames:
         return [Window(0, num_frames)]
+    assert 0 < stride < max_frames, stride  # else the windows would not move on, or leave frames out
     start = 0 if num_prompt_frames < max_frames else num_prompt_frames - (max_frames - stride)
     windows = [Window(start, min(start + max_frames, num_frames))]
     while windows[-1].end < num_frames:

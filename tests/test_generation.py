@@ -190,6 +190,12 @@ def test_windows(num_frames: int, num_prompt: int, expected: list[tuple[int, int
     assert plan_windows(num_frames, num_prompt, 1500, 900) == [Window(*window) for window in expected]
 
 
+@pytest.mark.parametrize("stride", [0, -1, 1500])
+def test_windows_move_on(stride: int) -> None:
+    with pytest.raises(AssertionError):
+        plan_windows(1501, 0, 1500, stride)
+
+
 def test_long_form_equals_windows_by_hand(models: dict[str, Model]) -> None:
     """Greedy long form is: generate a window, keep its tail as the prompt of the next, as audiocraft does."""
     model, max_frames, stride = models["text"], 30, 18
@@ -222,6 +228,18 @@ def test_melody_of_a_later_window_starts_at_its_time(models: dict[str, Model]) -
     shifted = torch.cat([melody, melody], -1)[:, 18 * 32000 : 48 * 32000]
     assert second is not None
     assert torch.equal(second, model.chroma([(shifted, 32000)])[0])
+
+
+def test_melody_of_the_only_window_starts_at_its_time(models: dict[str, Model]) -> None:
+    """A prompt that fills more than a window may leave one window, which begins late."""
+    model = models["melody"]
+    assert model.chroma is not None
+    melody = tune(50.0)
+    windows = plan_windows(2400, 1600, 1500, 900)
+    assert windows == [Window(1000, 2400)]
+    ((_, conditioning),) = condition(model, None, Melody(melody, 32000), windows)
+    assert conditioning.chroma is not None
+    assert torch.equal(conditioning.chroma, model.chroma([(melody[:, 20 * 32000 :], 32000)])[0])
 
 
 def test_progress_counts_every_frame(models: dict[str, Model]) -> None:
