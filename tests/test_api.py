@@ -202,7 +202,7 @@ BAD_PARAMS = {
     "top_p": [-0.1, 1.1, float("nan")],
     "temperature": [-1.0, float("nan"), float("inf"), 1e-300, 9e-5],
     "cfg_coef": [float("nan"), float("inf")],
-    "extend_stride": [0, 30, -2],
+    "extend_stride": [0, 0.01, 30, -2, float("nan")],
 }
 
 
@@ -223,6 +223,7 @@ BAD_CALLS: dict[str, Callable[[MusicGen], object]] = {
     "negative seed": lambda m: m.generate(["rock"], seed=-1),
     "too few seeds": lambda m: m.generate(["rock", "jazz"], seed=[1]),
     "seed not a number": lambda m: m.generate(["rock"], seed=[1.5]),  # type: ignore[list-item]
+    "half a surrogate pair": lambda m: m.generate(["rock \ud83c"]),
     "too long a text": lambda m: m.generate(["rock " * 600]),
     "too few melodies": lambda m: m.generate_with_chroma(["rock", "jazz"], [tune(1.0)], 32000),
     "empty melody": lambda m: m.generate_with_chroma(["rock"], [torch.zeros(1, 0)], 32000),

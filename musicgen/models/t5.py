@@ -74,7 +74,7 @@ class TextEncoder:
         None and the empty string are both no prompt, as in audiocraft; a blank is a prompt.
 
         Raises:
-            InvalidRequestError: the prompt is longer than `MAX_TEXT_TOKENS` tokens.
+            InvalidRequestError: the prompt is longer than `MAX_TEXT_TOKENS` tokens, or no Unicode text.
         """
         if not prompt:
             return None
@@ -85,13 +85,22 @@ class TextEncoder:
         return states[0].float()
 
     def tokenize(self, prompt: str) -> list[int]:
-        """The tokens of a prompt. Raises: InvalidRequestError: more than `MAX_TEXT_TOKENS`."""
+        """The tokens of a prompt. Raises: InvalidRequestError: more than `MAX_TEXT_TOKENS`, or no Unicode text."""
+        _check_text(prompt)
         tokens = self.tokenizer.encode(prompt)
         if len(tokens) > MAX_TEXT_TOKENS:
             raise InvalidRequestError(
                 f"a prompt of at most {MAX_TEXT_TOKENS} tokens", f"{len(tokens)}", "shorten the text", param="prompt"
             )
         return tokens
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        got = f"a half of a surrogate pair at character {error.start}"
+        raise InvalidRequestError("a prompt of Unicode text", got, "write it in UTF-8", param="prompt") from error
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
