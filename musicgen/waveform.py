@@ -80,7 +80,7 @@ def validate_waveform(wav: Any, param: str = "wav", *, name: str = "a waveform")
         raise InvalidRequestError("float samples, or 16- or 32-bit PCM", str(samples.dtype), param=param)
     samples = samples.float()
     # In parts: the check of a whole recording would take as much memory again as the recording.
-    if not all(bool(part.isfinite().all()) for part in samples.split(_CHECKED_SAMPLES, dim=-1)):
+    if not all(bool(part.isfinite().all()) for part in torch.split(samples, _CHECKED_SAMPLES, dim=-1)):
         raise InvalidRequestError("finite samples", f"{name} with NaN or infinite ones", param=param)
     return samples
 
