@@ -1,6 +1,6 @@
 """Shapes and constants of a model, read once from a checkpoint and never changed afterwards.
 
-Knows nothing of files or tensors: `weights.py` fills these in.
+Knows nothing of files or tensors: the package `weights` fills these in.
 """
 
 from __future__ import annotations
@@ -172,9 +172,13 @@ class EngineConfig:
     """None: float32 on the CPU, bfloat16 on a GPU."""
     num_threads: int | None = None
     """Threads of a step on the CPU; None: as many as torch uses in the thread that makes the engine."""
+    cuda_graphs: bool | None = None
+    """Whether decode steps run as CUDA graphs, for a few numbers of rows; None: on GPUs. On the CPU they run through
+    the same buffers, without graphs: for tests."""
 
     def resolved(self, device_type: str) -> EngineConfig:
         """With every kind of number chosen."""
         weights: WeightDtype = self.weights or ("float32" if device_type == "cpu" else "bfloat16")
         dtype: KVDtype = self.cache.dtype or ("float32" if weights == "float32" else "float16")
-        return replace(self, weights=weights, cache=replace(self.cache, dtype=dtype))
+        graphs = device_type == "cuda" if self.cuda_graphs is None else self.cuda_graphs
+        return replace(self, weights=weights, cache=replace(self.cache, dtype=dtype), cuda_graphs=graphs)
