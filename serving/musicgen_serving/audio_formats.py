@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from musicgen.audio_encode import FORMATS, PCM_16, encode_audio, to_frames
+from musicgen.loudness import normalize_audio
 
 STREAM_FORMATS = ("wav", "flac", "ogg", "pcm16", "f32")
 EVENT_FORMATS = ("pcm16", "f32")
@@ -52,6 +53,19 @@ def encode_whole(samples: Tensor, sample_rate: int, format: str, metadata: Mappi
     if format in _RAW_ENCODINGS:
         return encode_raw(samples, format)
     return encode_audio(samples, sample_rate, format, metadata=metadata)
+
+
+def levelled(samples: Tensor, sample_rate: int, loudness_lufs: float | None) -> Tensor:
+    """`[C, N]` of a whole piece at that loudness; None: as it is."""
+    if loudness_lufs is None:
+        return samples
+    return normalize_audio(
+        samples,
+        strategy="loudness",
+        loudness_headroom_db=-loudness_lufs,
+        sample_rate=sample_rate,
+        log_clipping=False,
+    )
 
 
 def encode_raw(samples: Tensor, format: str) -> bytes:

@@ -193,6 +193,9 @@ def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings)
     _check_range("first_sample", fields.first_sample, 0, 2**53)
     if fields.loudness_lufs is not None:
         _check_range("loudness", fields.loudness_lufs, MIN_LOUDNESS_LUFS, MAX_LOUDNESS_LUFS, "LUFS")
+        if fields.chunks is not None or fields.first_sample:
+            hint = "it is measured over the whole piece; leave out streaming and first_sample, or loudness"
+            raise InvalidRequestError("loudness only for whole results", "a part of one", hint, param="loudness")
     if fields.deadline_s is not None and not fields.deadline_s > 0:
         raise InvalidRequestError("a deadline in the future", f"{fields.deadline_s:g} s", param="deadline")
     num_pieces = len(fields.prompts) * fields.num_samples

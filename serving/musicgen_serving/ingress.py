@@ -77,7 +77,8 @@ class HttpIngress(Ingress):
         await self.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service, metrics=node_metrics, id_is_echoed=True)
+        origins = self.settings.http.cors_origins
+        return create_app(self.service, metrics=node_metrics, id_is_echoed=True, cors_origins=origins)
 
 
 class GrpcIngress(Ingress):

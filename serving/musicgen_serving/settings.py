@@ -107,6 +107,17 @@ class HttpSettings(_Section):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     ingress: ReplicaSettings = ReplicaSettings()
+    cors_origins: list[str] = Field(
+        default_factory=list, description="whose pages may call it from a browser: https://app.example, or * for all"
+    )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+                raise ValueError(f"expected scheme://host, with a port if it has one, without a path; got {origin!r}")
+        return origins
 
 
 class GrpcSettings(_Section):

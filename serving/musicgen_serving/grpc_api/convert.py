@@ -12,7 +12,7 @@ from torch import Tensor
 from musicgen.audio import generation_metadata
 from musicgen.errors import InvalidRequestError
 from musicgen.types import FinishReason
-from musicgen_serving.audio_formats import encode_raw, encode_whole
+from musicgen_serving.audio_formats import encode_raw, encode_whole, levelled
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.types import GenerationEnd, GenerationStatus, ModelInfo, PieceAudio, PieceReport, Started
 
@@ -52,10 +52,18 @@ def checked_format(audio_format: pb.AudioFormat, *, stream: bool) -> pb.AudioFor
     return audio_format
 
 
-def file_bytes(samples: Tensor, audio_format: pb.AudioFormat, started: Started, piece: int, license: str) -> bytes:
-    """A whole piece `[C, N]` in any format; a file says that a machine made it, and under what licence the model's
-    weights are. Takes time for compressed ones."""
+def file_bytes(
+    audio_format: pb.AudioFormat,
+    started: Started,
+    license: str,
+    loudness_lufs: float | None,
+    samples: Tensor,
+    piece: int,
+) -> bytes:
+    """A whole piece `[C, N]` in any format, at a loudness if one is given; a file says that a machine made it, and
+    under what licence the model's weights are. Takes time for compressed ones."""
     tags = generation_metadata(started.model, started.seeds[piece], license=license)
+    samples = levelled(samples, started.sample_rate, loudness_lufs)
     return encode_whole(samples, started.sample_rate, _FORMATS[audio_format], tags)
 
 

@@ -36,6 +36,7 @@ async def to_request(
         stems=spec.stems,
         chunks=chunks,
         first_sample=spec.first_sample,
+        loudness_lufs=loudness_lufs(spec),
         deadline_s=call.deadline_s,
         idempotency_key=message.idempotency_key or None,
         trace_parent=call.trace_parent,
@@ -49,6 +50,11 @@ async def to_request(
         if content is not None:
             await check_recording(content, param, limits)
     return request
+
+
+def loudness_lufs(spec: pb.GenerationSpec) -> float | None:
+    """Level that the edge brings whole pieces to; None: as made."""
+    return spec.loudness if spec.HasField("loudness") else None
 
 
 def _present(message: Message, names: tuple[str, ...]) -> dict[str, Any]:

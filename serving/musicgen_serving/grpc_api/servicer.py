@@ -8,7 +8,8 @@ cancellation that meets them between two messages.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from musicgen.types import ChunkPolicy, FinishReason
 from musicgen_serving.budget import Budget, Share, whole_bytes
 from musicgen_serving.grpc_api import convert
 from musicgen_serving.grpc_api.call import Call, Context, ServiceGetter, begin
-from musicgen_serving.grpc_api.requests import to_request
+from musicgen_serving.grpc_api.requests import loudness_lufs, to_request
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2_grpc as pb_grpc
 from musicgen_serving.types import GenerationEnd, GenerationEvent, PieceAudio, Started
@@ -40,7 +41,8 @@ class MusicServicer(pb_grpc.MusicServiceServicer):
                 license = await _license(call, generation.model)
                 async with call.service.generate(call.tenant, generation) as events:
                     started, parts, end = await _collect(events, share)
-                answer = await asyncio.to_thread(_whole, started, parts, end, audio_format, license)
+                encode = partial(convert.file_bytes, audio_format, started, license, loudness_lufs(request.spec))
+                answer = await asyncio.to_thread(_whole, started, parts, end, encode)
             await call.send_request_id()
         return answer
 
@@ -123,13 +125,14 @@ async def _collect(
 
 
 def _whole(
-    started: Started, parts: list[list[Tensor]], end: GenerationEnd, audio_format: pb.AudioFormat, license: str
+    started: Started, parts: list[list[Tensor]], end: GenerationEnd, encode: Callable[[Tensor, int], bytes]
 ) -> pb.GenerateResponse:
+    """Args: encode: samples `[C, N]` of a piece, and which piece it is → its bytes."""
     reports = convert.from_end(end, started.seeds)
     answer = pb.GenerateResponse(started=convert.from_started(started), billed_s=end.billed_s)
     for piece, (samples, report) in enumerate(zip(parts, reports.pieces, strict=True)):
         whole = torch.cat(samples, dim=-1) if samples else torch.zeros(started.channels, 0)
-        answer.pieces.add(audio=convert.file_bytes(whole, audio_format, started, piece, license), report=report)
+        answer.pieces.add(audio=encode(whole, piece), report=report)
     return answer
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from importlib import metadata
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from musicgen.errors import MusicGenError, OverloadedError
@@ -17,7 +18,7 @@ from musicgen_serving.errors import NotFoundError, report
 from musicgen_serving.http_api.errors import error_object, error_response, on_http_error, on_project_error
 from musicgen_serving.http_api.generations import add_generation_routes, api_key
 from musicgen_serving.http_api.middleware import EdgeMiddleware
-from musicgen_serving.http_api.openapi import ERRORS, MusicApi
+from musicgen_serving.http_api.openapi import ERRORS, EXPOSED_HEADERS, MusicApi
 from musicgen_serving.http_api.schemas import LiveBody, ModelBody, ModelList, NotReadyBody, ReadyBody
 from musicgen_serving.service import MusicService, Readiness
 from musicgen_serving.settings import LimitSettings
@@ -38,6 +39,7 @@ def create_app(
     *,
     metrics: Metrics | None = None,
     id_is_echoed: bool = False,
+    cors_origins: Sequence[str] = (),
 ) -> MusicApi:
     """The application.
 
@@ -45,6 +47,7 @@ def create_app(
         service: the service, or what gives it once requests come: the application may be built, and pickled, first.
         metrics: gives the text of `/metrics`, in Prometheus' format; without it there is no such route.
         id_is_echoed: true behind Ray Serve's proxy, which adds X-Request-Id to responses itself.
+        cors_origins: whose pages may call it from a browser.
     """
     get_service: Callable[[], MusicService] = service if callable(service) else lambda: service
 
@@ -58,6 +61,15 @@ def create_app(
         redirect_slashes=False,
     )
     app.add_middleware(EdgeMiddleware, limits=limits, id_is_echoed=id_is_echoed)
+    if cors_origins:  # the outermost: it also answers for errors, and before any key is asked for
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+            max_age=3600,
+        )
     app.add_exception_handler(MusicGenError, on_project_error)
     app.add_exception_handler(HTTPException, on_http_error)
     add_generation_routes(app, get_service)

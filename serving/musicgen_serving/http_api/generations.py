@@ -137,6 +137,7 @@ def _fields(body: GenerationBody, model: str, request: Request) -> RequestFields
         loudness_lufs=body.loudness,
         chunks=ChunkPolicy() if is_stream else None,
         first_sample=body.first_sample,
+        deadline_s=body.deadline_s,
         idempotency_key=request.headers.get("idempotency-key"),
         trace_parent=request.headers.get("traceparent"),
     )
@@ -146,13 +147,6 @@ def _delivery(body: GenerationBody, generation: GenerationRequest, wants_json: b
     """How to answer. Raises: InvalidRequestError: a way that cannot be."""
     is_events = body.stream_format == "sse"
     format = body.response_format or ("pcm16" if is_events else "wav")
-    if body.loudness is not None and (is_events or body.stream or body.first_sample):
-        raise InvalidRequestError(
-            "loudness only for whole results",
-            "a part of one",
-            "it is measured over the whole piece; leave out stream, stream_format and first_sample",
-            param="loudness",
-        )
     if is_events:
         _check_format(format, EVENT_FORMATS, "events")
         return SseDelivery(generation, Wish(format))

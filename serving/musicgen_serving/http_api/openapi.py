@@ -77,6 +77,10 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
 }
 
 
+EXPOSED_HEADERS = [*GENERATION_RESPONSES[200]["headers"], "X-Model", "Retry-After"]
+"""What pages of other origins may read."""
+
+
 def _header(name: str, description: str, example: str, **schema: Any) -> dict[str, Any]:
     shape = {"type": "string", **schema}
     return {"name": name, "in": "header", "required": False, "description": description, "schema": shape,

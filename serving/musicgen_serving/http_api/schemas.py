@@ -113,6 +113,13 @@ class GenerationBody(BaseModel):
         description="sse: server-sent events, whether `stream` is set or not: `music.generation.started`, "
         "`music.audio.delta` with base64 audio, and last one of `music.generation.done`, `.failed`, `.cancelled`.",
     )
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Seconds after which the rest is of no use: then the request is cancelled. Default: none.",
+        examples=[30],
+    )
     first_sample: int = Field(
         0,
         ge=0,

@@ -11,9 +11,8 @@ from collections.abc import AsyncIterator
 import torch
 from torch import Tensor
 
-from musicgen.loudness import normalize_audio
 from musicgen.types import FinishReason
-from musicgen_serving.audio_formats import encode_whole, file_rate, media_type
+from musicgen_serving.audio_formats import encode_whole, file_rate, levelled, media_type
 from musicgen_serving.budget import whole_bytes
 from musicgen_serving.http_api.delivery import (
     PieceOrder,
@@ -67,14 +66,7 @@ class WholeDelivery:
         files = []
         for index, part in enumerate(parts):
             samples = torch.cat(part, dim=-1)
-            if self._wish.loudness_lufs is not None:
-                samples = normalize_audio(
-                    samples,
-                    strategy="loudness",
-                    loudness_headroom_db=-self._wish.loudness_lufs,
-                    sample_rate=started.sample_rate,
-                    log_clipping=False,
-                )
+            samples = levelled(samples, started.sample_rate, self._wish.loudness_lufs)
             metadata = file_metadata(started, index, self._wish)
             files.append(encode_whole(samples, started.sample_rate, self._wish.response_format, metadata))
         return files

@@ -12,6 +12,7 @@ import grpc.aio
 import numpy as np
 import pytest
 import soundfile
+from musicgen_serving.audio_formats import levelled
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from serving.fake_service import API_KEY, FakeService, tone
 from serving.grpc_api.harness import connected, spec
@@ -223,5 +224,26 @@ def test_files_say_under_what_licence_the_weights_are() -> None:
             answer = await stub.Generate(request)
         with soundfile.SoundFile(io.BytesIO(answer.pieces[0].audio)) as file:
             assert "licence of the weights: MIT" in file.comment
+
+    asyncio.run(main())
+
+
+def test_a_loudness_is_that_of_http() -> None:
+    async def main() -> None:
+        async with connected(FakeService()) as stub:
+            request = pb.GenerateRequest(spec=spec(loudness=-20.0))
+            (piece,) = (await stub.Generate(request)).pieces
+            wanted = levelled(tone(7, 32000), 32000, -20.0)
+            np.testing.assert_array_equal(samples_of(piece.audio), wanted.numpy())
+            assert piece.report.checksum != hashlib.sha256(piece.audio).hexdigest(), "that of the samples as made"
+            for part in (
+                stub.StreamGenerate(pb.StreamGenerateRequest(spec=spec(loudness=-20.0))).read(),
+                stub.Generate(pb.GenerateRequest(spec=spec(loudness=-20.0, first_sample=5))),
+                stub.Generate(pb.GenerateRequest(spec=spec(loudness=1.0))),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as failure:
+                    await part
+                assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+                assert "loudness" in str(failure.value.details())
 
     asyncio.run(main())

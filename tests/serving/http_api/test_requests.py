@@ -46,6 +46,7 @@ def test_all_fields_arrive(client: Client, recording: bytes, recording_base64: s
         "extend_stride_s": 5.0,
         "stems": True,
         "first_sample": 3,
+        "deadline_s": 30.5,
     }
     json_fields = {**fields, "melody": recording_base64, "prompt_audio": recording_base64}
     assert client.request("POST", URL, json=json_fields).status_code == 200
@@ -67,6 +68,7 @@ def test_all_fields_arrive(client: Client, recording: bytes, recording_base64: s
         assert request.stems
         assert request.extend_stride_s == 5.0
         assert request.first_sample == 3
+        assert request.deadline_s == 30.5
         assert request.chunks is None
     assert len(client.service.requests) == 2
 

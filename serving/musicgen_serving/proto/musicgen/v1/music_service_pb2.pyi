@@ -56,7 +56,7 @@ class SamplingOptions(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., greedy: _Optional[bool] = ..., guidance_scale: _Optional[float] = ..., melody_guidance: _Optional[float] = ...) -> None: ...
 
 class GenerationSpec(_message.Message):
-    __slots__ = ("model", "prompts", "num_samples", "melody", "prompt_audio", "stems", "duration_s", "seed", "sampling", "extend_stride_s", "first_sample")
+    __slots__ = ("model", "prompts", "num_samples", "melody", "prompt_audio", "stems", "duration_s", "seed", "sampling", "extend_stride_s", "first_sample", "loudness")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class GenerationSpec(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     EXTEND_STRIDE_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    LOUDNESS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompts: _containers.RepeatedScalarFieldContainer[str]
     num_samples: int
@@ -79,7 +80,8 @@ class GenerationSpec(_message.Message):
     sampling: SamplingOptions
     extend_stride_s: float
     first_sample: int
-    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., num_samples: _Optional[int] = ..., melody: _Optional[bytes] = ..., prompt_audio: _Optional[bytes] = ..., stems: _Optional[bool] = ..., duration_s: _Optional[float] = ..., seed: _Optional[int] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping[str, object]]] = ..., extend_stride_s: _Optional[float] = ..., first_sample: _Optional[int] = ...) -> None: ...
+    loudness: float
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., num_samples: _Optional[int] = ..., melody: _Optional[bytes] = ..., prompt_audio: _Optional[bytes] = ..., stems: _Optional[bool] = ..., duration_s: _Optional[float] = ..., seed: _Optional[int] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping[str, object]]] = ..., extend_stride_s: _Optional[float] = ..., first_sample: _Optional[int] = ..., loudness: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("spec", "request_id", "idempotency_key", "audio_format")
