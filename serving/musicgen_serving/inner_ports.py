@@ -7,6 +7,7 @@ call each other, which Serve opens on every interface, listen on loopback as eve
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import secrets
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.serve._private import replica
+
+logger = logging.getLogger(__name__)
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -36,7 +39,12 @@ def keep_to_this_machine() -> None:
     address = ray.util.get_node_ip_address()
     if not ipaddress.ip_address(address).is_loopback:
         return
-    listen = replica.add_port_to_grpc_server
+    listen = getattr(replica, "add_port_to_grpc_server", None)
+    if listen is None:
+        logger.warning(
+            "this Ray opens the ports between replicas elsewhere: they may be on every interface, with a token"
+        )
+        return
 
     def listen_here(server: Any, asked: str) -> int:
         port: int = listen(server, asked.replace("[::]", address))
