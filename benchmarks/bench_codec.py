@@ -1,14 +1,15 @@
-"""The codec's decoder at its true size: whole pieces beside transformers', and a stream in chunks beside the whole.
+"""The codec's decoder: whole pieces beside transformers', and a stream in chunks beside the whole.
 
-`python -m benchmarks.bench_codec`; random weights. A table comes first, one line of JSON last. Every
-round times each contender once, one after the other, and ratios are medians over rounds, so that a machine that
-slows down does so for all.
+`python -m benchmarks.bench_codec`: random weights of the true size; `--model demo` measures the codec of a model. A
+table comes first, one line of JSON last. Every round times each contender once, one after the other, and ratios are
+medians over rounds, so that a machine that slows down does so for all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,17 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.engine_models import CODEC, codec_decoder
+from benchmarks.engine_models import codec_decoder
 from benchmarks.meter import Meter
 from musicgen.codec_stream import StreamingCodec, decode_audio
+from musicgen.config import CodecConfig
 from musicgen.models.encodec import EncodecDecoder
+from musicgen.weights import open_checkpoint
 
 
 def main() -> None:
     args = _parse()
     torch.set_num_threads(args.threads)
-    decoder, peer = codec_decoder(), transformers_codec()
-    codes = torch.randint(CODEC.codebook_size, (1, CODEC.num_codebooks, int(args.seconds * CODEC.frame_rate_hz)))
+    decoder = open_checkpoint(args.model, "cpu").codec()[0] if args.model else codec_decoder()
+    config, peer = decoder.config, transformers_codec(decoder.config)
+    codes = torch.randint(config.codebook_size, (1, config.num_codebooks, int(args.seconds * config.frame_rate_hz)))
     contenders: dict[str, Callable[[], Tensor]] = {
         "whole": lambda: decode_audio(decoder, codes, 1)[0],
         "transformers": lambda: peer.decode(codes[None], [None]).audio_values[0],
@@ -51,30 +55,31 @@ def main() -> None:
     print(json.dumps({**result, "options": vars(args), "torch": torch.__version__}))
 
 
-def transformers_codec() -> Any:
-    """transformers' EnCodec of the same shape, evaluated as its generation does."""
+def transformers_codec(config: CodecConfig) -> Any:
+    """transformers' EnCodec of the same shape, random weights, evaluated as its generation does."""
     from transformers import EncodecConfig, EncodecModel
 
-    config = EncodecConfig(
-        sampling_rate=CODEC.sample_rate,
+    bits = config.num_codebooks * math.log2(config.codebook_size)
+    theirs = EncodecConfig(
+        sampling_rate=config.sample_rate,
         audio_channels=1,
         normalize=False,
-        num_filters=CODEC.num_filters,
-        hidden_size=CODEC.hidden_size,
-        codebook_size=CODEC.codebook_size,
-        codebook_dim=CODEC.codebook_dim,
-        upsampling_ratios=list(CODEC.upsampling_ratios),
+        num_filters=config.num_filters,
+        hidden_size=config.hidden_size,
+        codebook_size=config.codebook_size,
+        codebook_dim=config.codebook_dim,
+        upsampling_ratios=list(config.upsampling_ratios),
         use_causal_conv=False,
-        use_conv_shortcut=CODEC.conv_shortcut,
-        target_bandwidths=[2.2],
+        use_conv_shortcut=config.conv_shortcut,
+        target_bandwidths=[bits * config.frame_rate_hz / 1000],
     )
     torch.manual_seed(0)
-    return EncodecModel(config).eval().requires_grad_(False)
+    return EncodecModel(theirs).eval().requires_grad_(False)
 
 
 def _chunked(decoder: EncodecDecoder, codes: Tensor, chunk_s: float) -> Callable[[], Tensor]:
     """Decodes `[K, T]` codes as a stream."""
-    codec, size = StreamingCodec(decoder, 1), max(1, int(chunk_s * CODEC.frame_rate_hz))
+    codec, size = StreamingCodec(decoder, 1), max(1, int(chunk_s * decoder.config.frame_rate_hz))
 
     def run() -> Tensor:
         state, out = codec.initial_state(), []
@@ -106,6 +111,7 @@ def _ratio(values: list[float], base: list[float]) -> float:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model's name or folder, instead of random weights of the true size")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the piece")
     parser.add_argument("--chunks", type=float, nargs="+", default=[0.1, 0.5, 1.0], help="seconds a chunk")
     parser.add_argument("--rounds", type=int, default=5)

@@ -23,7 +23,7 @@ from musicgen.models.seanet import Piece, StreamConv, StreamResidual, StreamUpsa
 _WHOLE_PIECE_FRAMES = 250
 """Frames a whole decode handles at a time, to bound its memory."""
 _UPSAMPLED_FRAMES = 25
-"""Of these, frames that are upsampled at a time: the widest activation (4 MB for MusicGen) stays in the cache."""
+"""Of these, about how many are upsampled at a time: the widest activation (4 MB for MusicGen) stays in the cache."""
 _FUSED_LSTM_SIZE = 8000
 """Torch's LSTM rearranges all weights at each call, ours costs more a frame. So torch's is faster only from
 width² / this many frames on: 5 for the embedded model (width 192), 131 for Meta's (1024)."""
@@ -161,7 +161,8 @@ class EncodecDecoder(nn.Module):
         x, conv_tail = self.conv_in(x, tails[0][: self.conv_in.tail_len], piece)
         x, hidden, cell = self._recur(x, tails[1], tails[2])
         rest, out = tails[3:], []
-        size = max(_UPSAMPLED_FRAMES, self.min_first_frames)
+        num_parts = max(1, round(x.shape[0] / _UPSAMPLED_FRAMES))  # of one size: a small rest costs nearly as much
+        size = max(-(-x.shape[0] // num_parts), self.min_first_frames)
         for start in range(0, x.shape[0], size):
             part = Piece(piece.first and start == 0, piece.last and start + size >= x.shape[0])
             samples, rest = self._upsample(x[start : start + size], rest, part)

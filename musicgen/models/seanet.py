@@ -38,12 +38,17 @@ def pad_time(x: Tensor, left: int, right: int, mode: PadMode) -> Tensor:
     """
     if left == 0 and right == 0:
         return x
-    if mode == "constant":
-        return F.pad(x, (0, 0, 0, 0, left, right))
     num_zeros = max(0, max(left, right) - x.shape[0] + 1) if mode == "reflect" else 0
-    signal = F.pad(x, (0, 0, 0, 0, 0, num_zeros)).permute(1, 2, 0)
-    padded = F.pad(signal, (left, right), mode=mode)
-    return padded[..., : padded.shape[-1] - num_zeros].permute(2, 0, 1).contiguous()
+    if num_zeros:
+        x = F.pad(x, (0, 0, 0, 0, 0, num_zeros))
+    if mode == "reflect":
+        before, after = x[1 : left + 1].flip(0), x[-right - 1 : -1].flip(0)
+    elif mode == "replicate":
+        before, after = x[:1].expand(left, -1, -1), x[-1:].expand(right, -1, -1)
+    else:
+        before, after = x.new_zeros(left, *x.shape[1:]), x.new_zeros(right, *x.shape[1:])
+    padded = torch.cat((before, x, after))
+    return padded[: padded.shape[0] - num_zeros]
 
 
 def extend(x: Tensor, tail: Tensor, piece: Piece, left: int, right: int, mode: PadMode) -> tuple[Tensor, Tensor]:
