@@ -6,6 +6,7 @@ special token. So T frames take S = T + max_delay + 1 steps, and frame `t` is co
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ class DelayPattern:
     delays: tuple[int, ...]
 
     @classmethod
+    @functools.cache  # asked for at every step
     def for_codebooks(cls, num_codebooks: int, audio_channels: int) -> DelayPattern:
         """Mono: 0, 1, 2, ...; stereo, in the order 1L 1R 2L 2R ...: 0, 0, 1, 1, 2, 2, ..."""
         return cls(tuple(k // audio_channels for k in range(num_codebooks)))
