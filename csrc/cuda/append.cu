@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, 4) append(const AppendArguments a) {
     const int token = blockIdx.x;
     const int row = find_row<1, 0>(r.query_offsets, int(r.num_rows), token);
     const int position = r.kv_lens[row] - r.query_offsets[row + 1] + token;
+    if (position < 0) return;  // a row that is not there: the whole block, before any exchange
     const int64_t page = r.page_table[row * r.max_pages + position / kPage];
     const int heads = int(r.num_heads), dim = int(r.head_dim);
     for (int first = 0; first < heads; first += kThreads / kLanes) {  // all threads in every pass: lanes exchange values

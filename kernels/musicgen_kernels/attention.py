@@ -33,7 +33,8 @@ def append_paged_kv(
 
     Token j of row b (j counted from query_offsets[b], n of them) goes to position p = kv_lens[b] − n + j:
     page page_table[b, p div 16], slot p mod 16. int8: scale = max|x|/127 over the head's D values (0 if all
-    are 0), then round-half-even(x/scale). Rows that share a page must not both append to it.
+    are 0), then round-half-even(x/scale). Rows that share a page must not both append to it. A token whose position
+    would be below 0 is not written (the CPU backend refuses it).
 
     Args:
         keys: [N, H, D] float32 (also bfloat16, float16 on GPUs); the last axis contiguous.

@@ -20,6 +20,8 @@ def append_paged_kv(
         count = offsets[b + 1] - offsets[b]
         for j in range(count):
             position = length - count + j
+            if position < 0:
+                continue
             pages.append(int(page_table[b, position // PAGE_LEN]))
             slots.append(position % PAGE_LEN)
             tokens.append(offsets[b] + j)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..pages import PAGE_LEN, PagedKV
 from .runtime import (
+    VARYING,
     find_row,
     interpreted,
     launch,
@@ -38,7 +39,7 @@ def _store(source, pages, scales, at, scale_at, inside, heads_inside, IS_INT8: t
         tl.store(pages + at, narrow(x, pages.dtype.element_ty, EMULATE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _append(
     keys,
     values,
@@ -66,10 +67,11 @@ def _append(
     token = tl.program_id(0)
     row = find_row(query_offsets, num_rows, token)
     position = tl.load(kv_lens + row) - tl.load(query_offsets + row + 1) + token
-    page = tl.load(page_table + row.to(tl.int64) * max_pages + position // PAGE).to(tl.int64)
+    there = position >= 0  # it is not in a row that is shorter than its tokens are many
+    page = tl.load(page_table + row.to(tl.int64) * max_pages + position // PAGE, mask=there, other=0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     channels = tl.arange(0, BLOCK_D)
-    heads_inside = heads < num_heads
+    heads_inside = (heads < num_heads) & there
     inside = heads_inside[:, None] & (channels < D)[None, :]
     scale_at = (page * num_heads + heads) * PAGE + position % PAGE
     at = scale_at[:, None] * D + channels[None, :]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..pages import PAGE_LEN, SPLIT_LEN, PagedKV
 from .runtime import (
+    VARYING,
     find_row,
     find_tile_row,
     interpreted,
@@ -146,7 +147,7 @@ def _query_tile(query, first, count, head, token_stride, head_stride, D: tl.cons
     return tl.load(query + at, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _decode(
     query,
     k_pages,
@@ -200,7 +201,7 @@ def _decode(
         tl.store(sums + at * D + rows[:, None] + channels[None, :], o, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _merge_splits(
     states,
     sums,
@@ -239,7 +240,7 @@ def _merge_splits(
     tl.store(out + at + one[:, None] + channels[None, :], y, mask=(channels < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _prefill(
     query,
     k_pages,

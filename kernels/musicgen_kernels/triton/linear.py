@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import KernelArgumentError
 from ..packing import PackedLinear
 from .attention import _multiply
-from .runtime import interpreted, launch, narrow, require_no_float64
+from .runtime import VARYING, interpreted, launch, narrow, require_no_float64
 
 _TILE_M = 16
 _TILE_N = 16
@@ -43,7 +43,7 @@ def _scaled(codes, scales, outputs, first, stride, there, GROUP: tl.constexpr, B
     return tl.reshape(grouped * scale[:, :, None], codes.shape)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _linear(
     x,
     codes,

@@ -19,6 +19,11 @@ from torch import Tensor
 from ..errors import KernelArgumentError
 from ..pages import PagedKV
 
+VARYING = ["num_rows", "num_splits", "max_steps"]
+"""Arguments that change from step to step. Triton compiles a kernel again for an integer that is 1 or a multiple of 16,
+in the middle of a step when the batch comes to it, unless it is told not to look.
+"""
+
 
 def interpreted() -> bool:
     """Whether Triton runs kernels on the CPU in its interpreter (TRITON_INTERPRET=1)."""

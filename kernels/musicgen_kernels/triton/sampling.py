@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import launch, power_of_2, require_no_float64
+from .runtime import VARYING, launch, power_of_2, require_no_float64
 
 if TYPE_CHECKING:
     from ..sampling import SampleBatch
@@ -125,7 +125,7 @@ def _draw(mixed, index, inside, temperature, top_k, top_p, seed, step, codebook,
     return _first_argmax(choice, index, num_codes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _sample(
     logits,
     row_offsets,

@@ -69,6 +69,13 @@ def test_append(dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
     check_append(triton, case, "cpu")
 
 
+@pytest.mark.parametrize("kv_dtype", [F32, I8])
+def test_a_row_that_is_not_there_writes_nothing(kv_dtype: torch.dtype) -> None:
+    case = attention_case([0, 1, 3], [1, 1, 5], heads=3, kv_dtype=kv_dtype, filled=False)
+    check_append(triton, case, "cpu")
+    attend(triton, attention_case([0, 20], [1, 1], heads=3, kv_dtype=kv_dtype), "cpu")
+
+
 def test_cpu_layout_and_float64_are_refused() -> None:
     case = attention_case([5], [1])
     cache = type(case.cache)(case.cache.k, case.cache.v, None, None, "cpu")
