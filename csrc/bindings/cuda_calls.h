@@ -83,7 +83,7 @@ private:
     }
     void norm(void* stream) {
         LayerNormArguments a{};
-        read(a.x, a.weight, a.bias, a.residual, a.out, a.num_rows, a.dim, a.type, a.eps);
+        read(a.x, a.weight, a.bias, a.residual, a.out, a.num_rows, a.dim, a.type, a.out_type, a.eps);
         finish();
         layer_norm(a, stream);
     }
@@ -97,7 +97,7 @@ private:
     void product(void* stream) {
         LinearArguments a{};
         read(a.x, a.codes, a.scales, a.bias, a.residual, a.out);
-        read(a.num_rows, a.out_features, a.in_features, a.group_len, a.type, a.kind, a.gelu);
+        read(a.num_rows, a.out_features, a.in_features, a.group_len, a.type, a.out_type, a.kind, a.gelu);
         finish();
         linear(a, stream);
     }

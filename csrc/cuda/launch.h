@@ -84,9 +84,9 @@ struct LayerNormArguments {
     const float* weight;
     const float* bias;
     float* residual;  // [num_rows, dim] or null; mutated
-    void* out;        // of x's type
+    void* out;        // of out_type
     int64_t num_rows, dim;
-    Type type;
+    Type type, out_type;
     float eps;
 };
 void layer_norm(const LayerNormArguments& arguments, void* stream);
@@ -107,10 +107,10 @@ struct LinearArguments {
     const void* codes;     // [out_features, in_features] in "rows" order (musicgen_kernels.packing)
     const uint16_t* scales;  // [out_features, in_features / group_len] bfloat16, or null
     const float* bias;     // [out_features] or null
-    const void* residual;  // [num_rows, out_features] of x's type, or null
-    void* out;             // [num_rows, out_features] of x's type
+    const void* residual;  // [num_rows, out_features] of out_type, or null
+    void* out;             // [num_rows, out_features] of out_type
     int64_t num_rows, out_features, in_features, group_len;
-    Type type;
+    Type type, out_type;
     WeightKind kind;
     bool gelu;
 };

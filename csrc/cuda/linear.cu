@@ -52,6 +52,12 @@ MGK_DEVICE void load_weights(const void* codes, int64_t at, float (&w)[Weight<kK
     }
 }
 
+template <class T>
+MGK_DEVICE void finish(const LinearArguments& a, int64_t at, float y) {
+    if (a.residual) y += to_float(static_cast<const T*>(a.residual)[at]);
+    from_float(y, static_cast<T*>(a.out)[at]);
+}
+
 template <class T, WeightKind kKind>
 __global__ void __launch_bounds__(kWarps * kWarp, 4) multiply(const LinearArguments a) {
     constexpr int kVector = Weight<kKind>::kVector, kWidest = 16 / sizeof(T);
@@ -89,8 +95,9 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) multiply(const LinearArgume
         const int64_t at = (first_row + r) * a.out_features + output;
         if (a.bias) y += a.bias[output];
         if (a.gelu) y = 0.5f * y * (1.0f + erff(y * 0.7071067811865476f));
-        if (a.residual) y += to_float(static_cast<const T*>(a.residual)[at]);
-        from_float(y, static_cast<T*>(a.out)[at]);
+        if (a.out_type == Type::fp32) finish<float>(a, at, y);
+        if (a.out_type == Type::bf16) finish<BFloat16>(a, at, y);
+        if (a.out_type == Type::fp16) finish<Half>(a, at, y);
     }
 }
 

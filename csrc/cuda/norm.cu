@@ -50,7 +50,9 @@ __global__ void __launch_bounds__(kThreads) norm_rows(const LayerNormArguments a
         load<kVector>(a.bias + c, bias);
         MGK_UNROLL
         for (int i = 0; i < kVector; ++i) h[i] = fmaf((h[i] - rough_mean - correction) * inverse, weight[i], bias[i]);
-        store(h, static_cast<T*>(a.out) + at + c);
+        if (a.out_type == Type::fp32) store(h, static_cast<float*>(a.out) + at + c);
+        if (a.out_type == Type::bf16) store(h, static_cast<BFloat16*>(a.out) + at + c);
+        if (a.out_type == Type::fp16) store(h, static_cast<Half*>(a.out) + at + c);
     }
 }
 

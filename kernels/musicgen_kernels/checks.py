@@ -58,6 +58,20 @@ def check_tensor(
     return value
 
 
+def result_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of a result for `x`: x's own, or the one that is wanted instead.
+
+    Raises:
+        KernelArgumentError: float64 for or from another dtype, or no floating-point dtype.
+    """
+    if wanted is None or wanted == x.dtype:
+        return x.dtype
+    if wanted not in FLOATS or torch.float64 in (wanted, x.dtype):
+        got = f"{wanted} for {x.dtype}"
+        raise KernelArgumentError("out_dtype", "float32, bfloat16 or float16, for one of these", got)
+    return wanted
+
+
 def check_int(argument: str, value: int, low: int, high: int) -> int:
     """Return `value` if low ≤ value ≤ high.
 

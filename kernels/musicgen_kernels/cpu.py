@@ -74,6 +74,7 @@ class CpuBackend:
         if weight.order != "tiles":
             raise KernelArgumentError("weight", "order 'tiles'", repr(weight.order), "pack it for the CPU")
         check_tensor("x", x, x.shape, _FLOAT)
+        check_tensor("out", out, out.shape, _FLOAT)
         self.native.linear(
             *packed_arguments(weight),
             *(x.data_ptr(), _address(bias), _address(residual), out.data_ptr()),
@@ -85,6 +86,7 @@ class CpuBackend:
     ) -> None:
         """See `musicgen_kernels.norm.layer_norm`."""
         check_tensor("x", x, x.shape, _FLOAT)
+        check_tensor("out", out, out.shape, _FLOAT)
         rows, dim = x.shape
         self.native.layer_norm(
             *(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), _address(residual)),

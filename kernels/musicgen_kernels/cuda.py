@@ -113,7 +113,7 @@ def linear(
         raise KernelArgumentError("x", "an address that is a multiple of 16", f"{x.data_ptr():#x}", "copy it")
     scales = weight.scales if weight.group_len else None
     sizes = (x.shape[0], weight.out_features, weight.in_features, weight.group_len)
-    kinds = (_float_type("x", x), KINDS.index(weight.kind), int(gelu))
+    kinds = (_float_type("x", x), _float_type("out", out), KINDS.index(weight.kind), int(gelu))
     _run("linear", (x, weight.codes, scales, bias, residual, out), (*sizes, *kinds))
 
 
@@ -122,7 +122,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None,
     if x.shape[1] > MAX_DIM:
         got = str(x.shape[1])
         raise KernelArgumentError("x", f"at most {MAX_DIM} elements a row", got, "use backend='triton'")
-    _run("layer_norm", (x, weight, bias, residual, out), (*x.shape, _float_type("x", x)), (eps,))
+    types = (_float_type("x", x), _float_type("out", out))
+    _run("layer_norm", (x, weight, bias, residual, out), (*x.shape, *types), (eps,))
 
 
 def embed_codes(codes: Tensor, tables: Tensor, positions: Tensor, sinusoids: Tensor, out: Tensor) -> None:

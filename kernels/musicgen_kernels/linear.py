@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import implementation
-from .checks import FLOATS, check_tensor
+from .checks import FLOATS, check_tensor, result_dtype
 from .errors import KernelArgumentError
 from .packing import PackedLinear, unpack_header
 
@@ -25,6 +25,7 @@ def linear(
     activation: Activation = "none",
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """residual + act(x Wᵀ + bias), accumulated in fp32; gelu is the exact one, ½h(1 + erf(h/√2)).
@@ -41,11 +42,13 @@ def linear(
         bias: [N] float32 or None.
         activation: "none" or "gelu".
         residual: [M, N] of the result's dtype, contiguous, or None.
-        out: [M, N] to write to; may be `residual` itself.
+        out: [M, N] of the result's dtype to write to; may be `residual` itself.
+        out_dtype: the result's dtype, float32 or 16 bits wide; None: x's. On GPUs a 16-bit x is multiplied by tensor
+            cores, while the residual stream stays in float32.
         backend: name of a backend; None chooses.
 
     Returns:
-        [M, N] float32 (x's dtype where x is 16-bit or float64).
+        [M, N] of `out_dtype`.
 
     Raises:
         KernelArgumentError: wrong shape, dtype, device or layout, or a header that does not match the
@@ -60,11 +63,12 @@ def linear(
         check_tensor("bias", bias, (weight.out_features,), (wanted,), device=x.device)
     if activation not in ("none", "gelu"):
         raise KernelArgumentError("activation", "'none' or 'gelu'", repr(activation))
+    dtype = result_dtype(x, out_dtype)
     if residual is not None:
-        check_tensor("residual", residual, shape, (x.dtype,), device=x.device)
+        check_tensor("residual", residual, shape, (dtype,), device=x.device)
     if out is None:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    check_tensor("out", out, shape, (x.dtype,), device=x.device)
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+    check_tensor("out", out, shape, (dtype,), device=x.device)
     run = implementation("linear", x.device, x.dtype, backend)
     run(x, weight, bias, activation == "gelu", residual, out)
     return out

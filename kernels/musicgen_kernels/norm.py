@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backend import implementation
-from .checks import FLOATS, check_tensor
+from .checks import FLOATS, check_tensor, result_dtype
 from .errors import KernelArgumentError
 
 _INT = (torch.int32,)
@@ -20,6 +20,7 @@ def layer_norm(
     residual: Tensor | None = None,
     eps: float = 1e-5,
     out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """(h − mean(h)) / √(var(h) + eps) · weight + bias, with h = x, or h = residual + x where a residual is
@@ -32,11 +33,12 @@ def layer_norm(
         weight, bias: [dim] float32.
         residual: [M, dim] float32, contiguous; **mutated** to residual + x.
         eps: added to the variance.
-        out: [M, dim] of x's dtype to write to; may be x.
+        out: [M, dim] of the result's dtype to write to; may be x.
+        out_dtype: the result's dtype, float32 or 16 bits wide; None: x's.
         backend: name of a backend; None chooses.
 
     Returns:
-        [M, dim] of x's dtype.
+        [M, dim] of `out_dtype`.
 
     Raises:
         KernelArgumentError: wrong shape, dtype, device or layout.
@@ -48,9 +50,10 @@ def layer_norm(
     check_tensor("bias", bias, (dim,), parameter, device=x.device)
     if residual is not None:
         check_tensor("residual", residual, (rows, dim), parameter, device=x.device)
+    dtype = result_dtype(x, out_dtype)
     if out is None:
-        out = torch.empty_like(x)
-    check_tensor("out", out, (rows, dim), (x.dtype,), device=x.device)
+        out = torch.empty((rows, dim), dtype=dtype, device=x.device)
+    check_tensor("out", out, (rows, dim), (dtype,), device=x.device)
     implementation("layer_norm", x.device, x.dtype, backend)(x, weight, bias, residual, eps, out)
     return out
 

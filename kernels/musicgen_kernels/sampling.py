@@ -33,8 +33,8 @@ class SampleBatch:
     Attributes:
         row_offsets: [R+1] int32, ascending from 0 to N: request r owns logits rows row_offsets[r] …
             row_offsets[r+1]−1, which are 1 (no guidance), 2 (conditional, null) or 3 (conditional, melody
-            only, null), in that order.
-        slots: [R] int32, the request's index in `sequences`; no two requests share one.
+            only, null), in that order. Not on the CPU: none, for a request that draws nothing at this step.
+        slots: [R] int32, the request's index in `sequences`; no two requests share one, but those without rows may.
         steps: [R] int32, the delayed step s that is being decided, 0 ≤ s < S.
         num_frames: [R] int32, T: the request's length in frames (1/50 s each), prompt included.
         seeds: [R] int64, the request's 64-bit seed; the sign bit is just a bit.

@@ -20,6 +20,7 @@ from .packing import PackedLinear
 from .pages import KVStore
 
 _INT = (torch.int32,)
+_HALVES = (torch.bfloat16, torch.float16)
 NORM_EPS = 1e-5
 
 
@@ -127,10 +128,11 @@ class StepBatch:
 
     def positions(self) -> Tensor:
         """[N] int32: each token's position in its row."""
+        num_tokens = self.codes.shape[0]  # said, not summed up from the counts: that would wait for the GPU
         counts = self.query_offsets.diff().long()
         first = self.kv_lens - self.query_offsets[1:]
-        shift = torch.repeat_interleave(first, counts)
-        return shift + torch.arange(shift.shape[0], dtype=torch.int32, device=shift.device)
+        shift = torch.repeat_interleave(first, counts, output_size=num_tokens)
+        return shift + torch.arange(num_tokens, dtype=torch.int32, device=shift.device)
 
 
 def check_step(weights: DecoderWeights, batch: StepBatch, pages: KVStore, cross_pages: KVStore | None) -> None:
@@ -173,15 +175,19 @@ def step_by_operations(
     pages: KVStore,
     cross_pages: KVStore | None = None,
     *,
+    activations: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The step, one operation at a time: the oracle of the one-call version, and the path of other devices.
+
+    The residual stream and the norms are float32; what is multiplied is of the dtype of `activations`.
 
     Args:
         weights: the decoder.
         batch: its tokens.
         pages: keys and values of self-attention; **mutated** (the new positions are appended).
         cross_pages: keys and values of the texts, for models with cross-attention.
+        activations: None: `activation_dtype`.
         backend: for every operation; None chooses.
 
     Returns:
@@ -192,22 +198,22 @@ def step_by_operations(
     """
     check_step(weights, batch, pages, cross_pages)
     hidden = _embed(weights, batch, backend)
+    run = _Operations(weights.num_heads, activations or activation_dtype(weights, pages), pages.k.dtype, backend)
     for index, block in enumerate(weights.blocks):
-        normed = layer_norm(hidden, block.self_norm.weight, block.self_norm.bias, backend=backend)
-        q, k, v = _heads(linear(normed, block.qkv, backend=backend), weights.num_heads, 3)
+        q, k, v = run.heads(run.norm(hidden, block.self_norm), block.qkv, 3)
         rows = (batch.page_table, batch.query_offsets, batch.kv_lens)
         append_paged_kv(k, v, pages.layer(index), *rows, backend=backend)
-        mixed = paged_attention(q, pages.layer(index), *rows, backend=backend).flatten(1)
-        hidden = linear(mixed, block.out, residual=hidden, backend=backend)
+        mixed = paged_attention(q, pages.layer(index), *rows, backend=backend)
+        hidden = run.add(mixed.flatten(1), block.out, hidden)
         if block.cross is not None and cross_pages is not None:
-            hidden = _cross(block.cross, hidden, weights.num_heads, batch, cross_pages, index, backend)
-        normed = layer_norm(hidden, block.ffn_norm.weight, block.ffn_norm.bias, backend=backend)
-        wide = linear(normed, block.fc1, activation="gelu", backend=backend)
-        hidden = linear(wide, block.fc2, residual=hidden, backend=backend)
-    last = hidden[batch.logit_tokens.long()]
-    normed = layer_norm(last, weights.final_norm.weight, weights.final_norm.bias, backend=backend)
-    logits = linear(normed, weights.heads, backend=backend)
-    return logits.unflatten(1, (weights.num_codebooks, -1))  # of no rows too, which a view with −1 cannot tell
+            hidden = _cross(block.cross, hidden, batch, cross_pages, index, run)
+        wide = linear(run.norm(hidden, block.ffn_norm), block.fc1, activation="gelu", backend=backend)
+        hidden = run.add(wide, block.fc2, hidden)
+    last = hidden.index_select(0, batch.logit_tokens)
+    normed = run.norm(last, weights.final_norm)
+    num_codes = weights.heads.out_features // weights.num_codebooks  # no −1 in the view: there may be no rows
+    logits = linear(normed, weights.heads, out_dtype=torch.float32, backend=backend)
+    return logits.view(last.shape[0], weights.num_codebooks, num_codes)
 
 
 def write_cross_by_operations(
@@ -232,42 +238,75 @@ def write_cross_by_operations(
     Raises:
         KernelArgumentError, BackendUnavailableError: as the operations.
     """
+    run = _Operations(weights.num_heads, activation_dtype(weights, cross_pages), cross_pages.k.dtype, backend)
+    states = states.to(run.activations)
     for index, block in enumerate(weights.blocks):
         if block.cross is None:
             raise KernelArgumentError("weights", "cross-attention layers", "none")
-        k, v = _heads(linear(states, block.cross.kv, backend=backend), weights.num_heads, 2)
+        k, v = run.heads(states, block.cross.kv, 2)
         append_paged_kv(k, v, cross_pages.layer(index), page_table, query_offsets, lens, backend=backend)
 
 
 def _embed(weights: DecoderWeights, batch: StepBatch, backend: str | None) -> Tensor:
     positions = batch.positions()
-    if batch.prefix is None or batch.prefix_index is None:
+    if batch.prefix is None or batch.prefix_index is None or not batch.prefix.shape[0]:
         return embed_codes(batch.codes, weights.embeddings, positions, weights.sinusoids, backend=backend)
-    is_prefix = batch.prefix_index >= 0
-    codes = torch.where(is_prefix[:, None], 0, batch.codes)
+    # Both for all tokens, then one of them: to pick tokens by a mask would wait for the GPU to count them.
+    is_prefix = (batch.prefix_index >= 0)[:, None]
+    codes = torch.where(is_prefix, 0, batch.codes)
     hidden = embed_codes(codes, weights.embeddings, positions, weights.sinusoids, backend=backend)
-    chosen = batch.prefix[batch.prefix_index[is_prefix].long()]
-    hidden[is_prefix] = chosen + weights.sinusoids[positions[is_prefix].long()]
-    return hidden
+    chosen = batch.prefix.index_select(0, batch.prefix_index.clamp(min=0))
+    return torch.where(is_prefix, chosen + weights.sinusoids.index_select(0, positions), hidden)
 
 
-def _heads(x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
-    return x.view(x.shape[0], parts, num_heads, -1).unbind(1)
+def activation_dtype(weights: DecoderWeights, pages: KVStore) -> torch.dtype:
+    """In what the inputs of products are, where nobody says it.
+
+    On a GPU tensor cores take 16 bits: bfloat16 for bfloat16 weights, for quantised ones what the pages hold if that is
+    16 bits wide. On the CPU, and for float32 weights, it is float32. (audiocraft's autocast does the same in float16.)
+    """
+    kind, held = weights.heads.kind, pages.k.dtype
+    if weights.embeddings.device.type == "cpu" or kind == "fp32":
+        return torch.float32
+    return held if kind != "bf16" and held in _HALVES else torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class _Operations:
+    """What a step's products have in common: from float32 and back to it, between in what was asked for."""
+
+    num_heads: int
+    activations: torch.dtype
+    held: torch.dtype
+    """Of the pages."""
+    backend: str | None
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return layer_norm(x, norm.weight, norm.bias, out_dtype=self.activations, backend=self.backend)
+
+    def heads(self, x: Tensor, weight: PackedLinear, parts: int) -> tuple[Tensor, ...]:
+        """Queries, keys, values: of the pages' dtype where x is narrow and they are no integers, else of x's."""
+        narrow = self.activations != torch.float32 and self.held != torch.int8
+        y = linear(x, weight, out_dtype=self.held if narrow else None, backend=self.backend)
+        return y.view(x.shape[0], parts, self.num_heads, -1).unbind(1)
+
+    def add(self, x: Tensor, weight: PackedLinear, hidden: Tensor) -> Tensor:
+        """hidden + x Wᵀ, in float32."""
+        x = x.to(self.activations)
+        return linear(x, weight, residual=hidden, out_dtype=torch.float32, backend=self.backend)
 
 
 def _cross(
     cross: CrossWeights,
     hidden: Tensor,
-    num_heads: int,
     batch: StepBatch,
     cross_pages: KVStore,
     index: int,
-    backend: str | None,
+    run: _Operations,
 ) -> Tensor:
     if batch.cross_page_table is None or batch.cross_lens is None:
         raise KernelArgumentError("cross_page_table", "a tensor", "None")
-    normed = layer_norm(hidden, cross.norm.weight, cross.norm.bias, backend=backend)
-    (q,) = _heads(linear(normed, cross.q, backend=backend), num_heads, 1)
+    (q,) = run.heads(run.norm(hidden, cross.norm), cross.q, 1)
     rows = (batch.cross_page_table, batch.query_offsets, batch.cross_lens)
-    mixed = cross_attention(q, cross_pages.layer(index), *rows, backend=backend).flatten(1)
-    return linear(mixed, cross.out, residual=hidden, backend=backend)
+    mixed = cross_attention(q, cross_pages.layer(index), *rows, backend=run.backend)
+    return run.add(mixed.flatten(1), cross.out, hidden)

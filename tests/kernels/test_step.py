@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from kernel_cases import ints, normalised_mse, poison
-from musicgen_kernels import KernelArgumentError, KVStore, new_kv_store, pack_linear, sinusoid_table
+from musicgen_kernels import (
+    KernelArgumentError,
+    KVStore,
+    layer_norm,
+    linear,
+    new_kv_store,
+    pack_linear,
+    sinusoid_table,
+)
 from musicgen_kernels.cpu_step import CpuStep
 from musicgen_kernels.errors import BackendUnavailableError
 from musicgen_kernels.packing import Kind, PackedLinear
@@ -18,10 +27,12 @@ from musicgen_kernels.step import (
     DecoderWeights,
     Norm,
     StepBatch,
+    activation_dtype,
     step_by_operations,
     write_cross_by_operations,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LAYERS, DIM, HEADS, CODEBOOKS, CODES = 2, 128, 2, 4, 48
 NUM_PAGES, NUM_CROSS_PAGES = 60, 6
@@ -262,3 +273,82 @@ def test_bad_weights_are_refused(cpu: str) -> None:
             CpuStep(replace(weights, **change), backend=cpu)
     with pytest.raises(BackendUnavailableError):
         CpuStep(weights, backend="cuda")
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("activations", [torch.bfloat16, torch.float16])
+def test_products_in_16_bits(kind: Kind, dtype: torch.dtype, activations: torch.dtype) -> None:
+    """As on a GPU: close to the step in float32, logits and residual stream in float32, whatever the pages hold."""
+    weights, batch, text = make_weights(kind), make_batch(), texts()
+    narrow, wide = stores(dtype), stores(dtype)
+    for _, cross in (narrow, wide):
+        write_cross_by_operations(weights, *text, cross, backend="reference")
+    got = step_by_operations(weights, batch, *narrow, activations=activations, backend="reference")
+    exact = step_by_operations(weights, batch, *wide, backend="reference")
+    assert got.dtype == torch.float32
+    error = normalised_mse(got, exact)
+    assert 0 < error < (2e-4 if activations == torch.bfloat16 else 1e-5)
+
+
+def test_in_what_products_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, dtype, expected in (
+        ("bf16", torch.float16, torch.bfloat16),
+        ("int8", torch.float16, torch.float16),
+        ("int4", torch.bfloat16, torch.bfloat16),
+        ("int4", torch.int8, torch.bfloat16),
+        ("int8", torch.float32, torch.bfloat16),
+        ("fp32", torch.float16, torch.float32),
+    ):
+        weights, pages = make_weights(kind), stores(dtype)[0]  # type: ignore[arg-type]
+        assert activation_dtype(weights, pages) == torch.float32  # on the CPU
+        on_gpu = replace(weights, embeddings=weights.embeddings.to("meta"))
+        assert activation_dtype(on_gpu, pages) == expected
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.int8])
+def test_a_result_that_is_no_float_is_refused(out_dtype: torch.dtype) -> None:
+    x, packed = torch.ones(1, 32), pack_linear(torch.ones(16, 32), "fp32")
+    with pytest.raises(KernelArgumentError, match="out_dtype"):
+        linear(x, packed, out_dtype=out_dtype)
+    with pytest.raises(KernelArgumentError, match="out_dtype"):
+        layer_norm(x, torch.ones(32), torch.ones(32), out_dtype=out_dtype)
+
+
+def test_the_cpu_gives_float32_only(cpu: str) -> None:
+    x, packed = torch.ones(1, 32), pack_linear(torch.ones(16, 32), "fp32")
+    with pytest.raises(KernelArgumentError, match="out"):
+        linear(x, packed, out_dtype=torch.bfloat16, backend=cpu)
+    with pytest.raises(KernelArgumentError, match="out"):
+        layer_norm(x, torch.ones(32), torch.ones(32), out_dtype=torch.bfloat16, backend=cpu)
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses whatever makes the host wait for a GPU, or hands it what lies there."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "masked_scatter", "is_nonzero", "equal", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().partition("::")[2].partition(".")[0].rstrip("_")
+        assert name.lstrip("_") not in {refused.lstrip("_") for refused in self.REFUSED}, func
+        if name == "repeat_interleave":
+            assert kwargs.get("output_size") is not None, "the length has to be counted"
+        if name in ("index", "index_put"):
+            masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+            assert not masks, "the mask has to be counted"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_nothing_in_a_step_waits_for_a_gpu(cpu: str, prefix: bool) -> None:
+    """With compiled operations in place of a GPU's: what lies between them asks no tensor for its contents."""
+    weights, batch = make_weights("fp32"), make_batch(prefix=prefix)
+    pages, cross = stores(torch.float32)
+    write_cross_by_operations(weights, *texts(), cross, backend=cpu)
+    expected = step_by_operations(weights, batch, pages, cross, backend=cpu)
+    with _NoWaiting():
+        got = step_by_operations(weights, batch, pages, cross, backend=cpu)
+    assert torch.equal(got, expected)
+    with pytest.raises(AssertionError), _NoWaiting():
+        torch.ones(2).sum().item()

@@ -90,8 +90,9 @@ def run_linear(
     gelu: bool,
     residual: Tensor | None,
     device: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The product by a backend, on the CPU again."""
+    """The product by a backend, on the CPU again; None: in x's dtype."""
 
     def move(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.to(device)
@@ -100,7 +101,7 @@ def run_linear(
         weight.data.to(device), weight.kind, weight.order, weight.out_features, weight.in_features,
         weight.group_len,
     )  # fmt: skip
-    out = torch.full((x.shape[0], weight.out_features), torch.nan, dtype=x.dtype, device=device)
+    out = torch.full((x.shape[0], weight.out_features), torch.nan, dtype=out_dtype or x.dtype, device=device)
     backend.linear(x.to(device), packed, move(bias), gelu, move(residual), out)
     return out.cpu()
 
@@ -113,9 +114,10 @@ def check_linear(
     gelu: bool,
     residual: Tensor | None,
     device: str,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Hold a product to the oracle; the result, on the CPU."""
-    got = run_linear(backend, x, weight, bias, gelu, residual, device)
+    got = run_linear(backend, x, weight, bias, gelu, residual, device, out_dtype)
     exact = torch.empty(got.shape, dtype=torch.float64)
     wide = [None if t is None else t.double() for t in (bias, residual)]
     reference.linear(x.double(), weight, wide[0], gelu, wide[1], exact)
@@ -130,20 +132,22 @@ def check_linear(
     return got
 
 
-def check_layer_norm(backend: ModuleType, x: Tensor, with_residual: bool, device: str) -> Tensor:
+def check_layer_norm(
+    backend: ModuleType, x: Tensor, with_residual: bool, device: str, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """Hold a layer norm of x [M, dim] to the oracle; the result, on the CPU."""
     generator = torch.Generator().manual_seed(9)
     weight, bias = torch.randn(2, x.shape[1], generator=generator)
     before = torch.randn(x.shape, generator=generator) if with_residual else None
     ours = None if before is None else before.to(device, copy=True)
-    out = torch.full(x.shape, torch.nan, dtype=x.dtype, device=device)
+    out = torch.full(x.shape, torch.nan, dtype=out_dtype or x.dtype, device=device)
     backend.layer_norm(x.to(device), weight.to(device), bias.to(device), ours, 1e-5, out)
     exact = torch.empty(x.shape, dtype=torch.float64)
     wide = None if before is None else before.double()
     reference.layer_norm(x.double(), weight.double(), bias.double(), wide, 1e-5, exact)
     h = x if before is None else (before + x).to(x.dtype)
     plain = torch.nn.functional.layer_norm(h, (x.shape[1],), weight.to(x.dtype), bias.to(x.dtype))
-    hold(out, exact, plain)
+    hold(out, exact, plain.to(out.dtype))
     if before is not None and ours is not None:
         assert torch.equal(ours.cpu(), before + x.float())
     return out.cpu()

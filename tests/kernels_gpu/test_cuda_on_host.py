@@ -118,6 +118,21 @@ def test_append(backend: ModuleType, dtype: torch.dtype, kv_dtype: torch.dtype, 
     check_append(backend, case, "cpu")
 
 
+@pytest.mark.parametrize("kv_dtype", [F32, I8])
+def test_a_row_that_is_not_there_writes_nothing(backend: ModuleType, kv_dtype: torch.dtype) -> None:
+    """It reads no page either: the tables hold a number out of range there."""
+    case = attention_case([0, 1, 3], [1, 1, 5], heads=3, kv_dtype=kv_dtype, filled=False)
+    check_append(backend, case, "cpu")
+    attend(backend, attention_case([0, 20], [1, 1], heads=3, kv_dtype=kv_dtype), "cpu")
+
+
+def test_requests_without_rows_decide_the_special_token(backend: ModuleType) -> None:
+    """In one slot, as a graph's requests that are not there do."""
+    case = sampling_case([Request(seed=3), Request(rows=0, step=0, num_frames=0), Request(rows=0, step=0)], 61)
+    case.batch.slots[2] = case.batch.slots[1]
+    assert check_sampling(backend, case, "cpu")[1:].tolist() == [[61] * 4] * 2
+
+
 def test_sampling_with_many_parameters_in_one_launch(backend: ModuleType) -> None:
     requests = [
         Request(rows=1, seed=5, top_k=7),
@@ -169,6 +184,8 @@ def test_linear(backend: ModuleType, kind: Kind, dtype: torch.dtype) -> None:
         residual = torch.randn(9, 48, generator=generator).to(dtype)
         whole = check_linear(backend, x, packed, bias, True, residual, "cpu")
         check_linear(backend, x[:2], packed, None, False, None, "cpu")
+        for out_dtype in FLOATS:
+            check_linear(backend, x, packed, bias, True, residual.to(out_dtype), "cpu", out_dtype)
         rows = [8, 3]
         alone = run_linear(backend, x[rows], packed, bias, True, residual[rows], "cpu")
         assert torch.equal(alone, whole[rows])
@@ -179,7 +196,8 @@ def test_linear(backend: ModuleType, kind: Kind, dtype: torch.dtype) -> None:
 def test_layer_norm(backend: ModuleType, dim: int, dtype: torch.dtype) -> None:
     x = torch.randn(3, dim, generator=torch.Generator().manual_seed(dim))
     for residual in (False, True):
-        check_layer_norm(backend, (x * 2 + 1).to(dtype), residual, "cpu")
+        for out_dtype in FLOATS:
+            check_layer_norm(backend, (x * 2 + 1).to(dtype), residual, "cpu", out_dtype)
     check_layer_norm(backend, x + 1000, False, "cpu")
 
 

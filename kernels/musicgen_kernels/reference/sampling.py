@@ -14,7 +14,7 @@ def delayed_sample_step(logits: Tensor, batch: SampleBatch, delays: Tensor, sequ
     num_codebooks, num_codes = logits.shape[1:]
     offsets = batch.row_offsets.tolist()
     for r in range(batch.slots.shape[0]):
-        mixed = mix_guidance(logits[offsets[r] : offsets[r + 1]], batch.guidance[r], batch.guidance_beta[r])
+        rows = logits[offsets[r] : offsets[r + 1]]
         step, slot = int(batch.steps[r]), int(batch.slots[r])
         for k in range(num_codebooks):
             frame = step - 1 - int(delays[k])
@@ -24,13 +24,14 @@ def delayed_sample_step(logits: Tensor, batch: SampleBatch, delays: Tensor, sequ
             elif known >= 0:
                 code = known
             else:
-                code = _draw(mixed[k], batch, r, step, k)
+                mixed = mix_guidance(rows[:, k], batch.guidance[r], batch.guidance_beta[r])
+                code = _draw(mixed, batch, r, step, k)
             sequences[slot, k, step] = code
             out[r, k] = code
 
 
 def mix_guidance(rows: Tensor, guidance: Tensor, beta: Tensor) -> Tensor:
-    """[1–3, K, V] logits of a request's rows → [K, V]."""
+    """[1–3, ..., V] logits of a request's rows → [..., V]."""
     c, b = guidance.to(rows.dtype), beta.to(rows.dtype)
     null = rows[-1]
     if rows.shape[0] == 1:

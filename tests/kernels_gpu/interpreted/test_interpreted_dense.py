@@ -23,6 +23,8 @@ def test_linear(kind: Kind, dtype: torch.dtype) -> None:
     residual = _randn(17, 48, seed=4).to(dtype)
     check_linear(triton, x, weight, _randn(48, seed=3), True, residual, "cpu")
     check_linear(triton, x[:2], weight, None, False, None, "cpu")
+    for out_dtype in FLOATS:
+        check_linear(triton, x[:2], weight, None, False, residual[:2].to(out_dtype), "cpu", out_dtype)
 
 
 @pytest.mark.parametrize(("in_features", "group_len"), [(256, 128), (192, 96), (256, 64), (384, 32), (512, 256)])
@@ -51,7 +53,8 @@ def test_the_order_of_tiles_is_refused() -> None:
 @pytest.mark.parametrize("dim", [64, 100, 1536])
 @pytest.mark.parametrize("residual", [False, True])
 def test_layer_norm(dim: int, dtype: torch.dtype, residual: bool) -> None:
-    check_layer_norm(triton, (_randn(3, dim) * 2 + 1).to(dtype), residual, "cpu")
+    for out_dtype in FLOATS:
+        check_layer_norm(triton, (_randn(3, dim) * 2 + 1).to(dtype), residual, "cpu", out_dtype)
 
 
 def test_layer_norm_of_a_large_mean() -> None:

@@ -47,6 +47,12 @@ def test_delay_pattern_and_prompt() -> None:
     assert got[4, 1] == 11
 
 
+def test_requests_without_rows_decide_the_special_token() -> None:
+    case = sampling_case([Request(seed=3), Request(rows=0, step=0, num_frames=0), Request(rows=0, step=0)], 17)
+    case.batch.slots[2] = case.batch.slots[1]
+    assert check_sampling(triton, case, "cpu")[1:].tolist() == [[17] * 4] * 2
+
+
 def _equal_logits(num_codes: int, **parameters: float) -> SamplingCase:
     requests = [Request(rows=1, seed=s, **parameters) for s in range(3)]  # type: ignore[arg-type]
     return sampling_case(requests, num_codes, logits=torch.zeros(3, 4, num_codes))
