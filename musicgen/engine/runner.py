@@ -6,6 +6,7 @@ scheduler, what follows from it is the core's.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,13 +20,19 @@ from torch import Tensor
 from musicgen.config import EngineConfig, ModelConfig
 from musicgen.delay import UNKNOWN_CODE
 from musicgen.engine.batch import MAX_GUIDANCE_ROWS, RowChunk, ScheduledBatch
+from musicgen.engine.decode import DecodePath
+from musicgen.engine.decode_buffers import DecodeBuffers, DecodeShape
+from musicgen.engine.graphs import DecodeGraphs, why_not
 from musicgen.engine.kv_cache import num_pages_for
 from musicgen.engine.packing import OnLayer, kind_of, pack_decoder
 from musicgen.engine.sequence import Sequence
+from musicgen.engine.step_inputs import decided_steps, fed_codes, is_decode, row_id, sampling_parameters
 from musicgen.engine.text_pages import TextPages
 from musicgen.errors import InvalidRequestError
 from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import MAX_TEXT_TOKENS
+
+logger = logging.getLogger(__name__)
 
 _LayoutKey = tuple[tuple[tuple[int, int], ...], tuple[int, ...]]
 """The rows (by `id`) with their numbers of positions, and the deciding sequences."""
@@ -83,16 +90,19 @@ class ModelRunner:
             weights or pack_decoder(lm.decoder, config.weights, self.max_row_len, release=release, on_layer=on_layer)
         )
         self.weights = self._step.weights
+        self.num_pages = self._num_pages(config)
         self.pages = self._new_pages(config)
-        self.num_pages = self.pages.k.shape[1]
         self.text_pages = TextPages(self._step, self.pages.k.dtype) if self.weights.has_cross else None
         num_slots = config.scheduler.max_requests
-        self._codes = torch.empty(num_slots, lm.config.decoder.num_codebooks, 0, dtype=torch.int32, device=self.device)
+        window_len = lm.config.delay_pattern.num_steps(lm.config.num_frames(lm.config.max_duration_s))
+        codes = (num_slots + 1, lm.config.decoder.num_codebooks, window_len)  # the last slot is nobody's
+        self._codes = torch.full(codes, UNKNOWN_CODE, dtype=torch.int32, device=self.device)
         tables = (num_slots * MAX_GUIDANCE_ROWS, num_pages_for(self.max_row_len))
         self._page_tables = torch.zeros(tables, dtype=torch.int32)
         self._num_tabled = np.zeros(tables[0], dtype=np.int64)
         self._delays = torch.tensor(lm.config.delay_pattern.delays, dtype=torch.int32, device=self.device)
         self._layout: _Layout | None = None
+        self._decode = self._decode_path() if config.cuda_graphs else None
 
     # --- sequences ---
 
@@ -100,7 +110,8 @@ class ModelRunner:
         """Prepare an admitted sequence, or its next window: its buffer of codes, its texts."""
         delayed = sequence.delayed_codes()
         if delayed.shape[-1] > self._codes.shape[-1]:
-            grown = self._codes.new_full((*self._codes.shape[:2], delayed.shape[-1]), UNKNOWN_CODE)
+            longer = max(delayed.shape[-1], 2 * self._codes.shape[-1])  # seldom: it costs the graphs
+            grown = self._codes.new_full((*self._codes.shape[:2], longer), UNKNOWN_CODE)
             grown[..., : self._codes.shape[-1]] = self._codes
             self._codes = grown
         self._codes[sequence.slot, :, : delayed.shape[-1]] = delayed.to(self.device)
@@ -109,13 +120,18 @@ class ModelRunner:
         if self.text_pages is not None:
             assert sequence.inputs.text is not None
             self.text_pages.open(sequence.slot, sequence.inputs.text)
-        self._layout = None
+        self._forget()
 
     def close(self, slot: int) -> None:
         """The sequence of `slot` has ended."""
         if self.text_pages is not None:
             self.text_pages.close(slot)
+        self._forget()
+
+    def _forget(self) -> None:
         self._layout = None
+        if self._decode is not None:
+            self._decode.forget()
 
     def frames(self, slot: int, start: int, end: int) -> Tensor:
         """Codes `[K, end - start]` (int32, on the host, a copy) of complete frames."""
@@ -129,16 +145,22 @@ class ModelRunner:
         """Compute a step; returns the codes `[D, K]` (int32) that the deciding sequences have decided."""
         for source, target in batch.copies:
             self._copy_page(source, target)
-        has_new_pages = [self._update_table(chunk) for chunk in batch.chunks]
+        has_new_pages = sum(self._update_table(chunk) for chunk in batch.chunks) > 0  # of all of them
+        if self._decode is not None and is_decode(batch):
+            if has_new_pages:
+                self._layout = None  # it would not hear of them
+            return self._decode.run(batch, has_new_pages=has_new_pages)
+        if has_new_pages and self._decode is not None:
+            self._decode.forget()
         layout = self._layout_of(batch)
-        if any(has_new_pages):
+        if has_new_pages:
             layout.page_table = self._page_tables[layout.row_ids].to(self.device)
         step = self._step_batch(batch, layout)
         cross_pages = None if self.text_pages is None else self.text_pages.store
         logits = self._step.run(step, self.pages, cross_pages, num_threads=self._num_threads)
         if layout.sampling is None:
             return np.empty((0, self.model_config.decoder.num_codebooks), dtype=np.int32)
-        layout.sampling.steps.copy_(self._ints(_decided_steps(batch)))
+        layout.sampling.steps.copy_(self._ints(decided_steps(batch)))
         codes = self._sample(logits, layout.sampling)
         return codes.cpu().numpy()
 
@@ -155,11 +177,11 @@ class ModelRunner:
         ends = np.cumsum([chunk.num_new for chunk in batch.chunks], dtype=np.int32)
         deciding = set(map(id, batch.deciding))
         is_last = [id(chunk.sequence) in deciding for chunk in batch.chunks]
-        slots = torch.tensor([_row_id(chunk) for chunk in batch.chunks])
+        slots = torch.tensor([row_id(chunk) for chunk in batch.chunks])
         cross_lens = cross_page_table = None
         if self.text_pages is not None:
-            cross_page_table = self.text_pages.table[slots]
-            cross_lens = self._ints([self.text_pages.lens[_row_id(chunk)] for chunk in batch.chunks])
+            cross_page_table = self.text_pages.table[slots].to(self.device)
+            cross_lens = self._ints([self.text_pages.lens[row_id(chunk)] for chunk in batch.chunks])
         return _Layout(
             key=key,
             row_ids=slots,
@@ -180,10 +202,7 @@ class ModelRunner:
             sequence, end = chunk.sequence, chunk.start + chunk.num_new
             prefix_len = sequence.inputs.prefix_len
             if chunk.start >= sequence.prefill_len:
-                if sequence.next_codes is None:
-                    codes[token] = sequence.prefill_codes()[:, -1].numpy()
-                else:
-                    codes[token] = sequence.next_codes
+                codes[token] = fed_codes(sequence)
             else:
                 if chunk.start < prefix_len:
                     assert sequence.inputs.prefix is not None
@@ -214,25 +233,8 @@ class ModelRunner:
 
     def _sample_batch(self, sequences: list[Sequence]) -> SampleBatch:
         """The parameters of the deciding sequences; `steps` is overwritten at each step."""
-        params = [sequence.request.codes.sampling for sequence in sequences]
-        num_codes = self.model_config.decoder.codebook_size
-
-        def floats(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=self.device)
-
-        row_offsets = np.cumsum([0, *(sequence.num_rows for sequence in sequences)])
-        return SampleBatch(
-            row_offsets=self._ints(row_offsets),
-            slots=self._ints([sequence.slot for sequence in sequences]),
-            steps=self._ints([0] * len(sequences)),
-            num_frames=self._ints([sequence.window.end for sequence in sequences]),
-            seeds=torch.tensor([p.seed for p in params], dtype=torch.int64, device=self.device),
-            guidance=floats([p.guidance_scale for p in params]),
-            guidance_beta=floats([1.0 if p.melody_guidance is None else p.melody_guidance for p in params]),
-            temperature=floats([0.0 if p.greedy else p.temperature for p in params]),
-            top_k=self._ints([min(p.top_k, num_codes) for p in params]),  # kernels take no more than 31 bits
-            top_p=floats([p.top_p for p in params]),
-        )
+        parameters = sampling_parameters(sequences, self.model_config.decoder.codebook_size)
+        return SampleBatch(**{name: torch.from_numpy(array).to(self.device) for name, array in parameters.items()})
 
     def _ints(self, values: object) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(self.device)  # as_tensor takes ten times as long
@@ -241,12 +243,12 @@ class ModelRunner:
 
     def _update_table(self, chunk: RowChunk) -> bool:
         """Whether the row has got pages since it was last asked."""
-        row_id, pages = _row_id(chunk), chunk.row.pages
-        done = self._num_tabled[row_id]
+        row, pages = row_id(chunk), chunk.row.pages
+        done = self._num_tabled[row]
         if done == len(pages):
             return False
-        self._page_tables[row_id, done : len(pages)] = torch.tensor(pages[done:], dtype=torch.int32)
-        self._num_tabled[row_id] = len(pages)
+        self._page_tables[row, done : len(pages)] = torch.tensor(pages[done:], dtype=torch.int32)
+        self._num_tabled[row] = len(pages)
         return True
 
     def _copy_page(self, source: int, target: int) -> None:
@@ -254,7 +256,7 @@ class ModelRunner:
             if tensor is not None:
                 tensor[:, target] = tensor[:, source]
 
-    def _new_pages(self, config: EngineConfig) -> KVStore:
+    def _num_pages(self, config: EngineConfig) -> int:
         assert config.cache.dtype is not None
         decoder, dtype = self.model_config.decoder, getattr(torch, config.cache.dtype)
         size = page_bytes(decoder.num_layers, decoder.num_heads, decoder.head_dim, dtype)
@@ -268,19 +270,46 @@ class ModelRunner:
             budget = min(budget, most * size)
         if budget < size:
             raise InvalidRequestError(f"at least {size} bytes, one page", str(budget), param="memory_bytes")
-        return new_kv_store(
-            decoder.num_layers, budget // size, decoder.num_heads, decoder.head_dim, dtype, device=self.device
+        return budget // size
+
+    def _new_pages(self, config: EngineConfig) -> KVStore:
+        """The pages, and one behind them for rows that are not there, where decode steps have such rows."""
+        assert config.cache.dtype is not None
+        decoder, num_pages = self.model_config.decoder, self.num_pages + bool(config.cuda_graphs)
+        sizes = (decoder.num_layers, num_pages, decoder.num_heads, decoder.head_dim)
+        return new_kv_store(*sizes, getattr(torch, config.cache.dtype), device=self.device)
+
+    def _decode_path(self) -> DecodePath | None:
+        """Decode steps through graphs; None where they cannot be captured."""
+        if reason := why_not(self.device):
+            logger.warning("decode steps run without CUDA graphs: %s", reason)
+            return None
+        decoder, scheduler = self.model_config.decoder, self.config.scheduler
+        shape = DecodeShape(
+            num_codebooks=decoder.num_codebooks,
+            max_pages=self._page_tables.shape[1],
+            max_text_pages=None if self.text_pages is None else self.text_pages.table.shape[1],
+            special_token=decoder.special_token,
+            spare_page=self.num_pages,
+            spare_slot=self._codes.shape[0] - 1,
         )
+        max_rows = min(scheduler.max_step_rows, scheduler.max_rows)
+        graphs = DecodeGraphs(max_rows, shape, self.device, self._compute_decode, self._decode_memory)
+        if self.device.type == "cuda":
+            graphs.prepare()
+        return DecodePath(graphs, self._page_tables.numpy(), self.text_pages, decoder.codebook_size)
 
+    def _decode_memory(self) -> tuple[object, ...]:
+        """What a captured step has the addresses of, and is sometimes allocated anew."""
+        return self._codes, None if self.text_pages is None else self.text_pages.store
 
-def _row_id(chunk: RowChunk) -> int:
-    return chunk.sequence.slot * MAX_GUIDANCE_ROWS + chunk.row.index
-
-
-def _decided_steps(batch: ScheduledBatch) -> list[int]:
-    """The delayed step, counted from the beginning of the piece, that each deciding sequence decides."""
-    last_position = {id(chunk.sequence): chunk.start + chunk.num_new - 1 for chunk in batch.chunks}
-    return [s.window.start + last_position[id(s)] - s.inputs.prefix_len + 1 for s in batch.deciding]
+    def _compute_decode(self, buffers: DecodeBuffers) -> None:
+        cross_pages = None if self.text_pages is None else self.text_pages.store
+        logits = self._step.run(buffers.step, self.pages, cross_pages, num_threads=self._num_threads)
+        # The CPU's compiled sampler refuses requests without rows; this runs there in tests only.
+        backend = "reference" if self.device.type == "cpu" else None
+        arguments = (logits, buffers.sampling, self._delays, self._codes)
+        delayed_sample_step(*arguments, out=buffers.out, backend=backend)
 
 
 def max_row_len(config: ModelConfig) -> int:

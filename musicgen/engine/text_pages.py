@@ -32,7 +32,8 @@ class TextPages:
         self._pages: dict[int, list[int]] = {}
         self.lens: dict[int, int] = {}
         """By row id; 0 for rows without text, whose cross-attention is zero."""
-        self.table = torch.zeros(0, num_pages_for(MAX_TEXT_TOKENS), dtype=torch.int32, device=device)
+        self.table = torch.zeros(0, num_pages_for(MAX_TEXT_TOKENS), dtype=torch.int32)
+        """`[row ids, max_pages]`, on the host."""
 
     def open(self, slot: int, text: Tensor) -> None:
         """Write the texts `[R, L, dim]` of a sequence's rows."""
@@ -58,10 +59,10 @@ class TextPages:
             self._grow()
         pages = self._allocator.allocate(num_pages)
         self._pages[slot] += pages
-        device = self.table.device
-        self.table[row_id, :num_pages] = torch.tensor(pages, dtype=torch.int32, device=device)
+        device = self.store.k.device
+        self.table[row_id, :num_pages] = torch.tensor(pages, dtype=torch.int32)
         offsets = torch.tensor([0, states.shape[0]], dtype=torch.int32, device=device)
-        states, table = states.float().contiguous(), self.table[row_id : row_id + 1]
+        states, table = states.float().contiguous(), self.table[row_id : row_id + 1].to(device)
         self._step.write_cross(states, table, offsets, offsets[1:], self.store)
 
     def _grow(self) -> None:
