@@ -377,6 +377,7 @@ def test_nothing_in_a_captured_step_looks_at_a_value_or_leaves_the_gpu(
     assert launches.count("_append") == layers
     assert launches.count("_decode") == layers * (1 if texts is None else 2)
     assert launches[-1] == "_sample"
+    assert len(launches) == layers * (9 if texts is None else 14) + 4  # as docs/capacity.md says
 
 
 def _in_rows(value: Any) -> Any:
