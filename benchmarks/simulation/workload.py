@@ -15,7 +15,7 @@ from benchmarks.simulation.arrivals import Arrivals
 from musicgen.config import ModelConfig
 from musicgen.engine.sequence import Sequence
 from musicgen.generation import plan_windows
-from musicgen.models.language_model import GuidanceRows
+from musicgen.models.language_model import GuidanceRows, PlannedRows
 from musicgen.types import ChunkPolicy, CodesRequest, Conditioning, EngineRequest, SamplingParams, Window
 
 Kind = Literal["text", "melody", "double", "continuation"]
@@ -155,8 +155,8 @@ def engine_request(request: Request, config: ModelConfig, chunks: ChunkPolicy) -
 def new_sequence(request: Request, config: ModelConfig, chunks: ChunkPolicy, now: float) -> Sequence:
     """A sequence as the engine core makes it."""
     engine = engine_request(request, config, chunks)
-    rows = guidance_rows(request, config)
-    windows: list[tuple[Window, GuidanceRows]] = [
+    rows = PlannedRows.of(guidance_rows(request, config))
+    windows: list[tuple[Window, PlannedRows]] = [
         (window, rows) for window, _ in engine.codes.windows if window.end > request.num_known
     ]
     return Sequence(engine, config, windows, now)

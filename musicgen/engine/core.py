@@ -300,10 +300,10 @@ class EngineCore:
         assert stats.num_waiting + stats.num_running == len(self._sequences)
 
     def _new_sequence(self, request: EngineRequest) -> Sequence:
-        """The sequence with the decoder inputs of every window that is still to be made."""
+        """The sequence with the plan of every window that is still to be made; their inputs are made as they open."""
         codes = request.codes
         windows = [
-            (window, self._lm.guidance_rows(conditioning, codes.sampling))
+            (window, self._lm.plan_rows(conditioning, codes.sampling))
             for window, conditioning in codes.windows
             if window.end > codes.num_known_frames
         ]

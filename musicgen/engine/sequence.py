@@ -15,7 +15,7 @@ from musicgen.config import ModelConfig
 from musicgen.delay import UNKNOWN_CODE
 from musicgen.engine.forecast import Demand
 from musicgen.engine.kv_cache import PageKey, num_pages_for, page_keys
-from musicgen.models.language_model import GuidanceRows
+from musicgen.models.language_model import GuidanceRows, PlannedRows
 from musicgen.types import EngineRequest, Usage, Window
 
 
@@ -53,12 +53,12 @@ class Sequence:
     """A request's state. Set by the engine core and the scheduler; read by the runner.
 
     Args:
-        windows: the decoder inputs of each window that is still to be made.
+        windows: what is known of each window that is still to be made; its inputs are made when it opens.
         slot: of the runner's buffer of codes, while admitted.
     """
 
     def __init__(
-        self, request: EngineRequest, config: ModelConfig, windows: list[tuple[Window, GuidanceRows]], now: float
+        self, request: EngineRequest, config: ModelConfig, windows: list[tuple[Window, PlannedRows]], now: float
     ) -> None:
         self.request = request
         self.config = config
@@ -86,10 +86,6 @@ class Sequence:
     @property
     def window(self) -> Window:
         return self.windows[self.window_index][0]
-
-    @property
-    def inputs(self) -> GuidanceRows:
-        return self.windows[self.window_index][1]
 
     @property
     def num_rows(self) -> int:
@@ -199,6 +195,7 @@ class Sequence:
 
     def _open_window(self) -> None:
         self.next_codes = None
+        self.inputs: GuidanceRows = self.windows[self.window_index][1].make()
         codes = self.prefill_codes()[:, :-1].contiguous()
         self.rows = [Row(i, self._keys(i, codes)) for i in range(self.num_rows)]
 
@@ -218,8 +215,8 @@ class Sequence:
         return page_keys(contents)
 
     def _row_len(self, index: int) -> int:
-        window, inputs = self.windows[index]
-        return inputs.prefix_len + self.config.delay_pattern.num_steps(window.end - window.start) - 1
+        window, planned = self.windows[index]
+        return planned.prefix_len + self.config.delay_pattern.num_steps(window.end - window.start) - 1
 
     def _known_codes(self) -> Tensor:
         known = self.request.codes.known_codes

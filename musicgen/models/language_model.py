@@ -6,6 +6,8 @@ Knows nothing of sampling.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +33,30 @@ class GuidanceRows:
         return 0 if self.prefix is None else self.prefix.shape[1]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedRows:
+    """Rows that are not made yet: how many and how long is known without them."""
+
+    num_rows: int
+    prefix_len: int
+    make: Callable[[], GuidanceRows]
+
+    @classmethod
+    def of(cls, rows: GuidanceRows) -> PlannedRows:
+        """Rows that there are."""
+        return cls(rows.num_rows, rows.prefix_len, lambda: rows)
+
+
 def null_chroma(num_frames: int, num_chroma: int) -> Tensor:
     """No melody: `[num_frames, num_chroma]` one-hot in bin 0. Source: audiocraft `ChromaStemConditioner`."""
     chroma = torch.zeros(num_frames, num_chroma)
     chroma[:, 0] = 1.0
     return chroma
+
+
+def _is_guided(conditioning: Conditioning, sampling: SamplingParams) -> bool:
+    is_unconditional = conditioning.text is None and conditioning.chroma is None
+    return not is_unconditional and (sampling.guidance_scale != 1.0 or sampling.melody_guidance is not None)
 
 
 class LanguageModel(nn.Module):
@@ -64,8 +85,7 @@ class LanguageModel(nn.Module):
         """
         text = self._project_text(conditioning.text)
         null_text = torch.zeros_like(text)
-        is_unconditional = conditioning.text is None and conditioning.chroma is None
-        guided = not is_unconditional and (sampling.guidance_scale != 1.0 or sampling.melody_guidance is not None)
+        guided = _is_guided(conditioning, sampling)
         if self.config.chroma is None:
             assert sampling.melody_guidance is None
             rows = torch.stack([text, null_text] if guided else [text])
@@ -79,6 +99,14 @@ class LanguageModel(nn.Module):
         if guided:
             prefixes.append(torch.cat([null_melody, null_text]))
         return GuidanceRows(torch.stack(prefixes), None, len(prefixes))
+
+    def plan_rows(self, conditioning: Conditioning, sampling: SamplingParams) -> PlannedRows:
+        """`guidance_rows`, to be made later: those of a piece of an hour are 600 MB together."""
+        num_rows, prefix_len = 1 + _is_guided(conditioning, sampling), 0
+        if self.config.chroma is not None:
+            num_rows += num_rows == 2 and sampling.melody_guidance is not None
+            prefix_len = self.config.chroma.num_frames + (1 if conditioning.text is None else len(conditioning.text))
+        return PlannedRows(num_rows, prefix_len, functools.partial(self.guidance_rows, conditioning, sampling))
 
     def _project_text(self, text: Tensor | None) -> Tensor:
         """`[L, dim]`; no text is one zero position, the length of audiocraft's empty prompt."""

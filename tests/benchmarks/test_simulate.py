@@ -28,7 +28,7 @@ from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
 from musicgen.engine.sequence import Sequence
 from musicgen.errors import InvalidRequestError
-from musicgen.models.language_model import GuidanceRows
+from musicgen.models.language_model import GuidanceRows, PlannedRows
 from musicgen.types import ChunkPolicy, CodeChunk, EndOfRequest
 
 H100, MELODY = GPUS["H100"], MODELS["melody"]
@@ -155,8 +155,8 @@ class ListedModel:
         self.config = config.model
         self.rows: dict[int, GuidanceRows] = {}
 
-    def guidance_rows(self, conditioning: object, sampling: object) -> GuidanceRows:
-        return self.rows[id(conditioning)]
+    def plan_rows(self, conditioning: object, sampling: object) -> PlannedRows:
+        return PlannedRows.of(self.rows[id(conditioning)])
 
 
 class TimedRunner:

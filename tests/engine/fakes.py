@@ -7,6 +7,7 @@ handed to two rows shows as wrong codes, or at once as an AssertionError.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from musicgen.engine.batch import RowChunk, ScheduledBatch
 from musicgen.engine.core import EngineCore
 from musicgen.engine.sequence import Sequence
 from musicgen.generation import plan_windows
-from musicgen.models.language_model import GuidanceRows
+from musicgen.models.language_model import GuidanceRows, PlannedRows
 from musicgen.types import (
     CodeChunk,
     CodesRequest,
@@ -84,6 +85,10 @@ class FakeLanguageModel:
     config = CONFIG
     device = torch.device("cpu")
 
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[torch.Tensor]] = []
+        """The prefixes of windows that have opened."""
+
     def guidance_rows(self, conditioning: Conditioning, sampling: SamplingParams) -> GuidanceRows:
         text = torch.zeros(1, 1) if conditioning.text is None else conditioning.text
         melody = torch.zeros(NUM_CHROMA_FRAMES, 1)
@@ -94,6 +99,16 @@ class FakeLanguageModel:
         if conditioning.text is not None and sampling.guidance_scale != 1.0:
             rows.append(torch.cat([melody, torch.zeros_like(text)]))
         return GuidanceRows(torch.stack(rows), None, len(rows))
+
+    def plan_rows(self, conditioning: Conditioning, sampling: SamplingParams) -> PlannedRows:
+        rows = self.guidance_rows(conditioning, sampling)
+        return PlannedRows(rows.num_rows, rows.prefix_len, lambda: self._made(conditioning, sampling))
+
+    def _made(self, conditioning: Conditioning, sampling: SamplingParams) -> GuidanceRows:
+        rows = self.guidance_rows(conditioning, sampling)
+        assert rows.prefix is not None
+        self.made.append(weakref.ref(rows.prefix))
+        return rows
 
 
 def _mix(*values: np.ndarray | int) -> np.ndarray:

@@ -9,7 +9,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine.fakes import CONFIG, MAX_FRAMES, FakeRunner, Listener, alone, codes_request, new_core, run_all
+from engine.fakes import (
+    CONFIG,
+    MAX_FRAMES,
+    FakeLanguageModel,
+    FakeRunner,
+    Listener,
+    alone,
+    codes_request,
+    new_core,
+    run_all,
+)
 
 from musicgen.engine.checks import check_request
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
@@ -212,6 +222,22 @@ def test_a_request_cancelled_with_a_copy_under_way_leaves_nothing_behind() -> No
         core.check()
         run_all(core)
         assert core.stats().pages_held == 0
+
+
+def test_the_inputs_of_a_window_are_made_when_it_opens_and_gone_afterwards() -> None:
+    core = new_core()
+    model = core._lm
+    assert isinstance(model, FakeLanguageModel)
+    piece = codes_request(30 * MAX_FRAMES)
+    num_windows = len(piece.windows)
+    core.add(EngineRequest("long", piece))
+    assert len(model.made) == 1
+    most_alive = 0
+    while core.has_work:
+        core.step()
+        most_alive = max(most_alive, sum(prefix() is not None for prefix in model.made))
+    assert len(model.made) == num_windows > 20
+    assert most_alive == 1
 
 
 def test_usage_and_ledger() -> None:

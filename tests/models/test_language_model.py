@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import tiny
 import torch
@@ -91,6 +93,22 @@ def test_guidance_rows(models: dict[str, Model]) -> None:
     assert torch.equal(rows[0, :235], rows[1, :235])  # conditional and melody-only share the melody
     assert not rows[1:, 235:].any()  # the text of the others is exactly zero
     assert torch.equal(rows[2, 0], model.lm.chroma_proj(null_chroma(1, 12))[0])
+
+
+@pytest.mark.parametrize("kind", ["text", "melody"])
+def test_planned_rows_are_those_that_are_made(kind: str, models: dict[str, Model]) -> None:
+    model = models[kind]
+    texts = [None, model.text_encoder.encode("rock"), model.text_encoder.encode("a long piece of sad jazz")]
+    melodies = [None] if kind == "text" else [None, null_chroma(235, 12).roll(3, dims=-1)]
+    doubles = [None] if kind == "text" else [None, 5.0]
+    for text, chroma, scale, double in itertools.product(texts, melodies, (1.0, 3.0), doubles):
+        request = Conditioning(text, chroma), SamplingParams(guidance_scale=scale, melody_guidance=double)
+        planned, rows = model.lm.plan_rows(*request), model.lm.guidance_rows(*request)
+        assert (planned.num_rows, planned.prefix_len) == (rows.num_rows, rows.prefix_len)
+        made = planned.make()
+        assert made.num_rows == rows.num_rows
+        for ours, theirs in ((made.prefix, rows.prefix), (made.text, rows.text)):
+            assert ours is theirs is None or torch.equal(ours, theirs)
 
 
 def test_empty_prompt_is_no_prompt(models: dict[str, Model]) -> None:
