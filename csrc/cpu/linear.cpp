@@ -28,7 +28,8 @@ constexpr int kItemTiles = 2;
 constexpr int kChain = 256;
 constexpr int64_t kInt4Ahead = 3072;  // bytes
 
-void finish(const LinearOutput& out, int64_t row, int64_t column, F16 y) {
+void finish(const LinearOutput& out, int64_t row, int64_t column, const F16& sum) {
+    F16 y = sum;
     if (out.bias) y = y + load(out.bias + column);
     if (out.gelu) y = gelu(y);
     if (out.residual) y = load(out.residual + row * out.residual_stride + column) + y;
@@ -117,6 +118,13 @@ void float_item(const PackedMatrix& w, const LinearInput& in, const LinearOutput
 // ---- int8 and int4 weights: the integer sum of one block of 32 inputs, for 16 outputs and `rows` rows of x; `quad` codes lie
 // between four inputs of a group of rows and the next four
 
+constexpr int kInt4OffsetBits = 3;
+
+// −offset · Σ q_x, where the sum of a block begins.
+template <int offset_bits> MGK_INLINE I16 offset_sum(int32_t negative_sum) {
+    return offset_bits ? shift_left<offset_bits>(int_set1(negative_sum)) : int_zero();
+}
+
 #if defined(MGK_LEVEL_AVX512)
 
 constexpr int kInt8OffsetBits = 7;
@@ -128,7 +136,8 @@ MGK_INLINE __m512i four_inputs(const int8_t* x) {
 }
 
 template <int rows>
-MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&sum)[rows]) {
+MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t quad, const int32_t* x_sums, I16 (&sum)[rows]) {
+    for (int m = 0; m < rows; ++m) sum[m] = offset_sum<kInt8OffsetBits>(x_sums[m]);
     const __m512i flip = _mm512_set1_epi8(char(0x80));
     for (int q = 0; q < 8; ++q) {
         const __m512i weight = _mm512_xor_si512(_mm512_loadu_si512(w + 64 * q), flip);
@@ -138,7 +147,8 @@ MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&
 }
 
 template <int rows>
-MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&sum)[rows]) {
+MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t quad, const int32_t* x_sums, I16 (&sum)[rows]) {
+    for (int m = 0; m < rows; ++m) sum[m] = offset_sum<kInt4OffsetBits>(x_sums[m]);
     const __m512i nibble = _mm512_set1_epi8(15);
     for (int q = 0; q < 4; ++q) {
         const __m512i bytes = _mm512_loadu_si512(w + 64 * q);
@@ -161,18 +171,30 @@ MGK_INLINE __m256i four_inputs(const int8_t* x) {
     return _mm256_set1_epi32(bytes);
 }
 
+MGK_INLINE __m256i load_half(const uint8_t* w, int half) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32 * half));
+}
+
+// The sum as it is written: the compiler would turn a block's sums into trees, whose leaves do not fit the registers.
+MGK_INLINE __m256i in_order(__m256i sum) {
+    asm("" : "+x"(sum));
+    return sum;
+}
+
 // |w| by x·sign(w): both within ±127, so a pair of products stays below 2^15.
 template <int rows>
-MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&sum)[rows]) {
+MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t quad, const int32_t*, I16 (&sum)[rows]) {
     const __m256i ones = _mm256_set1_epi16(1);
+    for (int m = 0; m < rows; ++m) sum[m] = int_zero();
+#pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {
-        for (int half = 0; half < 2; ++half) {
-            const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 64 * q + 32 * half));
-            const __m256i size = _mm256_abs_epi8(weight);
-            for (int m = 0; m < rows; ++m) {
-                const __m256i input = _mm256_sign_epi8(four_inputs(x + q * quad + 4 * m), weight);
-                const __m256i pairs = _mm256_maddubs_epi16(size, input);
-                sum[m].part[half] = _mm256_add_epi32(sum[m].part[half], _mm256_madd_epi16(pairs, ones));
+        const __m256i weight[2] = {load_half(w + 64 * q, 0), load_half(w + 64 * q, 1)};
+        const __m256i size[2] = {_mm256_abs_epi8(weight[0]), _mm256_abs_epi8(weight[1])};
+        for (int m = 0; m < rows; ++m) {
+            const __m256i input = four_inputs(x + q * quad + 4 * m);
+            for (int half = 0; half < 2; ++half) {
+                const __m256i pairs = _mm256_maddubs_epi16(size[half], _mm256_sign_epi8(input, weight[half]));
+                sum[m].part[half] = in_order(_mm256_add_epi32(sum[m].part[half], _mm256_madd_epi16(pairs, ones)));
             }
         }
     }
@@ -180,23 +202,28 @@ MGK_INLINE void int8_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&
 
 // Eight pair products of at most 15·127·2 fit 16 bits (30480), so one widening a block is enough.
 template <int rows>
-MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t quad, I16 (&sum)[rows]) {
+MGK_INLINE void int4_dot(const uint8_t* w, const int8_t* x, int64_t quad, const int32_t* x_sums, I16 (&sum)[rows]) {
     const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
-    for (int half = 0; half < 2; ++half) {
-        __m256i pairs[rows];
-        for (int m = 0; m < rows; ++m) pairs[m] = _mm256_setzero_si256();
-        for (int q = 0; q < 4; ++q) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 64 * q + 32 * half));
-            const __m256i low = _mm256_and_si256(bytes, nibble);
-            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-            for (int m = 0; m < rows; ++m) {
-                const __m256i first = _mm256_maddubs_epi16(low, four_inputs(x + q * quad + 4 * m));
-                const __m256i second = _mm256_maddubs_epi16(high, four_inputs(x + (4 + q) * quad + 4 * m));
-                pairs[m] = _mm256_add_epi16(pairs[m], _mm256_add_epi16(first, second));
-            }
+    __m256i pairs[rows][2];
+    for (int m = 0; m < rows; ++m) pairs[m][0] = pairs[m][1] = _mm256_setzero_si256();
+    const auto add = [&](__m256i first, __m256i second, const int8_t* inputs) {
+        for (int m = 0; m < rows; ++m) {
+            const __m256i input = four_inputs(inputs + 4 * m);
+            pairs[m][0] = in_order(_mm256_add_epi16(pairs[m][0], _mm256_maddubs_epi16(first, input)));
+            pairs[m][1] = in_order(_mm256_add_epi16(pairs[m][1], _mm256_maddubs_epi16(second, input)));
         }
-        for (int m = 0; m < rows; ++m)
-            sum[m].part[half] = _mm256_add_epi32(sum[m].part[half], _mm256_madd_epi16(pairs[m], ones));
+    };
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+        const __m256i first = load_half(w + 64 * q, 0), second = load_half(w + 64 * q, 1);
+        add(_mm256_and_si256(first, nibble), _mm256_and_si256(second, nibble), x + q * quad);
+        add(_mm256_and_si256(_mm256_srli_epi16(first, 4), nibble), _mm256_and_si256(_mm256_srli_epi16(second, 4), nibble),
+            x + (4 + q) * quad);
+    }
+    for (int m = 0; m < rows; ++m) {
+        sum[m] = offset_sum<kInt4OffsetBits>(x_sums[m]);
+        for (int half = 0; half < 2; ++half)
+            sum[m].part[half] = _mm256_add_epi32(sum[m].part[half], _mm256_madd_epi16(pairs[m][half], ones));
     }
 }
 
@@ -216,7 +243,8 @@ MGK_INLINE __m128i join_pairs(__m128i rows01, __m128i rows23) {
 }
 
 template <int rows>
-MGK_INLINE void int8_dot(const uint8_t* w, const int16_t* x, int64_t quad, I16 (&sum)[rows]) {
+MGK_INLINE void int8_dot(const uint8_t* w, const int16_t* x, int64_t quad, const int32_t* x_sums, I16 (&sum)[rows]) {
+    for (int m = 0; m < rows; ++m) sum[m] = offset_sum<kInt8OffsetBits>(x_sums[m]);
     for (int part = 0; part < 4; ++part) {
         __m128i low[rows], high[rows];
         for (int m = 0; m < rows; ++m) low[m] = high[m] = _mm_setzero_si128();
@@ -235,7 +263,8 @@ MGK_INLINE void int8_dot(const uint8_t* w, const int16_t* x, int64_t quad, I16 (
 }
 
 template <int rows>
-MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t quad, I16 (&sum)[rows]) {
+MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t quad, const int32_t* x_sums, I16 (&sum)[rows]) {
+    for (int m = 0; m < rows; ++m) sum[m] = offset_sum<kInt4OffsetBits>(x_sums[m]);
     const __m128i nibble = _mm_set1_epi8(15), none = _mm_setzero_si128();
     for (int part = 0; part < 4; ++part) {
         __m128i low[rows], high[rows];
@@ -260,11 +289,11 @@ MGK_INLINE void int4_dot(const uint8_t* w, const int16_t* x, int64_t quad, I16 (
 // the next tile is fetched: the memory would rest otherwise (measured at 16 rows: 71 instead of 58 % of the arithmetic
 // peak). At the first use the hardware fetches ahead into the second level; int4 has so much arithmetic a byte that it has
 // to be in the first (int8 gained nothing from it).
-template <int rows, bool int4>
+template <int rows, bool int4, bool one_block>
 void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t row, int64_t tile, bool fetch) {
-    constexpr int offset_bits = int4 ? 3 : kInt8OffsetBits;
     constexpr int block_bytes = int4 ? kTile * kQuantBlock / 2 : kTile * kQuantBlock;
-    const int64_t num_blocks = w.k / kQuantBlock, num_groups = w.k / w.group, blocks_per_group = w.group / kQuantBlock;
+    const int64_t num_blocks = w.k / kQuantBlock, num_groups = w.k / w.group;
+    const int64_t blocks_per_group = one_block ? 1 : w.group / kQuantBlock;
     const int64_t tile_bytes = num_blocks * block_bytes;
     const uint8_t* codes = w.codes + tile * tile_bytes;
     const uint16_t* scales = w.scales + tile * num_groups * kTile;
@@ -277,18 +306,19 @@ void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput&
         F16 part[rows];
         for (int m = 0; m < rows; ++m) part[m] = zero();
         for (int64_t block = 0; block < blocks_per_group; ++block) {
-            I16 sum[rows];
-            for (int m = 0; m < rows; ++m)
-                sum[m] = offset_bits ? shift_left<offset_bits>(int_set1(x_sums[m])) : int_zero();
             for (int line = 0; line < block_bytes; line += 64) {
                 if (fetch) _mm_prefetch(reinterpret_cast<const char*>(codes + tile_bytes + line), _MM_HINT_T1);
                 else if (int4) _mm_prefetch(reinterpret_cast<const char*>(codes + kInt4Ahead + line), _MM_HINT_T0);
             }
+            I16 sum[rows];
             if constexpr (int4)
-                int4_dot<rows>(codes, inputs, 4 * x.group, sum);
+                int4_dot<rows>(codes, inputs, 4 * x.group, x_sums, sum);
             else
-                int8_dot<rows>(codes, inputs, 4 * x.group, sum);
-            for (int m = 0; m < rows; ++m) part[m] = fma(to_float(sum[m]), set1(x_scales[m]), part[m]);
+                int8_dot<rows>(codes, inputs, 4 * x.group, x_sums, sum);
+            for (int m = 0; m < rows; ++m) {
+                const F16 scale = set1(x_scales[m]);
+                part[m] = one_block ? to_float(sum[m]) * scale : fma(to_float(sum[m]), scale, part[m]);
+            }
             codes += block_bytes;
             inputs += kQuantBlock * x.group;
             x_scales += x.group;
@@ -300,16 +330,17 @@ void int_rows(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput&
     for (int m = 0; m < rows; ++m) finish(out, row + m, tile * kTile, total[m]);
 }
 
-template <bool int4>
+template <bool int4, bool one_block>
 void int_item(const PackedMatrix& w, const QuantisedRows& x, const LinearOutput& out, int64_t rows, int64_t tile) {
     const auto last = [&](int64_t row, int count) { return row > 0 && row + count == rows; };  // of several uses
     int64_t row = 0;
-    for (; row + kIntRows <= rows; row += kIntRows) int_rows<kIntRows, int4>(w, x, out, row, tile, last(row, kIntRows));
+    for (; row + kIntRows <= rows; row += kIntRows)
+        int_rows<kIntRows, int4, one_block>(w, x, out, row, tile, last(row, kIntRows));
     if constexpr (kIntRows > 4)
-        for (; row + 4 <= rows; row += 4) int_rows<4, int4>(w, x, out, row, tile, last(row, 4));
+        for (; row + 4 <= rows; row += 4) int_rows<4, int4, one_block>(w, x, out, row, tile, last(row, 4));
     if constexpr (kIntRows > 2)
-        for (; row + 2 <= rows; row += 2) int_rows<2, int4>(w, x, out, row, tile, last(row, 2));
-    for (; row < rows; ++row) int_rows<1, int4>(w, x, out, row, tile, last(row, 1));
+        for (; row + 2 <= rows; row += 2) int_rows<2, int4, one_block>(w, x, out, row, tile, last(row, 2));
+    for (; row < rows; ++row) int_rows<1, int4, one_block>(w, x, out, row, tile, last(row, 1));
 }
 
 }  // namespace
@@ -320,15 +351,17 @@ void quantise_block(const float* x, const QuantisedRows& out, int64_t row, int64
     const F16 a = load(x), b = load(x + kLanes);
     const float largest = max_lanes(max(abs(a), abs(b)));
     const F16 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
-    alignas(64) int32_t codes[kQuantBlock];
-    int_store(codes, round_to_int(a * inverse));
-    int_store(codes + kLanes, round_to_int(b * inverse));
+    alignas(64) int32_t rounded[kQuantBlock];
+    int_store(rounded, round_to_int(a * inverse));
+    int_store(rounded + kLanes, round_to_int(b * inverse));
     int32_t sum = 0;
-    QuantCode* to = out.codes + out.code_at(row, block * kQuantBlock);
+    QuantCode codes[kQuantBlock];
     for (int i = 0; i < kQuantBlock; ++i) {
-        to[i / 4 * 4 * out.group + i % 4] = QuantCode(codes[i]);
-        sum += codes[i];
+        codes[i] = QuantCode(rounded[i]);
+        sum += rounded[i];
     }
+    QuantCode* to = out.codes + out.code_at(row, block * kQuantBlock);
+    for (int i = 0; i < kQuantBlock; i += 4) std::memcpy(to + i * out.group, codes + i, 4 * sizeof(QuantCode));
     out.scales[out.block_at(row, block)] = largest / 127.0f;
     out.negative_sums[out.block_at(row, block)] = -sum;
 }
@@ -344,8 +377,9 @@ void linear_item(const PackedMatrix& w, const LinearInput& in, const LinearOutpu
         float_item<kFloatTiles>(w, in, out, rows, begin);
     } else {
         for (int64_t tile = begin; tile < end; ++tile) {
-            if (w.kind == WeightKind::int8) int_item<false>(w, in.quantised, out, rows, tile);
-            else if (w.kind == WeightKind::int4) int_item<true>(w, in.quantised, out, rows, tile);
+            if (w.kind == WeightKind::int8) int_item<false, false>(w, in.quantised, out, rows, tile);
+            else if (w.kind == WeightKind::int4 && w.group == kQuantBlock) int_item<true, true>(w, in.quantised, out, rows, tile);
+            else if (w.kind == WeightKind::int4) int_item<true, false>(w, in.quantised, out, rows, tile);
             else float_item<1>(w, in, out, rows, tile);
         }
     }
