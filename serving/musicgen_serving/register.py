@@ -99,13 +99,16 @@ class Register:
             self._loops = [asyncio.create_task(self._report_forever()), asyncio.create_task(self._listen_forever())]
 
     async def close(self) -> None:
-        """Stop every request, and reporting."""
+        """Stop every request, and reporting; wait until all is settled, but not longer than `CLOSE_S`."""
         for running in list(self._running):
             running.maker.stop(RequestCancelledError("the service is shutting down"))
         for loop in self._loops:
             loop.cancel()
-        if waiting := [*self._tasks, *self._loops]:
-            await asyncio.wait(waiting, timeout=CLOSE_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                while self._tasks or any(not running.settled for running in self._running):
+                    await asyncio.wait([*self._tasks, asyncio.create_task(asyncio.sleep(0.05))])
+        await asyncio.gather(*self._loops, return_exceptions=True)
 
     def stop(self, request_id: str, tenant: str | None = None) -> None:
         """Stop a request, if it runs here and is this tenant's (None: anybody's)."""

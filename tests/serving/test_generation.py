@@ -33,7 +33,13 @@ from torch import Tensor
 from musicgen import MusicGen
 from musicgen.audio_encode import encode_audio
 from musicgen.codec_stream import StreamPiece, StreamState
-from musicgen.errors import DeadlineTooShortError, InvalidRequestError, MissingDependencyError, OverloadedError
+from musicgen.errors import (
+    DeadlineTooShortError,
+    InvalidRequestError,
+    MissingDependencyError,
+    OverloadedError,
+    RequestCancelledError,
+)
 from musicgen.types import ChunkPolicy, EngineRequest, FinishReason, SamplingParams
 
 DURATION_S = 3.0
@@ -483,3 +489,24 @@ def test_an_unknown_model_is_not_found(service: InProcess) -> None:
     asked = GenerationRequest("unknown", "other", (Piece(None, 1),), 1.0, SamplingParams())
     with pytest.raises(NotFoundError):
         service.run(collect(service, asked))
+
+
+def test_what_runs_is_settled_when_the_replica_stops() -> None:
+    running = InProcess(small_settings())
+
+    async def run() -> tuple[GenerationEnd, int]:
+        task = asyncio.create_task(collect(running, request("stopped", duration_s=60.0)))
+        while not (await running.engine.load()).num_running:
+            await asyncio.sleep(0.01)
+        await running.service.close()
+        num_running = (await running.gatekeeper.counts()).running
+        try:
+            return (await task)[2], num_running
+        except RequestCancelledError as error:  # nothing had been given out yet
+            return GenerationEnd("stopped", FinishReason.CANCELLED, (), 0.0, error), num_running
+
+    try:
+        end, num_running = running.run(run())
+    finally:
+        running.close()
+    assert (end.reason, num_running) == (FinishReason.CANCELLED, 0)
