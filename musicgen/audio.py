@@ -68,14 +68,17 @@ def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float 
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise InvalidRequestError("an audio file", f"{name}, which is no file", param="audio")
     try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as file:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)) as file:
             rate, channels = int(file.samplerate), int(file.channels)
             _check_size(name, file.frames, rate, channels, max_duration_s)
             check_sample_rate(rate)
             samples = _read(file)
     except (soundfile.LibsndfileError, OSError) as error:
+        reason = str(getattr(error, "error_string", error)).rstrip(".")  # libsndfile's, without the name again
+        if "does not exist" in reason:  # so it says of content that no decoder takes; the file is there
+            reason = "its content is not of a known format"
         hint = "wav, flac, mp3, ogg, opus and aiff can be read"
-        raise InvalidRequestError("a readable audio file", f"{name} ({error})", hint, param="audio") from error
+        raise InvalidRequestError("a readable audio file", f"{name} ({reason})", hint, param="audio") from error
     return validate_waveform(samples, "audio", name=name), rate
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,15 +15,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from musicgen_kernels.cpu_step import CpuStep
+from musicgen_kernels.errors import BackendUnavailableError, KernelArgumentError
+from musicgen_kernels.whole_step import whole_step
 from tiny import tune
 
 import musicgen
 from musicgen import MusicGen, audio_write
 from musicgen.cli import main
-from musicgen.cli.plan import slug
+from musicgen.cli.plan import Piece, slug
 from musicgen.cli.timing import Stopwatch
+from musicgen.engine.packing import pack_decoder
 from musicgen.errors import WeightsError
 from musicgen.model import Model
+from musicgen.weights import load_model
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -346,6 +352,8 @@ def test_bad_input_is_one_line_before_any_work(
         ("text", ["rock", "--melody", "good.wav"], "no melody for model"),
         ("text", ["rock", "fifty " * 600], "at most 512 tokens"),
         ("text", ["rock", "--extend-stride", "31"], "extend_stride"),
+        ("text", ["rock", "--extend-stride", "0.01"], "extend_stride"),
+        ("text", ["rock", "\udcff"], "Unicode"),
         ("text", ["rock", "--duration", "0.01"], "at least one frame"),
         ("melody", ["rock", "--prompt-audio", "good.wav", "--duration", "1.01"], "shorter than the duration"),
     ],
@@ -430,6 +438,35 @@ def test_interrupted(run: Run, folders: dict[str, Path], monkeypatch: pytest.Mon
     assert err.strip().startswith("musicgen: interrupted")
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("the GPU\nis gone"), "RuntimeError: the GPU is gone"),
+        (KernelArgumentError("x", "[1, 2]", "[2, 1]"), "KernelArgumentError: x: expected [1, 2], got [2, 1]"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_an_error_that_nobody_foresaw_is_a_line(
+    error: Exception, told: str, run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MusicGen, "generate", fail)
+    code, _, err = run("generate", "rock", "--model", folders["text"])
+    assert (code, err) == (1, f"musicgen: error: {told} (unexpected; MUSICGEN_DEBUG=1 shows where)\n")
+    monkeypatch.setenv("MUSICGEN_DEBUG", "1")
+    with pytest.raises(type(error)):
+        run("generate", "rock", "--model", folders["text"])
+
+
+def test_a_terminal_that_cannot_show_a_sign() -> None:
+    command = [sys.executable, "-m", "musicgen", "generate", "--help"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_debug_lets_errors_through(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.setenv("MUSICGEN_DEBUG", "1")
@@ -469,17 +506,51 @@ def test_doctor(run: Run) -> None:
     assert found["hugging_face"]["offline"] is True  # as conftest sets it
 
 
+@pytest.mark.parametrize(
+    ("asked", "runs", "reason"),
+    [
+        (None, "one call", "of the C++ kernels at level "),
+        ("cpu:baseline", "one call", "at level baseline"),
+        ("reference", "operations", "MUSICGEN_KERNELS_BACKEND asks"),
+        ("linear=reference", "operations", "MUSICGEN_KERNELS_BACKEND asks"),
+        ("cpu:abacus", "none", "no such level"),
+    ],
+)
+def test_doctor_says_what_runs_a_step(
+    asked: str | None, runs: str, reason: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `whole_step` decides it."""
+    monkeypatch.delenv("MUSICGEN_KERNELS_ISA", raising=False)
+    monkeypatch.delenv("MUSICGEN_KERNELS_BACKEND", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("MUSICGEN_KERNELS_BACKEND", asked)
+    code, out, _ = run("doctor", "--json")
+    assert code == 0
+    step = json.loads(out)["steps"]["cpu"]
+    assert step["runs"] == runs
+    assert reason in step["reason"]
+    lm = load_model("demo").lm
+    if runs == "none":
+        with pytest.raises(BackendUnavailableError):
+            whole_step(pack_decoder(lm.decoder, "int8", 64))
+    else:
+        chosen = whole_step(pack_decoder(lm.decoder, "int8", 64))
+        assert isinstance(chosen, CpuStep) == (runs == "one call")
+
+
 def test_doctor_says_why_there_are_no_kernels(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from musicgen_kernels import isa
-    from musicgen_kernels.errors import BackendUnavailableError
 
     def unavailable(*_: object) -> None:
         raise BackendUnavailableError("cpu", "no compiler was found")
 
     monkeypatch.setattr(isa, "supported_levels", unavailable)
+    monkeypatch.delenv("MUSICGEN_KERNELS_BACKEND", raising=False)
     code, out, _ = run("doctor")
     assert code == 0
     assert "no compiler was found" in out
+    _, out, _ = run("doctor", "--json")
+    assert json.loads(out)["steps"]["cpu"]["runs"] == "operations"
 
 
 # --- parts
@@ -514,3 +585,47 @@ def test_slug(text: str, expected: str) -> None:
 
 def test_slug_is_short() -> None:
     assert len(slug("word " * 100)) <= 48
+    assert len(slug("音楽" * 100).encode()) <= 64
+    assert slug("音楽" * 100).startswith("音楽音楽")
+
+
+@pytest.mark.parametrize("sign", ["w", "é", "音", "\N{GUITAR}", "𝄞"])
+def test_every_name_fits(sign: str) -> None:
+    """Whatever it is made from, with the longest seed, number and suffix."""
+    source = Path(sign * (250 // len(sign.encode())))
+    piece = Piece(sign * 300, source, source, seed=2**63 - 1)
+    assert len(f"{piece.file_stem}-1000.flac".encode()) <= 255
+
+
+def test_a_name_that_is_too_long_is_known_before_the_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems allow less than others."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("musicgen.weights.load._load", fail)
+    monkeypatch.setattr("musicgen.cli.plan.MAX_SLUG_LEN", 1000)
+    monkeypatch.setattr("musicgen.cli.plan.MAX_SLUG_BYTES", 1000)
+    code, _, err = run("generate", "音" * 100)
+    assert code == 2
+    assert "name too long" in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_name_that_is_no_text(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Names are bytes; what cannot be shown is replaced."""
+    path = tmp_path / "caf\udce9.wav"
+    soundfile.write(tmp_path / "tune.wav", tune(1.0)[0].numpy(), 32000)
+    try:
+        (tmp_path / "tune.wav").rename(path)
+    except OSError:
+        pytest.skip("the file system takes Unicode only")
+    code, out, err = run(
+        *("generate", "--melody", path, "--duration", 0.2, "--seed", 1, "--model", folders["melody"]),
+        *("--plot", "--json", "--strategy", "peak"),
+    )
+    assert (code, err) == (0, "")
+    (file,) = _last_json(out)["files"]
+    assert (file["path"], file["melody"]) == ("out/caf_seed1.wav", str(path))

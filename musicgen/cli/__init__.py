@@ -5,6 +5,7 @@ Knows which module runs a subcommand, and imports it only then, so that `--help`
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from musicgen.errors import InvalidRequestError, MusicGenError
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DEBUG = "MUSICGEN_DEBUG"
 """Environment variable: 1 lets errors through with their traceback."""
+MAX_LINE_LEN = 2000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after `--help` and `--version` (0) and for a command line that cannot be read (2).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and texts that the terminal cannot show are no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     namespace = parser.parse_args(arguments)
     if namespace.command is None:
@@ -43,11 +47,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
-    except MusicGenError as error:
+    except Exception as error:
         if os.environ.get(DEBUG) == "1":
             raise
-        print(f"musicgen: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"musicgen: error: {_one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, InvalidRequestError) else EXIT_FAILED
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says. One that the project did not foresee is named, with the way to more."""
+    message = " ".join(str(error).split())
+    if isinstance(error, MusicGenError):
+        return message
+    told = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{told[:MAX_LINE_LEN]} (unexpected; {DEBUG}=1 shows where)"
 
 
 def _run(values: dict[str, object]) -> int:

@@ -41,6 +41,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "cpu": _cpu(),
         "backends": {device: _backends(device, dtype) for device, dtype in _targets()},
+        "steps": {device: _step(device) for device, _ in _targets()},
         "stems": _stems(),
         "hugging_face": _hugging_face(),
     }
@@ -102,6 +103,24 @@ def _backends(device: str, dtype: torch.dtype) -> list[dict[str, str]]:
         return [{"operation": "all", "backend": "none", "reason": str(error)}]
 
 
+def _step(device: str) -> dict[str, str]:
+    """How the engine runs a step of a released model there. See `musicgen_kernels.whole_step`, which decides it."""
+    piecemeal = "operations"
+    if device != "cpu":
+        return {"runs": piecemeal, "reason": "one after the other, by the backends above"}
+    try:
+        asked = {backend.from_environment(name) for name in backend.OPERATIONS if name != "delayed_sample_step"}
+        named = {name or "cpu" for name in asked}
+        if len(named) > 1 or not all(name.partition(":")[0] == "cpu" for name in named):
+            return {"runs": piecemeal, "reason": f"one after the other, as {backend.ENVIRONMENT} asks for backends"}
+        level, _ = isa.load_level(named.pop().partition(":")[2] or None)
+    except BackendUnavailableError as error:
+        if os.environ.get(backend.ENVIRONMENT):
+            return {"runs": "none", "reason": str(error)}
+        return {"runs": piecemeal, "reason": f"one after the other: {error}"}
+    return {"runs": "one call", "reason": f"of the C++ kernels at level {level}, instead of the operations above"}
+
+
 def _stems() -> str:
     if importlib.util.find_spec("demucs") is None:
         return "demucs is not installed: pip install 'musicgen-serve[stems]'"
@@ -128,6 +147,8 @@ def _as_text(found: dict[str, Any]) -> str:
     for device, choices in found["backends"].items():
         lines += ["", f"kernel backends on {device}"]
         lines += [f"  {choice['operation']:22}{choice['backend']:12}{choice['reason']}" for choice in choices]
+        step = found["steps"][device]
+        lines.append(f"  {'a step of the engine':22}{step['runs']:12}{step['reason']}")
     hub = found["hugging_face"]
     lines += ["", "weights", f"  cache           {hub['cache']}"]
     lines.append(f"  offline mode    {'on: nothing is downloaded' if hub['offline'] else 'off'}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from musicgen.cli import plugins
 from musicgen.cli.checks import Recording, Recordings, check_inputs, check_loudness, check_with_model
 from musicgen.cli.options import GenerateOptions
-from musicgen.cli.plan import Piece, free_stem, make_folder, plan_pieces
+from musicgen.cli.plan import Piece, free_stem, longest_name, make_folder, plan_pieces
 from musicgen.cli.quiet import quiet_libraries, torch_threads
 from musicgen.cli.report import Bar, Report, Written
 from musicgen.cli.timing import Stopwatch
@@ -41,7 +41,7 @@ def run(values: dict[str, Any]) -> int:
     options = dataclasses.replace(options, model=options.model or DEMO_MODEL)
     pieces = plan_pieces(options)
     loudness_lufs = check_loudness(options)
-    make_folder(options.out)
+    make_folder(options.out, longest_name(pieces, options))
     watch = Stopwatch()
     with ExitStack() as stack:
         with watch.measure("load"):
@@ -119,7 +119,7 @@ def _watch_parts(model: MusicGen, watch: Stopwatch) -> None:
         text_encoder=watch.watch("inputs", parts.text_encoder, "encode"),
         chroma=None if parts.chroma is None else watch.watch("inputs", parts.chroma),
         codec_encoder=watch.watch("inputs", parts.codec_encoder, "encode"),
-        codec=watch.watch("decode", parts.codec, "decode", "decode_whole"),
+        codec=watch.watch("decode", parts.codec, "decode"),
     )
 
 

@@ -12,7 +12,8 @@ from musicgen.cli.options import GenerateOptions
 from musicgen.errors import InvalidRequestError
 
 MAX_PIECES = 1000
-MAX_SLUG_LEN = 48
+MAX_SLUG_LEN, MAX_SLUG_BYTES = 48, 64
+"""Of each source. File systems count bytes, and three sources, a seed and a suffix must fit in 255."""
 DRAWN_SEEDS = 2**31
 """Seeds are drawn below this, so that they are short enough to type."""
 MAX_SEED = 2**63 - 1
@@ -32,7 +33,8 @@ class Piece:
         """What it is made from, in a few words."""
         melody = f"melody {self.melody.stem}" if self.melody else None
         begin = f"after {self.prompt_audio.stem}" if self.prompt_audio else None
-        return ", ".join(filter(None, (self.text, melody, begin))) or "unconditional"
+        title = ", ".join(filter(None, (self.text, melody, begin))) or "unconditional"
+        return title.encode(errors="replace").decode()  # the name of a file can hold bytes that are no text
 
     @property
     def file_stem(self) -> str:
@@ -107,18 +109,27 @@ def _one_each(files: Sequence[Path], num_texts: int, option: str) -> Sequence[Pa
 def slug(text: str) -> str:
     """`text` as a part of a file name: letters and digits of any script, joined by hyphens."""
     words = re.sub(r"[^\w]+|_", "-", text.lower()).strip("-")
-    return words[:MAX_SLUG_LEN].rstrip("-") or "piece"
+    cut = words[:MAX_SLUG_LEN].encode(errors="ignore")[:MAX_SLUG_BYTES].decode(errors="ignore")
+    return cut.rstrip("-") or "piece"
 
 
-def make_folder(folder: Path) -> None:
+def longest_name(pieces: Sequence[Piece], options: GenerateOptions) -> int:
+    """Bytes of the longest file name that the pieces need, the number of a repetition included."""
+    suffix = max(f".{options.format}", ".png" if options.plot else "", key=len)
+    return max(len(f"{piece.file_stem}-{MAX_PIECES}{suffix}".encode()) for piece in pieces)
+
+
+def make_folder(folder: Path, name_bytes: int = 0) -> None:
     """Make the output folder, so that a bad one is known before the work.
 
+    Args:
+        name_bytes: how long the names of files in it may become.
     Raises:
         InvalidRequestError: it cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".musicgen-{secrets.token_hex(4)}"
+        probe = folder / f".musicgen-{secrets.token_hex(4)}".ljust(name_bytes, "_")
         probe.touch()
         probe.unlink()
     except OSError as error:
