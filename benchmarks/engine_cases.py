@@ -23,8 +23,8 @@ from musicgen.codec_stream import StreamingCodec
 from musicgen.config import CacheConfig, EngineConfig, KVDtype, SchedulerConfig, WeightDtype
 from musicgen.engine.core import EngineCore
 from musicgen.engine.kv_cache import num_pages_for
+from musicgen.engine.memory import max_row_len
 from musicgen.engine.packing import KINDS
-from musicgen.engine.runner import max_row_len
 from musicgen.types import ChunkPolicy, CodesRequest, EngineRequest
 
 FIRST_FRAMES = 5

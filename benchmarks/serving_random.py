@@ -14,8 +14,8 @@ from torch import nn
 
 from benchmarks.engine_models import codec_decoder, fill, model_config, packed_weights
 from musicgen.config import WeightDtype
+from musicgen.engine.memory import max_row_len
 from musicgen.engine.packing import KINDS
-from musicgen.engine.runner import max_row_len
 from musicgen.model import Model
 from musicgen.models.encodec_encoder import EncodecEncoder
 from musicgen.models.language_model import LanguageModel

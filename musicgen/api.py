@@ -15,8 +15,8 @@ from torch import Tensor
 from musicgen.codec_stream import GridBuffer, StreamingCodec, decode_audio, decode_on_grid
 from musicgen.conditioning import Melody, condition
 from musicgen.config import EngineConfig, WeightDtype
+from musicgen.engine.memory import max_row_len
 from musicgen.engine.packing import KINDS, pack_decoder
-from musicgen.engine.runner import max_row_len
 from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.generation import plan_windows
 from musicgen.inputs import (

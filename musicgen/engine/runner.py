@@ -10,27 +10,25 @@ import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
-import psutil
 import torch
-from musicgen_kernels import PAGE_LEN, KVStore, SampleBatch, delayed_sample_step, new_kv_store, page_bytes
+from musicgen_kernels import SampleBatch, delayed_sample_step
 from musicgen_kernels.step import DecoderWeights, StepBatch
 from musicgen_kernels.whole_step import whole_step
 from torch import Tensor
 
-from musicgen.config import EngineConfig, ModelConfig
+from musicgen.config import EngineConfig
 from musicgen.delay import UNKNOWN_CODE
 from musicgen.engine.batch import MAX_GUIDANCE_ROWS, RowChunk, ScheduledBatch
 from musicgen.engine.decode import DecodePath
 from musicgen.engine.decode_buffers import DecodeBuffers, DecodeShape
 from musicgen.engine.graphs import DecodeGraphs, why_not
 from musicgen.engine.kv_cache import num_pages_for
+from musicgen.engine.memory import max_row_len, new_pages, num_pages
 from musicgen.engine.packing import OnLayer, kind_of, pack_decoder
 from musicgen.engine.sequence import Sequence
 from musicgen.engine.step_inputs import decided_steps, fed_codes, is_decode, row_id, sampling_parameters
 from musicgen.engine.text_pages import TextPages
-from musicgen.errors import InvalidRequestError
 from musicgen.models.language_model import LanguageModel
-from musicgen.models.t5 import MAX_TEXT_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +88,8 @@ class ModelRunner:
             weights or pack_decoder(lm.decoder, config.weights, self.max_row_len, release=release, on_layer=on_layer)
         )
         self.weights = self._step.weights
-        self.num_pages = self._num_pages(config)
-        self.pages = self._new_pages(config)
+        self.num_pages = num_pages(lm.config, config, self.device)
+        self.pages = new_pages(lm.config, config, self.num_pages, self.device)
         self.text_pages = TextPages(self._step, self.pages.k.dtype) if self.weights.has_cross else None
         num_slots = config.scheduler.max_requests
         window_len = lm.config.delay_pattern.num_steps(lm.config.num_frames(lm.config.max_duration_s))
@@ -256,29 +254,6 @@ class ModelRunner:
             if tensor is not None:
                 tensor[:, target] = tensor[:, source]
 
-    def _num_pages(self, config: EngineConfig) -> int:
-        assert config.cache.dtype is not None
-        decoder, dtype = self.model_config.decoder, getattr(torch, config.cache.dtype)
-        size = page_bytes(decoder.num_layers, decoder.num_heads, decoder.head_dim, dtype)
-        budget = config.cache.memory_bytes
-        if budget is None:
-            free = psutil.virtual_memory().available
-            if self.device.type == "cuda":
-                free = torch.cuda.mem_get_info(self.device)[0]
-            budget = int(free * config.cache.memory_share)
-            most = config.scheduler.max_rows * num_pages_for(self.max_row_len)
-            budget = min(budget, most * size)
-        if budget < size:
-            raise InvalidRequestError(f"at least {size} bytes, one page", str(budget), param="memory_bytes")
-        return budget // size
-
-    def _new_pages(self, config: EngineConfig) -> KVStore:
-        """The pages, and one behind them for rows that are not there, where decode steps have such rows."""
-        assert config.cache.dtype is not None
-        decoder, num_pages = self.model_config.decoder, self.num_pages + bool(config.cuda_graphs)
-        sizes = (decoder.num_layers, num_pages, decoder.num_heads, decoder.head_dim)
-        return new_kv_store(*sizes, getattr(torch, config.cache.dtype), device=self.device)
-
     def _decode_path(self) -> DecodePath | None:
         """Decode steps through graphs; None where they cannot be captured."""
         if reason := why_not(self.device):
@@ -310,10 +285,3 @@ class ModelRunner:
         backend = "reference" if self.device.type == "cpu" else None
         arguments = (logits, buffers.sampling, self._delays, self._codes)
         delayed_sample_step(*arguments, out=buffers.out, backend=backend)
-
-
-def max_row_len(config: ModelConfig) -> int:
-    """Positions of the longest row: the longest prefix and one window, in whole pages."""
-    prefix_len = 0 if config.chroma is None else config.chroma.num_frames + MAX_TEXT_TOKENS
-    num_positions = prefix_len + config.delay_pattern.num_steps(config.num_frames(config.max_duration_s))
-    return num_pages_for(num_positions) * PAGE_LEN
