@@ -128,7 +128,7 @@ def check_linear(
         plain = torch.nn.functional.gelu(plain)
     if residual is not None:
         plain = plain + residual
-    hold(got, exact, plain)
+    hold(got, exact, plain.to(got.dtype))
     return got
 
 

@@ -21,7 +21,7 @@ HEADS, DIM, HEAD_DIM, CODEBOOKS, CODES = 24, 1536, 64, 4, 2048
 _NAMES = {F32: "fp32", BF16: "bf16", F16: "fp16", I8: "int8"}
 _PAIRS = [(F32, F32), (F32, BF16), (F32, F16), (F32, I8), (BF16, BF16), (BF16, I8), (F16, F16), (F16, I8)]
 _QUICK = ("paged_attention decode bf16 int8", "paged_attention prefill bf16 bf16", "append bf16 int8",
-          "delayed_sample_step", "linear bf16 int4", "linear bf16 bf16", "layer_norm bf16 residual",
+          "delayed_sample_step", "linear bf16 int4", "linear bf16 bf16 to fp32", "layer_norm fp32 to bf16",
           "embed_codes bf16")  # fmt: skip
 
 
@@ -63,18 +63,18 @@ def _sample(ops: Any) -> None:
     )  # fmt: skip
 
 
-def _linear(ops: Any, dtype: torch.dtype, kind: Any) -> None:
+def _linear(ops: Any, dtype: torch.dtype, kind: Any, out: torch.dtype) -> None:
     bits, group = {"fp32": (32, 0), "bf16": (16, 0), "int8": (8, 128), "int4": (4, 32)}[kind]
     scales = 2 * DIM * (DIM // group) if group else 0
     data = _meta(64 + DIM * DIM * bits // 8 + scales, dtype=torch.uint8)
-    x = _meta(6, DIM, dtype=dtype)
+    x, y = _meta(6, DIM, dtype=dtype), _meta(6, DIM, dtype=out)
     weight = PackedLinear(data, kind, "rows", DIM, DIM, group)
-    ops.linear(x, weight, _meta(DIM, dtype=F32), True, x, x)
+    ops.linear(x, weight, _meta(DIM, dtype=F32), True, y, y)
 
 
-def _layer_norm(ops: Any, dtype: torch.dtype, residual: bool) -> None:
-    x, parameter = _meta(6, DIM, dtype=dtype), _meta(DIM, dtype=F32)
-    ops.layer_norm(x, parameter, parameter, _meta(6, DIM, dtype=F32) if residual else None, 1e-5, x)
+def _layer_norm(ops: Any, dtype: torch.dtype, residual: bool, out: torch.dtype) -> None:
+    x, parameter, y = _meta(6, DIM, dtype=dtype), _meta(DIM, dtype=F32), _meta(6, DIM, dtype=out)
+    ops.layer_norm(x, parameter, parameter, _meta(6, DIM, dtype=F32) if residual else None, 1e-5, y)
 
 
 def _embed(ops: Any, dtype: torch.dtype) -> None:
@@ -96,9 +96,13 @@ def calls() -> dict[str, Callable[[Any], None]]:
     for dtype in (F32, BF16, F16):
         name = _NAMES[dtype]
         for kind in ("fp32", "bf16", "int8", "int4"):
-            result[f"linear {name} {kind}"] = lambda ops, d=dtype, kind=kind: _linear(ops, d, kind)
-        result[f"layer_norm {name}"] = lambda ops, d=dtype: _layer_norm(ops, d, False)
-        result[f"layer_norm {name} residual"] = lambda ops, d=dtype: _layer_norm(ops, d, True)
+            result[f"linear {name} {kind}"] = lambda ops, d=dtype, kind=kind: _linear(ops, d, kind, d)
+            if dtype != F32:  # to the residual stream
+                result[f"linear {name} {kind} to fp32"] = lambda ops, d=dtype, kind=kind: _linear(ops, d, kind, F32)
+        result[f"layer_norm {name}"] = lambda ops, d=dtype: _layer_norm(ops, d, False, d)
+        result[f"layer_norm {name} residual"] = lambda ops, d=dtype: _layer_norm(ops, d, True, d)
+        if dtype != F32:  # from it
+            result[f"layer_norm fp32 to {name}"] = lambda ops, d=dtype: _layer_norm(ops, F32, False, d)
         result[f"embed_codes {name}"] = lambda ops, d=dtype: _embed(ops, d)
     return result
 
