@@ -36,7 +36,7 @@ def ask_for_a_token() -> None:
 
 def keep_to_this_machine() -> None:
     """In a replica, before Serve opens its port: on loopback, if that is where this node is known."""
-    address = ray.util.get_node_ip_address()
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     if not ipaddress.ip_address(address).is_loopback:
         return
     listen = getattr(replica, "add_port_to_grpc_server", None)
@@ -50,4 +50,4 @@ def keep_to_this_machine() -> None:
         port: int = listen(server, asked.replace("[::]", address))
         return port
 
-    replica.add_port_to_grpc_server = listen_here
+    replica.add_port_to_grpc_server = listen_here  # type: ignore[attr-defined]
