@@ -154,6 +154,26 @@ def test_pages_found_between_two_graphs_are_not_forgotten(models: dict[str, Mode
         assert torch.equal(crowd.listener.codes("0"), expected)
 
 
+def test_whoever_comes_or_goes_is_placed_anew(models: dict[str, Model]) -> None:
+    """A row that is gone may have left its address in memory, by which rows are told apart, to one that comes."""
+    request = new_request(models["text"], "rock", 30, SamplingParams())
+    core = new_core(models["text"])
+    decode = core.runner._decode
+    assert decode is not None
+    core.add(EngineRequest("first", request))
+    core.step()
+    core.step()
+    assert decode._rows is not None
+    core.add(EngineRequest("second", request.with_seed(1)))
+    core.runner.open(core.scheduler.running[0])
+    assert decode._rows is None
+    core.step()
+    core.step()
+    assert decode._rows is not None
+    core.abort("second")
+    assert decode._rows is None
+
+
 def test_only_the_pages_of_the_rows_are_written(models: dict[str, Model]) -> None:
     """Whoever is not there writes to the spare page, and to its first position."""
     core = new_core(models["text"], num_pages=40)
