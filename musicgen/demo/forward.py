@@ -1,8 +1,8 @@
 """Training-time forward pass over the parameters of transformers' ``MusicgenMelodyForConditionalGeneration``.
 
 Owns the arithmetic of a training step (prefix of chroma and text, sinusoidal positions that may start anywhere, causal
-transformer in bfloat16, a loss a codebook) and the special initial values.  The parameters stay those of the Hugging
-Face model, so a checkpoint is that model's own; tests hold this pass to transformers'.
+transformer in bfloat16 where the processor has it, a loss a codebook) and the special initial values.  The parameters
+stay those of the Hugging Face model, so a checkpoint is that model's own; tests hold this pass to transformers'.
 """
 
 import math
@@ -21,6 +21,11 @@ from musicgen.demo.text import TEXT_LEN, build_tokenizer
 
 PREFIX_LEN = CHROMA_LEN + TEXT_LEN
 MAX_STEPS = 1504
+
+
+def product_dtype() -> torch.dtype:
+    """bfloat16 where this processor multiplies it, else float32: without instructions for it bfloat16 is slower."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def sinusoidal_positions(length: int, dim: int) -> Tensor:
@@ -73,9 +78,13 @@ def _normalise(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
 
 
 def hidden_states(
-    model: MusicgenMelodyForConditionalGeneration, batch: Batch, dtype: torch.dtype = torch.bfloat16
+    model: MusicgenMelodyForConditionalGeneration, batch: Batch, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """States after the final norm at the code steps: ``[B, S, dim]`` of ``dtype``; products run in ``dtype``."""
+    """States after the final norm at the code steps: ``[B, S, dim]`` of ``dtype``; products run in ``dtype``.
+
+    ``dtype`` None: ``product_dtype()``.
+    """
+    dtype = dtype or product_dtype()
     decoder = model.decoder.model.decoder
     text = model.text_encoder(input_ids=batch.text_ids).last_hidden_state
     text = model.enc_to_dec_proj(text) * batch.text_mask[:, None, None]
@@ -96,10 +105,11 @@ def hidden_states(
 
 
 def codebook_losses(
-    model: MusicgenMelodyForConditionalGeneration, batch: Batch, dtype: torch.dtype = torch.bfloat16
+    model: MusicgenMelodyForConditionalGeneration, batch: Batch, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Mean cross-entropy of each codebook in nats a code, special positions left out: float32 ``[K]``."""
     x = hidden_states(model, batch, dtype)
+    dtype = x.dtype
     losses = []
     for k, head in enumerate(model.decoder.lm_heads):
         logits = F.linear(x, head.weight.to(dtype)).float().flatten(0, 1)

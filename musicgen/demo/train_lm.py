@@ -22,6 +22,7 @@ from transformers import EncodecModel, MusicgenMelodyForConditionalGeneration
 from musicgen.demo.dataset import Clips, held_out_batch, load_clips, sample_batch
 from musicgen.demo.forward import MAX_STEPS, codebook_losses, initialise, text_separation
 from musicgen.demo.model import build_model, load_codec, save_checkpoint
+from musicgen.demo.muon import Muon
 from musicgen.demo.text import build_tokenizer
 
 LOSS_WEIGHTS = (2.0, 1.0, 0.6, 0.4)
@@ -78,7 +79,7 @@ def build_optimisers(model: nn.Module, settings: Settings) -> list[torch.optim.O
     groups = [{"params": others, "peak": settings.adam_rate}, {"params": text, "peak": TEXT_RATE * settings.adam_rate}]
     wide = [{"params": matrices, "peak": settings.muon_rate}]
     return [
-        torch.optim.Muon(wide, lr=settings.muon_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(wide, lr=settings.muon_rate, weight_decay=0.01),
         torch.optim.AdamW(groups, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 

@@ -12,7 +12,9 @@ from musicgen.demo import train_codec, train_lm
 from musicgen.demo.dataset import load_clips
 from musicgen.demo.forward import MAX_STEPS, initialise
 from musicgen.demo.model import save_checkpoint
+from musicgen.demo.muon import Muon, orthogonalised
 
+LIKE_ADAMW = {"adjust_lr_fn": "match_rms_adamw"}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -25,6 +27,23 @@ def settings(minutes: float = 1000.0) -> train_lm.Settings:
 @pytest.fixture(autouse=True)
 def _quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_lm, "initialise", lambda model, seed: initialise(model, seed, num_fit_steps=2))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (32, 96)])
+def test_matrices_are_updated_as_by_torch(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    pair = [(ours, Muon([ours], **options)), (theirs, torch.optim.Muon([theirs], **options, **LIKE_ADAMW))]
+    for _ in range(3):
+        gradient = torch.randn(shape, generator=generator)
+        for matrix, optimiser in pair:
+            matrix.grad = gradient.clone()
+            optimiser.step()
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)  # theirs multiplies in bfloat16; updates are some 0.02
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=generator)))
+    assert values.max() < 1.3
+    assert values.median() > 0.6  # a square matrix may have one near zero, which stays small
 
 
 def test_loss_falls_and_a_restart_changes_nothing(codec: EncodecModel, cached: Path, tmp_path: Path) -> None:
