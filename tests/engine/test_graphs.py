@@ -133,8 +133,8 @@ def test_in_a_crowd_the_codes_of_an_engine_without(
 
 
 def test_pages_found_between_two_graphs_are_not_forgotten(models: dict[str, Model]) -> None:
-    """Steps that mix prefill and decode come between steps of the same rows, and either may be the one with a new
-    page."""
+    """Steps that mix prefill and decode come between steps of the same rows. Not shown: that a page which comes in a
+    step of the other kind needs the buffers to be placed anew; codes were right without that too."""
     first = new_request(models["melody"], "rock", 30, SamplingParams(seed=1))
     others = [new_request(models["melody"], "jazz", 30, SamplingParams(seed=i)) for i in range(2, 6)]
     (expected,) = each_alone(new_core(models["melody"], graphs=False), [first])
