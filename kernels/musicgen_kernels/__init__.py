@@ -12,7 +12,7 @@ from .linear import linear
 from .norm import embed_codes, layer_norm, sinusoid_table
 from .packing import PackedLinear, pack_linear, unpack_header
 from .pages import PAGE_LEN, SPLIT_LEN, KVStore, PagedKV, new_kv_store, page_bytes
-from .sampling import UNKNOWN_CODE, SampleBatch, delayed_sample_step
+from .sampling import UNKNOWN_CODE, SampleBatch, delayed_sample_step, prepare_sample_step
 
 __all__ = [
     "PAGE_LEN",
@@ -35,6 +35,7 @@ __all__ = [
     "pack_linear",
     "page_bytes",
     "paged_attention",
+    "prepare_sample_step",
     "sinusoid_table",
     "unpack_header",
 ]

@@ -6,7 +6,10 @@ after the largest step has been seen. It checks what it is given; the compiled c
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,17 +77,35 @@ class CpuStep:
             out: [R, K, V] float32 to write to instead of a new tensor.
             num_threads: None: `torch.get_num_threads()`. The result does not depend on it.
         """
+        num_codebooks = self.weights.num_codebooks
+        if out is None:
+            out = torch.empty(len(batch.logit_tokens), num_codebooks, self.weights.heads.out_features // num_codebooks)
+        self.prepare(batch, pages, cross_pages, out=out, num_threads=num_threads)()
+        return out
+
+    def prepare(
+        self,
+        batch: StepBatch,
+        pages: KVStore,
+        cross_pages: KVStore | None = None,
+        *,
+        out: Tensor,
+        num_threads: int | None = None,
+    ) -> Callable[[], None]:
+        """`run`, to be called as often as is wanted: tensors are checked now, what they hold is read at each call.
+
+        Between two steps of a model the caches are full of weights: to look at twenty tensors takes longer there than
+        to write the few numbers that change.
+        """
         weights = self.weights
         check_step(weights, batch, pages, cross_pages)
         num_logits, num_codebooks = batch.logit_tokens.shape[0], weights.num_codebooks
         shape = (num_logits, num_codebooks, weights.heads.out_features // num_codebooks)
-        if out is None:
-            out = torch.empty(shape)
         check_tensor("out", out, shape, _FLOAT, device=weights.embeddings.device)
         cross_rows: tuple[int, ...] = ()
         if weights.has_cross and batch.cross_page_table is not None and batch.cross_lens is not None:
             cross_rows = row_arguments(batch.cross_page_table, batch.query_offsets, batch.cross_lens)
-        self._native.step(
+        arguments = (
             _token_arguments(batch),
             row_arguments(batch.page_table, batch.query_offsets, batch.kv_lens),
             _store_arguments(pages),
@@ -93,7 +114,11 @@ class CpuStep:
             (batch.logit_tokens.data_ptr(), num_logits, out.data_ptr()),
             num_threads or torch.get_num_threads(),
         )
-        return out
+        return functools.partial(self._call, arguments, (batch, pages, cross_pages, out))
+
+    def _call(self, arguments: tuple[Any, ...], _held: tuple[object, ...]) -> None:
+        """A step given as addresses, with those whose memory they are: nothing else keeps them alive."""
+        self._native.step(*arguments)
 
     def write_cross(
         self, states: Tensor, page_table: Tensor, query_offsets: Tensor, lens: Tensor, cross_pages: KVStore

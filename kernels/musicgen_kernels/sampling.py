@@ -6,6 +6,7 @@ token is V, the number of real codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,21 @@ def delayed_sample_step(
             the caller's duty).
         BackendUnavailableError: the backend asked for cannot run here.
     """
+    return prepare_sample_step(logits, batch, delays, sequences, out=out, backend=backend)()
+
+
+def prepare_sample_step(
+    logits: Tensor,
+    batch: SampleBatch,
+    delays: Tensor,
+    sequences: Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Callable[[], Tensor]:
+    """`delayed_sample_step`, to be called as often as is wanted: tensors are checked and the backend is chosen now,
+    what the tensors hold is read at each call.
+    """
     check_tensor("logits", logits, (None, None, None), (torch.float32, torch.float64))
     num_codebooks, device = logits.shape[1], logits.device
     if not 1 <= num_codebooks <= MAX_CODEBOOKS:
@@ -115,9 +131,13 @@ def delayed_sample_step(
     check_tensor("batch.seeds", batch.seeds, (num_requests,), (torch.int64,), device=device)
     check_tensor("delays", delays, (num_codebooks,), _INT, device=device)
     check_tensor("sequences", sequences, (None, num_codebooks, None), _INT, device=device)
-    if out is None:
-        out = torch.empty(num_requests, num_codebooks, dtype=torch.int32, device=device)
-    check_tensor("out", out, (num_requests, num_codebooks), _INT, device=device)
-    run = implementation("delayed_sample_step", device, logits.dtype, backend)
-    run(logits, batch, delays, sequences, out)
-    return out
+    shape = (num_requests, num_codebooks)
+    result = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
+    check_tensor("out", result, shape, _INT, device=device)
+    implemented = implementation("delayed_sample_step", device, logits.dtype, backend)
+
+    def run() -> Tensor:
+        implemented(logits, batch, delays, sequences, result)
+        return result
+
+    return run

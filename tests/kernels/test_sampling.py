@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import ints, sample_batch
-from musicgen_kernels import UNKNOWN_CODE, KernelArgumentError, SampleBatch, delayed_sample_step, isa, reference
+from musicgen_kernels import (
+    UNKNOWN_CODE,
+    KernelArgumentError,
+    SampleBatch,
+    delayed_sample_step,
+    isa,
+    prepare_sample_step,
+    reference,
+)
 from torch import Tensor
 
 NO_DELAY = torch.zeros(8, dtype=torch.int32)
@@ -194,6 +202,20 @@ def test_delay_pattern_prompt_and_write_back(backend: str, delays: list[int]) ->
             assert codes[0, k] == expected
     assert (held[[0, 2]] == UNKNOWN_CODE).all()
     assert (held[1, :, num_steps:] == UNKNOWN_CODE).all()
+
+
+def test_a_prepared_step_reads_what_its_tensors_hold(backend: str) -> None:
+    logits, batch, held = torch.randn(4, 4, 64), sample_batch(2, 2), sequences(2, 4)
+    out = torch.empty(2, 4, dtype=torch.int32)
+    call = prepare_sample_step(logits, batch, NO_DELAY[:4], held, out=out, backend=backend)
+    for step in (10, 11):
+        batch.steps.fill_(step)
+        logits.normal_()
+        assert call() is out
+        assert torch.equal(out, delayed_sample_step(logits, batch, NO_DELAY[:4], sequences(2, 4), backend=backend))
+        assert torch.equal(held[:, :, step], out)
+    with pytest.raises(KernelArgumentError, match="out"):
+        prepare_sample_step(logits, batch, NO_DELAY[:4], held, out=out[:1], backend=backend)
 
 
 @pytest.mark.parametrize(

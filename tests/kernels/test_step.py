@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -225,6 +227,41 @@ def test_steps_from_several_threads_wait_for_each_other(cpu: str) -> None:
         thread.join()
     assert len(results) == 3
     assert all(torch.equal(result, expected) for result in results)
+
+
+def test_a_prepared_step_reads_what_its_tensors_hold_and_keeps_them(cpu: str) -> None:
+    weights, batch, text = make_weights("int8"), make_batch(), texts()
+    step = CpuStep(weights, backend=cpu)
+    pages, cross = stores(torch.float16)
+    step.write_cross(*text, cross)
+    step.run(part(batch, [(row, 0, n - 1) for row, n in enumerate(LENS) if n > 1]), pages, cross)
+    expected = step.run(last := part(batch, [(row, n - 1, n) for row, n in enumerate(LENS)]), pages, cross)
+    out = torch.empty_like(expected)
+    call = step.prepare(held := replace(last, codes=torch.zeros_like(last.codes)), pages, cross, out=out)
+    call()
+    assert not torch.equal(out, expected)
+    held.codes.copy_(last.codes)
+    alive = [weakref.ref(tensor) for tensor in (held.codes, held.page_table, pages.k, cross.v)]
+    del held, last, pages, cross
+    gc.collect()
+    assert all(tensor() is not None for tensor in alive)
+    call()
+    assert torch.equal(out, expected)
+
+
+def test_a_step_is_refused_when_it_is_prepared_but_for_values_at_each_call(cpu: str) -> None:
+    step, batch, (pages, cross) = CpuStep(make_weights("int8"), backend=cpu), make_batch(), stores(torch.float32)
+    out = torch.empty(sum(LENS), CODEBOOKS, CODES)
+    for bad in (out[1:], out.double(), out.transpose(1, 2)):
+        with pytest.raises(KernelArgumentError, match="out"):
+            step.prepare(batch, pages, cross, out=bad)
+    with pytest.raises(KernelArgumentError, match="codes"):
+        step.prepare(replace(batch, codes=batch.codes.long()), pages, cross, out=out)
+    call = step.prepare(batch, pages, cross, out=out)
+    batch.page_table[2, 18] = NUM_PAGES
+    for _ in range(2):
+        with pytest.raises(KernelArgumentError, match="page_table"):
+            call()
 
 
 def test_bad_steps_are_refused_before_anything_is_written(cpu: str) -> None:
