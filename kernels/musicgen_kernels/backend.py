@@ -136,6 +136,22 @@ def implementation(operation: str, device: torch.device, dtype: torch.dtype, bac
     return function
 
 
+def prepared(
+    operation: str, device: torch.device, dtype: torch.dtype, backend: str | None, arguments: tuple[object, ...]
+) -> Callable[[], None]:
+    """The operation on those arguments, to be called as often as is wanted.
+
+    A backend that can do some of it once offers `prepare_` and the operation's name.
+
+    Raises:
+        BackendUnavailableError: as `implementation`.
+    """
+    choice = choose(operation, str(device), dtype, backend or from_environment(operation))
+    chosen = _load(choice.backend)
+    prepare: Callable[..., Callable[[], None]] | None = getattr(chosen, f"prepare_{operation}", None)
+    return functools.partial(getattr(chosen, operation), *arguments) if prepare is None else prepare(*arguments)
+
+
 def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
     """What would run each operation on that device and dtype, and why."""
     return [choose(name, device, dtype, from_environment(name)) for name in OPERATIONS]

@@ -8,6 +8,7 @@ lengths. Threads: as many as `torch.get_num_threads()`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,6 +49,12 @@ class CpuBackend:
         self, logits: Tensor, batch: SampleBatch, delays: Tensor, sequences: Tensor, out: Tensor
     ) -> None:
         """See `musicgen_kernels.sampling.delayed_sample_step`."""
+        self.prepare_delayed_sample_step(logits, batch, delays, sequences, out)()
+
+    def prepare_delayed_sample_step(
+        self, logits: Tensor, batch: SampleBatch, delays: Tensor, sequences: Tensor, out: Tensor
+    ) -> Callable[[], None]:
+        """The same, to be called as often as is wanted: addresses and sizes are read now."""
         tensors = (
             *(logits, batch.row_offsets, batch.slots, batch.steps, batch.num_frames, batch.seeds),
             *(batch.guidance, batch.guidance_beta, batch.temperature, batch.top_k, batch.top_p),
@@ -59,7 +66,11 @@ class CpuBackend:
             *(num_codebooks, num_codes),
         )
         pointers = tuple(tensor.data_ptr() for tensor in tensors)
-        self.native.delayed_sample_step(pointers, sizes, torch.get_num_threads())
+        return functools.partial(self._sample, (pointers, sizes, torch.get_num_threads()), tensors)
+
+    def _sample(self, arguments: tuple[tuple[int, ...], tuple[int, ...], int], _held: tuple[Tensor, ...]) -> None:
+        """A sampling step given as addresses, with the tensors that they are of: nothing else keeps them alive."""
+        self.native.delayed_sample_step(*arguments)
 
     def linear(
         self,

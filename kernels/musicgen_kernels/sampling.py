@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backend import implementation
+from .backend import prepared
 from .checks import check_tensor
 from .errors import KernelArgumentError
 
@@ -134,10 +134,11 @@ def prepare_sample_step(
     shape = (num_requests, num_codebooks)
     result = torch.empty(shape, dtype=torch.int32, device=device) if out is None else out
     check_tensor("out", result, shape, _INT, device=device)
-    implemented = implementation("delayed_sample_step", device, logits.dtype, backend)
+    arguments = (logits, batch, delays, sequences, result)
+    sample = prepared("delayed_sample_step", device, logits.dtype, backend, arguments)
 
     def run() -> Tensor:
-        implemented(logits, batch, delays, sequences, result)
+        sample()
         return result
 
     return run

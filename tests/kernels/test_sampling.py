@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -216,6 +218,10 @@ def test_a_prepared_step_reads_what_its_tensors_hold(backend: str) -> None:
         assert torch.equal(held[:, :, step], out)
     with pytest.raises(KernelArgumentError, match="out"):
         prepare_sample_step(logits, batch, NO_DELAY[:4], held, out=out[:1], backend=backend)
+    alive = [weakref.ref(tensor) for tensor in (logits, batch.seeds, held)]
+    del logits, batch, held
+    gc.collect()
+    assert all(tensor() is not None for tensor in alive)
 
 
 @pytest.mark.parametrize(
