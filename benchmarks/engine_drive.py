@@ -6,14 +6,14 @@ Knows no model sizes and no targets: what comes out are steps with their times a
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from musicgen_kernels import SampleBatch, page_bytes
+from musicgen_kernels import page_bytes
 from musicgen_kernels.cpu_step import CpuStep
+from musicgen_kernels.native import CpuModel
 from musicgen_kernels.step import BlockWeights, DecoderWeights
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from benchmarks.meter import Meter
 from musicgen.config import EngineConfig
 from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
+from musicgen.engine.decode_buffers import DecodeBuffers
 from musicgen.engine.runner import ModelRunner
 from musicgen.models.language_model import LanguageModel
 from musicgen.types import CodeChunk, EndOfRequest, EngineRequest, FinishReason
@@ -39,7 +40,7 @@ class Step:
     sampler_s: float = 0.0
     overhead_s: float = 0.0
     """Processor time of the engine's thread outside of the two: scheduling, assembling, Python. Unlike the clock's,
-    it does not count what other processes take."""
+    it does not count what other processes take. Of decode steps only: a prefill's sampler is part of it."""
     num_tokens: int = 0
     num_deciding: int = 0
     num_positions: int = 0
@@ -53,49 +54,60 @@ class Step:
         return 0 < self.num_tokens <= 3 * self.num_deciding
 
 
-class _TimedNative:
-    """Stands before the compiled model and adds up the time of its steps."""
+class _Timed:
+    """Calls something, and notes how long that took."""
 
-    def __init__(self, native: Any) -> None:
-        self._native = native
+    def __init__(self, call: Callable[..., object]) -> None:
+        self._call = call
         self.seconds = self.cpu_s = 0.0
 
-    def step(self, *args: Any) -> None:
+    def __call__(self, *args: object) -> None:
         began, cpu_began = time.perf_counter(), time.thread_time()
-        self._native.step(*args)
+        self._call(*args)
         self.seconds, self.cpu_s = time.perf_counter() - began, time.thread_time() - cpu_began
 
-    def write_cross(self, *args: Any) -> None:
-        self._native.write_cross(*args)
+
+class _TimedNative:
+    """Stands before the compiled model."""
+
+    def __init__(self, native: CpuModel) -> None:
+        self.step, self.write_cross = _Timed(native.step), native.write_cross
 
 
 class TimedRunner(ModelRunner):
-    """A runner that notes what each step was and how long its native parts took."""
+    """A runner that knows what its last step was, and how long the compiled part and the sampler took.
+
+    It notes no more than it must while a step is timed: that would count as the engine's.
+    """
 
     def __init__(self, lm: LanguageModel, config: EngineConfig, weights: DecoderWeights) -> None:
         super().__init__(lm, config, weights=weights)
         assert isinstance(self._step, CpuStep), "this measures the CPU's step"
-        self._timed = _TimedNative(self._step._native)
-        self._step._native = self._timed
-        self.last = Step()
+        self._native = _TimedNative(self._step._native)
+        self._step._native = self._native
+        self._sampled = _Timed(lambda: None)
+        self._batch = ScheduledBatch()
 
     def run(self, batch: ScheduledBatch) -> np.ndarray:
-        self.last = Step(
+        self._batch = batch
+        return super().run(batch)
+
+    def _sampler(self, logits: Tensor, buffers: DecodeBuffers) -> Callable[[], object]:
+        self._sampled = _Timed(super()._sampler(logits, buffers))
+        return self._sampled
+
+    def last(self, seconds: float, cpu_s: float) -> Step:
+        """The step that has just been computed; the engine took that long over it."""
+        batch, native, sampled = self._batch, self._native.step, self._sampled
+        return Step(
+            seconds=seconds,
+            native_s=native.seconds,
+            sampler_s=sampled.seconds,
+            overhead_s=cpu_s - native.cpu_s - sampled.cpu_s,
             num_tokens=batch.num_tokens,
             num_deciding=len(batch.deciding),
-            num_positions=sum(chunk.start + chunk.num_new for chunk in batch.chunks),
+            num_positions=sum(chunk.end for chunk in batch.chunks),
         )
-        codes = super().run(batch)
-        self.last.native_s = self._timed.seconds
-        self.last.overhead_s -= self._timed.cpu_s
-        return codes
-
-    def _sample(self, logits: Tensor, batch: SampleBatch) -> Tensor:
-        began, cpu_began = time.perf_counter(), time.thread_time()
-        codes = super()._sample(logits, batch)
-        self.last.sampler_s = time.perf_counter() - began
-        self.last.overhead_s -= time.thread_time() - cpu_began
-        return codes
 
 
 @dataclass(slots=True)
@@ -142,10 +154,10 @@ def drive(
             core.add(request)
         started, cpu_started = time.perf_counter(), time.thread_time()
         events = core.step()
-        runner.last.seconds = time.perf_counter() - started
-        runner.last.overhead_s += time.thread_time() - cpu_started
-        runner.last.stream_bytes_s = stream
-        trace.steps.append(runner.last)
+        seconds, cpu_s = time.perf_counter() - started, time.thread_time() - cpu_started
+        step = runner.last(seconds, cpu_s)
+        step.stream_bytes_s = stream
+        trace.steps.append(step)
         for event in events:
             if isinstance(event, CodeChunk):
                 trace.num_frames += event.codes.shape[-1]

@@ -7,7 +7,7 @@ special token. So T frames take S = T + max_delay + 1 steps, and frame `t` is co
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class DelayPattern:
     """
 
     delays: tuple[int, ...]
+    max_delay: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_delay", max(self.delays))  # asked for at every step
 
     @classmethod
     @functools.cache  # asked for at every step
@@ -34,10 +38,6 @@ class DelayPattern:
     @property
     def num_codebooks(self) -> int:
         return len(self.delays)
-
-    @property
-    def max_delay(self) -> int:
-        return max(self.delays)
 
     def num_steps(self, num_frames: int) -> int:
         """Steps of a delayed sequence that holds `num_frames` frames, step 0 included."""

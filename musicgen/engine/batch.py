@@ -19,6 +19,11 @@ class RowChunk:
     start: int
     num_new: int
 
+    @property
+    def end(self) -> int:
+        """Positions of the row when the step is done."""
+        return self.start + self.num_new
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScheduledBatch:

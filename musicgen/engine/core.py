@@ -218,12 +218,12 @@ class EngineCore:
             if sequence.times.decoding is None:
                 sequence.times.decoding = self._clock()
         sequence.feed(decided)
-        pattern = self.model_config.delay_pattern
-        num_steps = sequence.next_step  # decided steps, step 0 included
-        sequence.num_frames = max(sequence.num_frames, min(pattern.num_complete_frames(num_steps), sequence.window.end))
-        is_last = num_steps == pattern.num_steps(sequence.window.end)
+        num_steps, end = sequence.next_step, sequence.window.end  # decided steps, step 0 included
+        sequence.num_frames = max(sequence.num_frames, min(sequence.pattern.num_complete_frames(num_steps), end))
+        is_last = num_steps == sequence.pattern.num_steps(end)
         has_more = is_last and sequence.window_index + 1 < len(sequence.windows)
-        self._send(sequence, everything=is_last and not has_more)
+        if sequence.num_frames >= sequence.due_frames or (is_last and not has_more):
+            self._send(sequence)
         if has_more:
             known = self.runner.frames(sequence.slot, 0, sequence.num_frames)
             self.scheduler.pages.release(sequence)
@@ -233,25 +233,21 @@ class EngineCore:
         elif is_last:
             self._end(sequence, FinishReason.FINISHED)
 
-    def _send(self, sequence: Sequence, *, everything: bool) -> None:
-        """Hand out the frames that are due to the listener."""
-        num_new = sequence.num_frames - sequence.num_sent_frames
-        policy = sequence.request.chunks
-        due = policy is not None and num_new >= policy.next_frames(sequence.last_chunk_frames)
-        if num_new == 0 or not (due or everything):
+    def _send(self, sequence: Sequence) -> None:
+        """Hand out the frames that are complete."""
+        if sequence.num_frames == sequence.num_sent_frames:
             return
         codes = self.runner.frames(sequence.slot, sequence.num_sent_frames, sequence.num_frames)
         self._events.append(CodeChunk(sequence.request.request_id, codes, sequence.num_sent_frames))
-        sequence.num_sent_frames = sequence.num_frames
-        sequence.last_chunk_frames = num_new
+        sequence.sent()
         if sequence.times.first_chunk is None:
             sequence.times.first_chunk = self._clock()
 
     def _open_admitted(self, batch: ScheduledBatch) -> None:
-        for sequence in {id(chunk.sequence): chunk.sequence for chunk in batch.chunks}.values():
-            if not sequence.is_open:
-                self.runner.open(sequence)
-                sequence.is_open = True
+        for chunk in batch.chunks:
+            if not chunk.sequence.is_open:
+                self.runner.open(chunk.sequence)
+                chunk.sequence.is_open = True
 
     def _measure(self, step_s: float) -> None:
         memory = STEP_TIME_MEMORY if self._step_s else 0.0

@@ -1,22 +1,19 @@
 """The inputs and the output of a decode step of so many rows, at addresses that never change.
 
-What a CUDA graph reads and writes. All inputs lie in one piece of memory and in one like it on the host, so that a step
-is sent with one copy. Knows neither sequences nor kernels.
+What is prepared once and run many times reads and writes these: a CUDA graph, or a checked call on the CPU. All inputs
+lie in one piece of memory, so that a step is sent with one copy. Knows neither sequences nor kernels.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from musicgen_kernels import SampleBatch
 from musicgen_kernels.step import StepBatch
-from torch import Tensor
 
-ALIGNMENT = 16
-"""Bytes. Triton compiles a kernel again for an address that is no multiple of it."""
+from musicgen.engine.transfer import Shape, lay_out, new_host_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class DecodeShape:
 
 
 class DecodeBuffers:
-    """A step of `num_rows` rows of one new position each, and as many requests, most of which are not there.
+    """A step of `num_rows` rows of one new position each, and of `num_requests` requests. Some may not be there.
 
     A row that is not there feeds the special token to a position of its own in the spare page, and attends to nothing
     else. A request that is not there has no rows and decides step 0 of a piece of no frames, which is the special token
@@ -44,19 +41,20 @@ class DecodeBuffers:
     Attributes:
         host: the inputs by the names of `StepBatch` and `SampleBatch`, to be written before `upload`.
         step, sampling: the same on the device.
-        out: `[num_rows, K]` int32 on the device, the codes.
+        out: `[num_requests, K]` int32 on the device, the codes.
     """
 
-    def __init__(self, num_rows: int, shape: DecodeShape, device: torch.device) -> None:
-        self.num_rows, self.shape = num_rows, shape
-        places, num_bytes = _places(num_rows, shape)
-        is_gpu = device.type == "cuda"
-        self._sent = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=is_gpu)
-        self._received = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self.out = torch.zeros(num_rows, shape.num_codebooks, dtype=torch.int32, device=device)
-        self._out = torch.zeros(self.out.shape, dtype=torch.int32, pin_memory=is_gpu)
-        self.host = {name: _view(self._sent, place).numpy() for name, place in places.items()}
-        tensors = {name: _view(self._received, place) for name, place in places.items()}
+    def __init__(self, num_rows: int, num_requests: int, shape: DecodeShape, device: torch.device) -> None:
+        self.num_rows, self.num_requests, self.shape = num_rows, num_requests, shape
+        places, num_bytes = lay_out(_inputs(num_rows, num_requests, shape))
+        self._is_gpu = device.type == "cuda"
+        self._sent = new_host_memory(num_bytes, device)
+        self._received = torch.empty_like(self._sent, device=device) if self._is_gpu else self._sent
+        self.out = torch.zeros(num_requests, shape.num_codebooks, dtype=torch.int32, device=device)
+        self._out = torch.zeros(self.out.shape, dtype=torch.int32, pin_memory=True) if self._is_gpu else self.out
+        self._codes = self._out.numpy()
+        self.host = {name: place.of(self._sent).numpy() for name, place in places.items()}
+        tensors = {name: place.of(self._received) for name, place in places.items()}
         self.sampling = SampleBatch(**{name: tensors.pop(name) for name in SampleBatch.__slots__})
         self.step = StepBatch(**tensors)
         self.clear()
@@ -77,49 +75,31 @@ class DecodeBuffers:
 
         They may be written again after the next `download`, which waits.
         """
-        self._received.copy_(self._sent, non_blocking=True)
+        if self._is_gpu:
+            self._received.copy_(self._sent, non_blocking=True)
 
     def download(self) -> np.ndarray:
-        """The codes `[num_rows, K]` when they are there; a copy."""
-        self._out.copy_(self.out, non_blocking=True)
-        if self.out.device.type == "cuda":
+        """The codes `[num_requests, K]` when they are there; a copy."""
+        if self._is_gpu:
+            self._out.copy_(self.out, non_blocking=True)
             torch.cuda.current_stream(self.out.device).synchronize()
-        return self._out.numpy().copy()
+        return self._codes.copy()
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _places(num_rows: int, shape: DecodeShape) -> tuple[dict[str, _Place], int]:
-    """Where each input lies, and how much room they take."""
-    rows, offsets = (num_rows,), (num_rows + 1,)
-    ints: dict[str, tuple[int, ...]] = {
+def _inputs(num_rows: int, num_requests: int, shape: DecodeShape) -> dict[str, tuple[Shape, torch.dtype]]:
+    rows: Shape = (num_rows,)
+    requests: Shape = (num_requests,)
+    ints = {
         "codes": (num_rows, shape.num_codebooks),
-        "query_offsets": offsets,
+        "query_offsets": (num_rows + 1,),
         "kv_lens": rows,
         "page_table": (num_rows, shape.max_pages),
         "logit_tokens": rows,
-        "row_offsets": offsets,
-        **dict.fromkeys(("slots", "steps", "num_frames", "top_k"), rows),
+        "row_offsets": (num_requests + 1,),
+        **dict.fromkeys(("slots", "steps", "num_frames", "top_k"), requests),
     }
     if shape.max_text_pages is not None:
         ints |= {"cross_page_table": (num_rows, shape.max_text_pages), "cross_lens": rows}
-    floats = dict.fromkeys(("guidance", "guidance_beta", "temperature", "top_p"), rows)
-    places, start = {}, 0
-    for sizes, dtype in ((ints, torch.int32), ({"seeds": rows}, torch.int64), (floats, torch.float32)):
-        for name, size in sizes.items():
-            places[name] = place = _Place(start, size, dtype)
-            start += -(-place.num_bytes // ALIGNMENT) * ALIGNMENT
-    return places, start
-
-
-def _view(memory: Tensor, place: _Place) -> Tensor:
-    return memory[place.start : place.start + place.num_bytes].view(place.dtype).view(place.shape)
+    floats = dict.fromkeys(("guidance", "guidance_beta", "temperature", "top_p"), requests)
+    kinds = ((ints, torch.int32), ({"seeds": requests}, torch.int64), (floats, torch.float32))
+    return {name: (size, dtype) for sizes, dtype in kinds for name, size in sizes.items()}

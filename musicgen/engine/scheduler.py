@@ -143,17 +143,17 @@ class Scheduler:
     def _new_batch(self, chosen: list[Sequence], prefills: list[_Prefill]) -> ScheduledBatch:
         """The batch in which `chosen` decide a step, with pages for the positions that they feed."""
         batch = ScheduledBatch(deciding=chosen)
+        behind = {id(prefill.sequence): prefill for prefill in prefills}
         for sequence in chosen:
             self.pages.allocate_step(sequence)
-        advancing = set(map(id, chosen))
-        new_in_prefill = {id(prefill.sequence): prefill.num_new for prefill in prefills}
-        others = [p.sequence for p in prefills if id(p.sequence) not in advancing]
-        for sequence in [*chosen, *others]:
-            decoded = int(id(sequence) in advancing)
-            num_new = new_in_prefill.get(id(sequence), (0,) * sequence.num_rows)
-            for row, prefilled in zip(sequence.rows, num_new, strict=True):
-                if prefilled + decoded > 0:
-                    batch.chunks.append(RowChunk(sequence, row, row.num_computed, prefilled + decoded))
+            prefill = behind.pop(id(sequence), None)
+            for index, row in enumerate(sequence.rows):
+                num_new = 1 if prefill is None else prefill.num_new[index] + 1
+                batch.chunks.append(RowChunk(sequence, row, row.num_computed, num_new))
+        for prefill in behind.values():
+            for row, num_new in zip(prefill.sequence.rows, prefill.num_new, strict=True):
+                if num_new:
+                    batch.chunks.append(RowChunk(prefill.sequence, row, row.num_computed, num_new))
         if batch.chunks:
             batch.copies.extend(self.pages.take_copies())
             self._num_steps += 1

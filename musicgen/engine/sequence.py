@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,7 +62,7 @@ class Sequence:
         self, request: EngineRequest, config: ModelConfig, windows: list[tuple[Window, PlannedRows]], now: float
     ) -> None:
         self.request = request
-        self.config = config
+        self.config, self.pattern = config, config.delay_pattern
         self.windows = windows
         self.phase = Phase.WAITING
         self.times = Times(now)
@@ -72,11 +73,12 @@ class Sequence:
         self.rows: list[Row] = []
         self.num_frames = self.num_sent_frames = request.codes.num_known_frames
         """Complete frames, and those that were handed out."""
-        self.last_chunk_frames = 0
+        self.due_frames = self._next_due(0)
+        """Frames that must be complete for the next chunk to be handed out."""
         self.promised_step: int | None = None
         """The scheduler's step by which it was to start when its turn came; see `Scheduler`."""
-        self.next_codes: np.ndarray | None = None
-        """`[K]` codes of the step that is fed next; None before the first step of a window is decided."""
+        self.next_codes: np.ndarray
+        """`[K]` codes of the step that is fed next."""
         self.window_index = 0
         self.known = self._known_codes()
         self._open_window()
@@ -84,38 +86,14 @@ class Sequence:
     # --- the current window ---
 
     @property
-    def window(self) -> Window:
-        return self.windows[self.window_index][0]
-
-    @property
-    def num_rows(self) -> int:
-        return self.inputs.num_rows
-
-    @property
-    def prefill_len(self) -> int:
-        """Positions a row that are known beforehand, but for the last: that one is the first decode step."""
-        return self.inputs.prefix_len + self.num_known - self.window.start
-
-    @property
-    def num_known(self) -> int:
-        """Frames that were known when the window was opened."""
-        return self.known.shape[-1]
-
-    @property
-    def row_len(self) -> int:
-        """Positions a row when the window is complete. The last step is decided, not fed."""
-        num_steps = self.config.delay_pattern.num_steps(self.window.end - self.window.start)
-        return self.inputs.prefix_len + num_steps - 1
-
-    @property
     def num_computed(self) -> int:
         """Positions that every row has computed."""
-        return min(row.num_computed for row in self.rows)
+        return min([row.num_computed for row in self.rows])
 
     @property
     def next_step(self) -> int:
         """The delayed step that is decided next, counted from the beginning of the piece."""
-        return self.window.start + self.num_computed - self.inputs.prefix_len + 1
+        return self.window.start + self.num_computed - self.prefix_len + 1
 
     def demand(self, num_private: int = 0, num_freed: int = 0) -> Demand:
         """What its pages come to, from now to its end.
@@ -139,7 +117,7 @@ class Sequence:
     @property
     def num_steps_left(self) -> int:
         """Decode steps to the end of the piece."""
-        max_delay = self.config.delay_pattern.max_delay
+        max_delay = self.pattern.max_delay
         done = max(self.num_computed - self.prefill_len, 0)
         left = self.row_len - self.prefill_len - done
         ends = [window.end for window, _ in self.windows[self.window_index :]]
@@ -161,7 +139,17 @@ class Sequence:
             decode_s=now - decoding,
         )
 
+    def _next_due(self, num_handed_out: int) -> float:
+        """Frames at which the chunk after one of `num_handed_out` is due: at the end where nobody listens."""
+        policy = self.request.chunks
+        return math.inf if policy is None else self.num_sent_frames + policy.next_frames(num_handed_out)
+
     # --- changes ---
+
+    def sent(self) -> None:
+        """All complete frames have been handed out."""
+        num_handed_out, self.num_sent_frames = self.num_frames - self.num_sent_frames, self.num_frames
+        self.due_frames = self._next_due(num_handed_out)
 
     def next_window(self, known: Tensor) -> None:
         """Go on to the next window; `known` are the `[K, T]` codes of the piece so far."""
@@ -175,7 +163,7 @@ class Sequence:
         In the first steps of a later window the delays reach back to frames before it. They hold the special token
         there, as in its prefill: so it does not matter which of the two has computed them.
         """
-        step, pattern = self.num_computed - self.inputs.prefix_len, self.config.delay_pattern
+        step, pattern = self.num_computed - self.prefix_len, self.pattern
         if step <= pattern.max_delay:
             is_before = np.array(pattern.delays) >= step
             decided = np.where(is_before, self.config.decoder.special_token, decided)
@@ -183,27 +171,37 @@ class Sequence:
 
     def prefill_codes(self) -> Tensor:
         """`[K, S]` delayed codes of the window's known steps; the last one is fed by the first decode step."""
-        pattern, special = self.config.delay_pattern, self.config.decoder.special_token
+        pattern, special = self.pattern, self.config.decoder.special_token
         delayed = pattern.apply(self.known[:, self.window.start :], special)
         return delayed[:, : pattern.first_step_after(self.num_known - self.window.start)]
 
     def delayed_codes(self) -> Tensor:
         """`[K, S]` the delayed sequence of the piece up to the window's end, unknown places marked."""
-        pattern, special = self.config.delay_pattern, self.config.decoder.special_token
+        pattern, special = self.pattern, self.config.decoder.special_token
         unknown = self.known.new_full((pattern.num_codebooks, self.window.end - self.num_known), UNKNOWN_CODE)
         return pattern.apply(torch.cat([self.known, unknown], -1), special)
 
     def _open_window(self) -> None:
-        self.next_codes = None
-        self.inputs: GuidanceRows = self.windows[self.window_index][1].make()
-        codes = self.prefill_codes()[:, :-1].contiguous()
-        self.rows = [Row(i, self._keys(i, codes)) for i in range(self.num_rows)]
+        """Set what stays as long as the window does: it is looked at several times a step."""
+        self.window, planned = self.windows[self.window_index]
+        self.inputs: GuidanceRows = planned.make()
+        self.num_rows, self.prefix_len = self.inputs.num_rows, self.inputs.prefix_len
+        self.num_known = self.known.shape[-1]
+        """Frames that were known when the window was opened."""
+        self.prefill_len = self.prefix_len + self.num_known - self.window.start
+        """Positions a row that are known beforehand, but for the last: that one is the first decode step."""
+        self.row_len = self._row_len(self.window_index)
+        """Positions a row when the window is complete. The last step is decided, not fed."""
+        codes = self.prefill_codes()
+        self.next_codes = codes[:, -1].numpy().copy()
+        prefilled = codes[:, :-1].contiguous()
+        self.rows = [Row(i, self._keys(i, prefilled)) for i in range(self.num_rows)]
 
     def _keys(self, row: int, codes: Tensor) -> list[PageKey]:
         """Keys of the pages of the prefill: the prefix's embeddings and the codes, and what they attend to."""
         prefix, text = self.inputs.prefix, self.inputs.text
         attended = b"" if text is None else text[row].cpu().numpy().tobytes()
-        prefix_len = self.inputs.prefix_len
+        prefix_len = self.prefix_len
         contents = []
         for page in range(num_pages_for(self.prefill_len)):
             first, last = page * PAGE_LEN, min((page + 1) * PAGE_LEN, self.prefill_len)
@@ -216,7 +214,7 @@ class Sequence:
 
     def _row_len(self, index: int) -> int:
         window, planned = self.windows[index]
-        return planned.prefix_len + self.config.delay_pattern.num_steps(window.end - window.start) - 1
+        return planned.prefix_len + self.pattern.num_steps(window.end - window.start) - 1
 
     def _known_codes(self) -> Tensor:
         known = self.request.codes.known_codes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from musicgen.engine.batch import MAX_GUIDANCE_ROWS, RowChunk, ScheduledBatch
@@ -20,22 +22,50 @@ def is_decode(batch: ScheduledBatch) -> bool:
     )
 
 
-def fed_codes(sequence: Sequence) -> np.ndarray:
-    """`[K]` codes of the position behind the prefill, and of those that follow."""
-    if sequence.next_codes is None:
-        first: np.ndarray = sequence.prefill_codes()[:, -1].numpy()
-        return first
-    return sequence.next_codes
+def step_inputs(batch: ScheduledBatch, num_codebooks: int, max_pages: int) -> dict[str, np.ndarray]:
+    """The fields of a `StepBatch` but for the texts and the prefix itself; `prefix_index` only where there is one."""
+    chunks = batch.chunks
+    ends = list(itertools.accumulate(chunk.num_new for chunk in chunks))
+    deciding = set(map(id, batch.deciding))
+    page_table = np.zeros((len(chunks), max_pages), dtype=np.int32)
+    for place, chunk in enumerate(chunks):
+        page_table[place, : len(chunk.row.pages)] = chunk.row.pages
+    fields = {
+        "codes": np.concatenate([_codes(chunk, num_codebooks) for chunk in chunks]),
+        "query_offsets": np.array([0, *ends], dtype=np.int32),
+        "kv_lens": np.array([chunk.end for chunk in chunks], dtype=np.int32),
+        "page_table": page_table,
+        "logit_tokens": np.array(
+            [end - 1 for end, chunk in zip(ends, chunks, strict=True) if id(chunk.sequence) in deciding], dtype=np.int32
+        ),
+    }
+    is_prefix = np.concatenate([np.arange(c.start, c.end) < c.sequence.prefix_len for c in chunks])
+    if is_prefix.any():
+        fields["prefix_index"] = np.where(is_prefix, np.cumsum(is_prefix) - 1, -1).astype(np.int32)
+    return fields
 
 
-def decided_steps(batch: ScheduledBatch) -> list[int]:
+def _codes(chunk: RowChunk, num_codebooks: int) -> np.ndarray:
+    """`[num_new, K]` codes of the chunk's positions; zeros where there is a prefix."""
+    sequence = chunk.sequence
+    if chunk.start >= sequence.prefill_len:
+        return sequence.next_codes[None]
+    codes = np.zeros((chunk.num_new, num_codebooks), dtype=np.int32)
+    first = max(chunk.start, sequence.prefix_len)
+    if first < chunk.end:
+        known = sequence.prefill_codes()[:, first - sequence.prefix_len : chunk.end - sequence.prefix_len]
+        codes[first - chunk.start :] = known.numpy().T
+    return codes
+
+
+def decided_steps(batch: ScheduledBatch) -> np.ndarray:
     """The delayed step, counted from the beginning of the piece, that each deciding sequence decides."""
-    last_position = {id(chunk.sequence): chunk.start + chunk.num_new - 1 for chunk in batch.chunks}
-    return [s.window.start + last_position[id(s)] - s.inputs.prefix_len + 1 for s in batch.deciding]
+    ends = {id(chunk.sequence): chunk.end for chunk in batch.chunks}
+    return np.array([s.window.start + ends[id(s)] - s.prefix_len for s in batch.deciding], dtype=np.int32)
 
 
 def sampling_parameters(sequences: list[Sequence], codebook_size: int) -> dict[str, np.ndarray]:
-    """The fields of a `SampleBatch` of those sequences; `steps` are zeros, to be overwritten at each step."""
+    """The fields of a `SampleBatch` of those sequences, but for the steps that they decide."""
     params = [sequence.request.codes.sampling for sequence in sequences]
 
     def ints(values: list[int]) -> np.ndarray:
@@ -47,7 +77,6 @@ def sampling_parameters(sequences: list[Sequence], codebook_size: int) -> dict[s
     return {
         "row_offsets": np.cumsum([0, *(sequence.num_rows for sequence in sequences)], dtype=np.int32),
         "slots": ints([sequence.slot for sequence in sequences]),
-        "steps": ints([0] * len(sequences)),
         "num_frames": ints([sequence.window.end for sequence in sequences]),
         "seeds": np.array([p.seed for p in params], dtype=np.int64),
         "guidance": floats([p.guidance_scale for p in params]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from musicgen_kernels import new_kv_store
 from musicgen_kernels.cpu_step import CpuStep
@@ -12,7 +13,9 @@ from musicgen.engine.batch import MAX_GUIDANCE_ROWS
 from musicgen.engine.kv_cache import PageAllocator, num_pages_for
 from musicgen.models.t5 import MAX_TEXT_TOKENS
 
-FIRST_TEXT_PAGES = 64
+PAGES_A_TEXT = 2
+"""There is room for so many a request at first, texts of 32 tokens. More come seldom, and cost every decode step that
+was prepared with the old addresses."""
 
 
 class TextPages:
@@ -21,28 +24,26 @@ class TextPages:
     Args:
         step: the decoder that they are computed with.
         dtype: of keys and values, as of the other pages.
+        num_slots: requests that are open at the same time. One row of each has a text.
     """
 
-    def __init__(self, step: CpuStep | StepByOperations, dtype: torch.dtype) -> None:
+    def __init__(self, step: CpuStep | StepByOperations, dtype: torch.dtype, num_slots: int) -> None:
         self._step, weights = step, step.weights
         heads, head_dim = weights.num_heads, weights.dim // weights.num_heads
         device = weights.embeddings.device
-        self.store = new_kv_store(len(weights.blocks), FIRST_TEXT_PAGES, heads, head_dim, dtype, device=device)
-        self._allocator = PageAllocator(FIRST_TEXT_PAGES)
+        num_pages = PAGES_A_TEXT * num_slots
+        self.store = new_kv_store(len(weights.blocks), num_pages, heads, head_dim, dtype, device=device)
+        self._allocator = PageAllocator(num_pages)
         self._pages: dict[int, list[int]] = {}
-        self.lens: dict[int, int] = {}
+        self.lens = np.zeros(num_slots * MAX_GUIDANCE_ROWS, dtype=np.int32)
         """By row id; 0 for rows without text, whose cross-attention is zero."""
-        self.table = torch.zeros(0, num_pages_for(MAX_TEXT_TOKENS), dtype=torch.int32)
-        """`[row ids, max_pages]`, on the host."""
+        self.table = np.zeros((len(self.lens), num_pages_for(MAX_TEXT_TOKENS)), dtype=np.int32)
+        """`[row ids, max_pages]`"""
 
     def open(self, slot: int, text: Tensor) -> None:
         """Write the texts `[R, L, dim]` of a sequence's rows."""
         self.close(slot)
         first = slot * MAX_GUIDANCE_ROWS
-        if self.table.shape[0] < first + MAX_GUIDANCE_ROWS:
-            grown = self.table.new_zeros(first + MAX_GUIDANCE_ROWS, self.table.shape[1])
-            grown[: self.table.shape[0]] = self.table
-            self.table = grown
         self._pages[slot] = []
         for row, states in enumerate(text):
             length = states.shape[0] if bool(states.any()) else 0
@@ -56,22 +57,22 @@ class TextPages:
     def _write(self, slot: int, row_id: int, states: Tensor) -> None:
         num_pages = num_pages_for(states.shape[0])
         if self._allocator.num_available < num_pages:
-            self._grow()
+            self._grow(max(2 * self._allocator.num_pages, self._allocator.num_pages + num_pages))
         pages = self._allocator.allocate(num_pages)
         self._pages[slot] += pages
         device = self.store.k.device
-        self.table[row_id, :num_pages] = torch.tensor(pages, dtype=torch.int32)
+        self.table[row_id, :num_pages] = pages
         offsets = torch.tensor([0, states.shape[0]], dtype=torch.int32, device=device)
-        states, table = states.float().contiguous(), self.table[row_id : row_id + 1].to(device)
+        states, table = states.float().contiguous(), torch.from_numpy(self.table[row_id : row_id + 1]).to(device)
         self._step.write_cross(states, table, offsets, offsets[1:], self.store)
 
-    def _grow(self) -> None:
-        """Twice the pages; page numbers stay."""
+    def _grow(self, num_pages: int) -> None:
+        """So many pages in all; their numbers stay."""
         old, num_old = self.store, self._allocator.num_pages
         layers, _, heads, _, head_dim = old.k.shape
-        self.store = new_kv_store(layers, 2 * num_old, heads, head_dim, old.k.dtype, device=old.k.device)
+        self.store = new_kv_store(layers, num_pages, heads, head_dim, old.k.dtype, device=old.k.device)
         for name in ("k", "v", "k_scales", "v_scales"):
             source = getattr(old, name)
             if source is not None:
                 getattr(self.store, name)[:, :num_old] = source
-        self._allocator.grow(2 * num_old)
+        self._allocator.grow(num_pages)

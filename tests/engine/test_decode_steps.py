@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +31,11 @@ from torch.utils._pytree import tree_leaves
 from musicgen.config import CacheConfig, EngineConfig, KVDtype, SchedulerConfig, WeightDtype
 from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
-from musicgen.engine.decode_buffers import ALIGNMENT, DecodeBuffers, DecodeShape
-from musicgen.engine.graphs import DecodeGraphs, bucket_sizes, why_not
+from musicgen.engine.decode_buffers import DecodeBuffers, DecodeShape
+from musicgen.engine.decode_steps import DecodeSteps, graph_sizes, why_not
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.step_inputs import is_decode
+from musicgen.engine.transfer import ALIGNMENT
 from musicgen.model import Model
 from musicgen.types import EngineRequest, SamplingParams
 from musicgen.weights import load_model
@@ -65,15 +67,14 @@ class Watched:
         self.num_rows: list[int] = []
         self.num_spare: list[int] = []
         decode = core.runner._decode
-        assert decode is not None
         run = decode.run
 
-        def watched(batch: ScheduledBatch, *, has_new_pages: bool) -> np.ndarray:
+        def watched(batch: ScheduledBatch) -> np.ndarray:
             assert is_decode(batch)
-            codes = run(batch, has_new_pages=has_new_pages)
-            assert decode._rows is not None
+            codes = run(batch)
+            assert decode._buffers is not None
             self.num_rows.append(len(batch.chunks))
-            self.num_spare.append(decode._rows[1].num_rows - len(batch.chunks))
+            self.num_spare.append(decode._buffers.num_rows - len(batch.chunks))
             return codes
 
         decode.run = watched  # type: ignore[method-assign]
@@ -81,8 +82,8 @@ class Watched:
 
 @pytest.mark.parametrize(("max_rows", "sizes"), [(1, [1]), (3, [1, 2, 3]), (20, [1, 2, 4, 8, 16, 20])])
 def test_the_sizes_that_get_a_graph(max_rows: int, sizes: list[int]) -> None:
-    assert bucket_sizes(max_rows) == sizes
-    assert bucket_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    assert graph_sizes(max_rows) == sizes
+    assert graph_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
 
 
 @pytest.mark.parametrize("kind", ["text", "melody"])
@@ -132,46 +133,51 @@ def test_in_a_crowd_the_codes_of_an_engine_without(
     assert max(watched.num_spare) > 0
 
 
-def test_pages_found_between_two_graphs_are_not_forgotten(models: dict[str, Model]) -> None:
-    """Steps that mix prefill and decode come between steps of the same rows. Not shown: that a page which comes in a
-    step of the other kind needs the buffers to be placed anew; codes were right without that too."""
-    first = new_request(models["melody"], "rock", 30, SamplingParams(seed=1))
-    others = [new_request(models["melody"], "jazz", 30, SamplingParams(seed=i)) for i in range(2, 6)]
-    (expected,) = each_alone(new_core(models["melody"], graphs=False), [first])
-    for start in range(1, 20, 3):
-        core = new_core(models["melody"], prefill_tokens=5)
-        crowd = Crowd(core, seed=5)
-        core.add(EngineRequest("0", first))
-        for i in range(240):
-            if i >= start and i % 7 == 0 and others and len(core._sequences) < 2:
-                core.add(EngineRequest(f"other{i}", others[i % len(others)]))
-            if i % 7 == 3:
-                for name in [name for name in core._sequences if name != "0"]:
-                    core.abort(name)
-            crowd.listener.take(core.step())
-            if "0" in crowd.listener.ends:
-                break
-        assert torch.equal(crowd.listener.codes("0"), expected)
+@pytest.mark.parametrize("graphs", [True, False])
+def test_pages_that_come_in_a_step_of_the_other_kind(
+    graphs: bool, models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler lets somebody come or go between two decode steps with a step of prefill between them, so that rows
+    are placed anew; the buffers do not count on it. Here a row gets each of its pages in a step of the other kind."""
+    requests = [new_request(models["text"], "rock", 60, SamplingParams(seed=i), max_frames=60) for i in range(2)]
+    expected = each_alone(new_core(models["text"], graphs=False), requests)
+    core = new_core(models["text"], graphs=graphs)
+    placed = mock.Mock(wraps=core.runner._decode._place)
+    monkeypatch.setattr(core.runner._decode, "_place", placed)
+    num_elsewhere = 0
+
+    def is_decode_but_for_new_pages(batch: ScheduledBatch) -> bool:
+        nonlocal num_elsewhere
+        has_new_page = any(chunk.start % 16 == 0 for chunk in batch.chunks)
+        num_elsewhere += has_new_page
+        return not has_new_page and is_decode(batch)
+
+    monkeypatch.setattr("musicgen.engine.runner.is_decode", is_decode_but_for_new_pages)
+    for i, request in enumerate(requests):
+        core.add(EngineRequest(str(i), request))
+    listener = run_all(core)
+    equal([listener.codes(str(i)) for i in range(2)], expected)
+    assert num_elsewhere == 4
+    assert placed.call_count == 1
 
 
-def test_whoever_comes_or_goes_is_placed_anew(models: dict[str, Model]) -> None:
-    """A row that is gone may have left its address in memory, by which rows are told apart, to one that comes."""
+def test_rows_are_placed_anew_for_whoever_comes_or_goes(models: dict[str, Model]) -> None:
+    """A row that is gone may leave its address in memory to one that comes: they are not told apart by it alone."""
     request = new_request(models["text"], "rock", 30, SamplingParams())
-    core = new_core(models["text"])
+    core = new_core(models["text"], graphs=False)
     decode = core.runner._decode
-    assert decode is not None
     core.add(EngineRequest("first", request))
     core.step()
     core.step()
-    assert decode._rows is not None
+    (gone,) = [sequence.rows[0] for sequence in core.scheduler.running]
+    core.abort("first")
+    assert decode._rows[0] is gone  # held, so its address is not free
     core.add(EngineRequest("second", request.with_seed(1)))
-    core.runner.open(core.scheduler.running[0])
-    assert decode._rows is None
     core.step()
     core.step()
-    assert decode._rows is not None
-    core.abort("second")
-    assert decode._rows is None
+    assert decode._rows == core.scheduler.running[0].rows
+    assert decode._buffers is not None
+    assert decode._buffers.sampling.seeds.tolist() == [1]
 
 
 def test_only_the_pages_of_the_rows_are_written(models: dict[str, Model]) -> None:
@@ -212,9 +218,9 @@ def addresses(buffers: DecodeBuffers) -> list[int]:
 def test_addresses_stay_and_are_aligned() -> None:
     seen: list[list[int]] = []
     compute = mock.Mock(side_effect=lambda buffers: seen.append(addresses(buffers)))
-    graphs = DecodeGraphs(20, SHAPE, CPU, compute, lambda: ())
+    graphs = DecodeSteps([4, 16], SHAPE, CPU, lambda buffers: partial(compute, buffers), lambda: ())
     for num_rows in (3, 9, 4, 3):
-        buffers = graphs.buffers(num_rows)
+        buffers = graphs.buffers(num_rows, 1)
         buffers.host["codes"][:] = num_rows
         graphs.run(buffers)
         assert (buffers.step.codes == num_rows).all()
@@ -224,40 +230,69 @@ def test_addresses_stay_and_are_aligned() -> None:
 
 
 def test_what_comes_out_is_a_copy() -> None:
-    graphs = DecodeGraphs(2, SHAPE, CPU, lambda buffers: buffers.out.add_(1), lambda: ())  # type: ignore[arg-type,return-value]
-    buffers = graphs.buffers(2)
-    first = graphs.run(buffers)
-    graphs.run(buffers)
-    assert (first == 1).all()
+    steps = DecodeSteps(None, SHAPE, CPU, lambda buffers: lambda: buffers.out.add_(1), lambda: ())
+    buffers = steps.buffers(2, 1)
+    first = steps.run(buffers)
+    steps.run(buffers)
+    assert first.tolist() == [[1] * 4]
 
 
-def test_memory_that_moved_drops_the_graphs(models: dict[str, Model]) -> None:
+def test_without_graphs_buffers_stay_while_their_number_does() -> None:
+    prepare = mock.Mock(side_effect=lambda buffers: lambda: None)
+    steps = DecodeSteps(None, SHAPE, CPU, prepare, lambda: ())
+    first = steps.buffers(5, 2)
+    assert (first.num_rows, first.num_requests) == (5, 2)
+    assert first.step.page_table.shape == (5, 3)
+    assert first.sampling.row_offsets.shape == (3,)
+    assert steps.buffers(5, 2) is first
+    assert steps.buffers(5, 3) is not first
+    assert steps.buffers(5, 2) is not first  # one of each would be many
+    assert prepare.call_count == 3
+
+
+@pytest.mark.parametrize("sizes", [[4, 8], None])
+def test_memory_that_moved_drops_what_was_prepared(sizes: list[int] | None) -> None:
     moved: list[object] = [torch.ones(1), None]
-    graphs = DecodeGraphs(8, SHAPE, CPU, lambda buffers: None, lambda: tuple(moved))
-    before = graphs.buffers(3)
-    assert graphs.buffers(4) is before
+    steps = DecodeSteps(sizes, SHAPE, CPU, lambda buffers: lambda: None, lambda: tuple(moved))
+    before = steps.buffers(4, 2)
+    assert steps.buffers(4, 2) is before
     moved[1] = torch.ones(1)
-    assert graphs.buffers(4) is not before
+    assert steps.buffers(4, 2) is not before
 
-    core = new_core(models["text"])  # a longer piece and longer texts than there was room for
-    buffers = core.runner._decode._graphs.buffers(2)  # type: ignore[union-attr]
-    codes, store = core.runner._decode_memory()
-    long = new_request(models["text"], " ".join(["jazz"] * 300), 1700, SamplingParams(top_k=1), max_frames=1500)
-    for name in "abcd":
-        core.add(EngineRequest(name, long))
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("what", ["codes", "texts"])
+def test_codes_stay_right_when_memory_grows_under_a_request(what: str, graphs: bool, models: dict[str, Model]) -> None:
+    """A piece that is longer, or a text, than there was room for, comes while another decodes. What was outgrown is
+    overwritten, as the next owner of its memory would."""
+    request = new_request(models["text"], "rock", 40, SamplingParams(seed=3), max_frames=1500)
+    text = " ".join(["jazz"] * (300 if what == "texts" else 1))
+    other = new_request(models["text"], text, 1700, SamplingParams(seed=4), max_frames=1500)
+    known = torch.zeros(4, 1600, dtype=torch.int32)
+    if what == "codes":
+        other = replace(other, known_codes=known)
+    (expected,) = each_alone(new_core(models["text"], graphs=False), [request])
+    core, listener = new_core(models["text"], graphs=graphs, max_requests=4), Listener()
+    core.add(EngineRequest("first", request))
+    for _ in range(5):
+        listener.take(core.step())
+    runner = core.runner
+    assert runner.text_pages is not None
+    codes, store = runner._codes, runner.text_pages.store
+    core.add(EngineRequest("other", other))
     core.step()
-    assert core.runner._decode_memory()[1] is not store
-    for name in "abcd":
-        core.abort(name)
-    core.add(EngineRequest("long", replace(long, known_codes=torch.zeros(4, 1600, dtype=torch.int32))))
-    core.step()
-    assert core.runner._decode_memory()[0] is not codes
-    assert core.runner._decode._graphs.buffers(2) is not buffers  # type: ignore[union-attr]
+    assert (runner._codes is not codes) == (what == "codes")
+    assert (runner.text_pages.store is not store) == (what == "texts")
+    for outgrown in [codes] if what == "codes" else [store.k, store.v]:
+        outgrown.fill_(7)
+    core.abort("other")
+    run_all(core, listener)
+    assert torch.equal(listener.codes("first"), expected)
 
 
 def test_nobody_is_there_until_told() -> None:
     """Warm-up and capture run on these."""
-    buffers = DecodeBuffers(3, SHAPE, CPU)
+    buffers = DecodeBuffers(3, 3, SHAPE, CPU)
     buffers.upload()
     step, sampling = buffers.step, buffers.sampling
     assert step.page_table.tolist() == [[7, 7, 7]] * 3
@@ -278,11 +313,11 @@ def test_a_capture_that_fails_is_logged_and_decoding_goes_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs: list[DecodeBuffers] = []
-    graphs = DecodeGraphs(8, SHAPE, CPU, runs.append, lambda: ())
+    graphs = DecodeSteps([2, 8], SHAPE, CPU, lambda buffers: partial(runs.append, buffers), lambda: ())
     graphs._captures = True
     monkeypatch.setattr(torch.cuda, "Stream", mock.Mock(side_effect=RuntimeError("no such thing")))
     for num_rows in (2, 8):
-        buffers = graphs.buffers(num_rows)
+        buffers = graphs.buffers(num_rows, 1)
         graphs.run(buffers)
         assert runs[-1] is buffers
     assert len([record for record in caplog.records if record.exc_info]) == 1
@@ -307,8 +342,7 @@ def test_captured_on_a_gpu(kind: str, weights: WeightDtype, kv: KVDtype, folders
     requests = mixed_requests(model)
     expected = each_alone(new_core(model, graphs=False, weights=weights, kv=kv), requests)
     core = new_core(model, weights=weights, kv=kv)
-    assert core.runner._decode is not None
-    assert core.runner._decode._graphs._captures
+    assert core.runner._decode_steps._captures
     watched = Watched(core)
     equal(Crowd(core, seed=4).play(requests, num_victims=8), expected)
     assert max(watched.num_spare) > 0
@@ -366,7 +400,7 @@ def test_nothing_in_a_captured_step_looks_at_a_value_or_leaves_the_gpu(
 ) -> None:
     """The runner's own function over tensors of a GPU that is not there: they have no values to look at."""
     runner = new_core(models[kind], weights=weights, kv=kv).runner
-    buffers = DecodeBuffers(4, runner._decode._graphs._shape, CPU)  # type: ignore[union-attr]
+    buffers = DecodeBuffers(4, 4, runner._decode_steps._shape, CPU)
     with FakeTensorMode(), torch.inference_mode():
 
         def fake(tensor: Tensor) -> Tensor:
@@ -376,11 +410,12 @@ def test_nothing_in_a_captured_step_looks_at_a_value_or_leaves_the_gpu(
             return replace(_everywhere(store, fake), layout="plain")
 
         packed = _everywhere(runner.weights, fake)
-        texts = None if runner.text_pages is None else SimpleNamespace(store=stored(runner.text_pages.store))
+        texts = None if runner.text_pages is None else stored(runner.text_pages.store)
         stand_in = SimpleNamespace(
             device=torch.device("cuda"),
             pages=stored(runner.pages),
-            text_pages=texts,
+            _text_store=lambda: texts,
+            _graph_sizes=[4],
             _step=StepByOperations(_in_rows(packed)),
             _num_threads=1,
             _delays=fake(runner._delays),
@@ -389,6 +424,7 @@ def test_nothing_in_a_captured_step_looks_at_a_value_or_leaves_the_gpu(
         moved = SimpleNamespace(
             step=_everywhere(buffers.step, fake), sampling=_everywhere(buffers.sampling, fake), out=fake(buffers.out)
         )
+        stand_in._sampler = partial(ModelRunner._sampler, stand_in)  # type: ignore[arg-type]
         with _OnTheGpu():
             ModelRunner._compute_decode(stand_in, moved)  # type: ignore[arg-type]
         with pytest.raises(DataDependentOutputException):  # as this would
