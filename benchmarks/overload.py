@@ -156,7 +156,7 @@ class Overload:
             time.sleep(3)
         self.report.memory = watch.samples
         piece_mb = 4 * 32000 * args.stalled_s / 1e6
-        for name in ("ProxyActor", "HttpIngress", "GrpcIngress"):
+        for name in ("HttpIngress", "GrpcIngress"):
             if samples := watch.samples.get(name):
                 grown = (max(rss for _, rss in samples) - samples[0][1]) / 1e6
                 most = args.readers * piece_mb
@@ -234,7 +234,7 @@ def plot(report: Report, path: Path) -> None:
         firsts = sorted(o.first_audio_s for o in load.outcomes if o.first_audio_s is not None)
         _step(axes[0], firsts, name)
         _step(axes[1], sorted(1000 * o.answer_s for o in load.outcomes if o.status == "overloaded"), name)
-    for name in ("ProxyActor", "HttpIngress", "GrpcIngress"):
+    for name in ("HttpIngress", "GrpcIngress"):
         samples = report.memory.get(name, [])
         axes[2].plot([at for at, _ in samples], [rss / 1e6 for _, rss in samples], label=name)
     axes[0].set(xlabel="time to first audio of what was taken in, s", ylabel="share", ylim=(0, 1))

@@ -20,14 +20,14 @@ from typing import Any
 
 import psutil
 import torch
-import uvicorn
 from musicgen_serving.deployments.chroma import ChromaExtractor
 from musicgen_serving.deployments.codec import CodecDecoder
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.deployments.language_model import LanguageModel
 from musicgen_serving.deployments.text_encoder import TextEncoder
 from musicgen_serving.generation import GenerationService
-from musicgen_serving.grpc_api.server import start_server
+from musicgen_serving.grpc_api import server as grpc_server
+from musicgen_serving.http_api import server as http_server
 from musicgen_serving.http_api.app import create_app
 from musicgen_serving.pipeline import Pipeline
 from musicgen_serving.settings import ServeSettings, load_settings
@@ -117,18 +117,13 @@ async def local_service(settings: ServeSettings) -> AsyncIterator[Local]:
     watch = Watch(_Recorder(), settings.observability.player_buffer_s)
     service = GenerationService(settings, {model.name: Pipeline(parts, settings.failover)}, gatekeeper, watch)
     await service.start()
-    grpc = await start_server(lambda: service, settings.grpc.model_copy(update={"port": 0}), limits)
-    config = uvicorn.Config(create_app(service), port=0, log_level="error", lifespan="off")
-    http = uvicorn.Server(config)
-    serving = asyncio.create_task(http.serve())
-    while not http.started:
-        await asyncio.sleep(0.01)
-    port = http.servers[0].sockets[0].getsockname()[1]
+    any_grpc, any_http = (edge.model_copy(update={"port": 0}) for edge in (settings.grpc, settings.http))
+    grpc = await grpc_server.start_server(lambda: service, any_grpc, limits)
+    http = await http_server.start_server(create_app(service), any_http, limits.reader_stall_s)
     try:
-        yield Local(engine, gatekeeper, f"http://127.0.0.1:{port}", f"grpc://127.0.0.1:{grpc.port}")
+        yield Local(engine, gatekeeper, f"http://127.0.0.1:{http.port}", f"grpc://127.0.0.1:{grpc.port}")
     finally:
-        http.should_exit = True
-        await serving
+        await http.stop(1)
         await grpc.stop(0)
         await service.close()
         await engine.close()

@@ -44,7 +44,7 @@ class Service:
         return self.http_url, self.grpc_url
 
     def processes(self) -> dict[str, psutil.Process]:
-        """Of an own cluster: Ray's names of its processes, such as `ProxyActor` or `HttpIngress`, numbered where there
+        """Of an own cluster: Ray's names of its processes, such as `HttpIngress`, numbered where there
         are several."""
         found: dict[str, psutil.Process] = {}
         for process in processes_of(self.run_id or ""):

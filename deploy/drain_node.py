@@ -1,7 +1,7 @@
 """Stops one node of a Ray cluster without cutting what it does: the pods' preStop hook.
 
 Tells Ray that the node is going, so that Serve starts replicas elsewhere, sends nothing new here and lets what runs
-end; then waits until no replica and no proxy of Serve is left in this container. Returns early when there is nobody to
+end; then waits until no replica of Serve is left in this container. Returns early when there is nobody to
 wait for: no Ray here, the head gone (the whole cluster is being deleted), or the request refused. Always exits with 0:
 a hook that fails would only add an event.
 
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 
 import psutil
 
-SERVE_TITLES = ("ray::ServeReplica", "ray::ProxyActor")
+REPLICA_TITLE = "ray::ServeReplica"
 NODE_ID = re.compile(r"^--node[_-]id=([0-9a-f]+)$")
 HEAD_TRIES = 3
 """Failed connections in a row after which the head counts as gone."""
@@ -41,8 +41,8 @@ def node_id(lines: Iterable[list[str]]) -> str | None:
 
 
 def num_serving(lines: Iterable[list[str]]) -> int:
-    """Replicas and proxies of Serve in this container."""
-    return sum(bool(line) and line[0].startswith(SERVE_TITLES) for line in lines)
+    """Replicas of Serve in this container."""
+    return sum(bool(line) and line[0].startswith(REPLICA_TITLE) for line in lines)
 
 
 def drain(address: str, node: str, timeout_s: int) -> bool:
@@ -72,7 +72,7 @@ def wait_until_idle(
     sleep: Callable[[float], None] = time.sleep,
     poll_s: float = 2.0,
 ) -> str:
-    """Wait for the last replica and proxy; returns why the wait ended."""
+    """Wait for the last replica; returns why the wait ended."""
     num_failed = 0
     for _ in range(int(timeout_s / poll_s)):
         if num_serving(lines()) == 0:

@@ -38,7 +38,7 @@ def build_app(values: dict[str, Any]) -> Application:
     if settings.grpc.port:
         grpc = _deployment(ingress.GrpcIngress, "GrpcIngress", settings.grpc.ingress, settings)
         others.append(grpc.bind(settings, parts, gatekeeper))
-    http = _deployment(serve.ingress()(ingress.HttpIngress), "HttpIngress", settings.http.ingress, settings)
+    http = _deployment(ingress.HttpIngress, "HttpIngress", settings.http.ingress, settings)
     return http.bind(settings, parts, gatekeeper, *others)
 
 

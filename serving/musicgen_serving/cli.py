@@ -134,9 +134,10 @@ def _serve(settings: Any) -> int:
 
     _fetch(settings)
     _say("starting Ray; the first parts are ready after some ten seconds")
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     from musicgen_serving import cluster
+
+    for name in ("ray", "ray.serve"):  # after the import, which sets Serve's
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     began = time.monotonic()
     shown: set[str] = set()

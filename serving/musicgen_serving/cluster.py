@@ -19,12 +19,12 @@ from typing import Any
 import ray
 from ray import serve
 from ray._private import ray_constants
-from ray.serve.config import HTTPOptions
+from ray.serve.config import ProxyLocation
 
 from musicgen.errors import MusicGenError
 from musicgen_serving.app import APP_NAME, build_app
 from musicgen_serving.inner_ports import ask_for_a_token
-from musicgen_serving.settings import ServeSettings
+from musicgen_serving.settings import GrpcSettings, HttpSettings, ServeSettings
 
 POLL_S = 0.5
 
@@ -54,16 +54,19 @@ def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: f
         check_ports(settings)
     _start_ray(settings)
     try:
-        serve.start(http_options=HTTPOptions(host=settings.http.host, port=settings.http.port))
+        serve.start(proxy_location=ProxyLocation.Disabled)  # the ingresses listen themselves
         app = build_app(settings.model_dump(mode="json"))
         with ThreadPoolExecutor(1) as pool:
-            deployed = pool.submit(serve.run, app, name=APP_NAME)
+            deployed = pool.submit(serve.run, app, name=APP_NAME, route_prefix=None)
             _watch(deployed, on_state or (lambda _: None), timeout_s)
     except BaseException:
         stop(joined=settings.ray_address is not None)
         raise
-    grpc = f"grpc://{settings.grpc.host}:{settings.grpc.port}" if settings.grpc.port else None
-    return Endpoints(f"http://{settings.http.host}:{settings.http.port}", grpc)
+    return Endpoints(_url("http", settings.http), _url("grpc", settings.grpc) if settings.grpc.port else None)
+
+
+def _url(scheme: str, edge: HttpSettings | GrpcSettings) -> str:
+    return f"{scheme}{'' if edge.tls_certificate is None else 's'}://{edge.host}:{edge.port}"
 
 
 def drain(on_running: Callable[[int], None], timeout_s: float) -> bool:
@@ -96,8 +99,8 @@ def stop(*, joined: bool = False) -> None:
 
 
 def check_ports(settings: ServeSettings) -> None:
-    """See that both ports can be had. Serve's proxy and grpc share a port with whoever else of this user shares it: a
-    second service would take every other connection of the first, and nobody would be told.
+    """See that both ports can be had. The ingresses share a port with whoever else of this user shares it: a second
+    service would take every other connection of the first, and nobody would be told.
 
     Raises:
         StartError: one cannot be had; it names the port and what to do.

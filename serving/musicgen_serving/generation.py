@@ -50,7 +50,7 @@ READINESS_WAIT_S = 2.0
 """A part that takes longer to answer is not ready."""
 INPUTS_WAIT_S = 2.0
 """For how long a request waits for a part to look at what it brings."""
-GATEKEEPER = "gatekeeper"
+GATEKEEPER, EDGE = "gatekeeper", "edge"
 
 
 class GenerationService:
@@ -69,6 +69,7 @@ class GenerationService:
         self._cards: dict[str, ModelCard] = {}
         self._readiness = Readiness(False, dict.fromkeys((GATEKEEPER, *pipelines), NOT_REACHED))
         self._look_again_at = 0.0
+        self._leaving = False
 
     @property
     def limits(self) -> LimitSettings:
@@ -77,6 +78,10 @@ class GenerationService:
     async def start(self) -> None:
         """Begin to report to the gatekeeper."""
         self._register.start()
+
+    def leave(self) -> None:
+        """Not ready from now on, so that balancers turn to other replicas; requests are still taken."""
+        self._leaving = True
 
     async def close(self) -> None:
         """Stop what is under way here."""
@@ -104,6 +109,8 @@ class GenerationService:
         return [_info(model, await self._card(model.name), self._settings, tenant) for model in allowed]
 
     async def readiness(self) -> Readiness:
+        if self._leaving:
+            return Readiness(False, {EDGE: "leaving"})
         now = asyncio.get_running_loop().time()
         if now >= self._look_again_at:  # probes of both protocols come often
             self._look_again_at = now + READINESS_S

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-
-from fastapi import FastAPI
+from typing import Protocol
 
 from musicgen_serving.generation import GenerationService
-from musicgen_serving.grpc_api.server import GrpcServer, start_server
+from musicgen_serving.grpc_api import server as grpc_server
+from musicgen_serving.http_api import server as http_server
 from musicgen_serving.http_api.app import create_app
 from musicgen_serving.metrics import RayRecorder, node_metrics
 from musicgen_serving.pipeline import Pipeline
 from musicgen_serving.ray_spokes import Handle, RayGatekeeper, RaySpokes
 from musicgen_serving.replicas import set_up
-from musicgen_serving.settings import ServeSettings
+from musicgen_serving.settings import EdgeSettings, ServeSettings
 from musicgen_serving.watch import Watch
 
 Parts = tuple[Handle, Handle, Handle, Handle]
@@ -23,18 +23,30 @@ COUNT_S = 2.0
 """Between two counts of the engines."""
 
 
+class Server(Protocol):
+    """A server of either protocol, listening."""
+
+    async def stop(self, grace_s: float) -> None: ...
+
+
 class Ingress:
-    """What both ingresses are: the service in this process, reaching its parts through handles.
+    """What both ingresses are: the service in this process, reaching its parts through handles, and a server before it.
+
+    The servers are our own. Serve's proxies would take connections for all nodes, but: that of gRPC has no TLS and
+    loses cancellations, that of HTTP has no TLS and no flow control, and each answer takes two more hops.
 
     Args:
         parts: for each model's name, handles of its language model, codec, text encoder and chroma extractor.
     """
 
     part = "ingress"
+    _server: Server
 
-    def __init__(self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle) -> None:
+    def __init__(
+        self, edge: EdgeSettings, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle
+    ) -> None:
         set_up(self.part, settings.observability)
-        self.settings = settings
+        self.edge, self.settings = edge, settings
         pipelines = {
             name: Pipeline(RaySpokes(handles, settings.failover.lease_s), settings.failover)
             for name, handles in parts.items()
@@ -59,40 +71,38 @@ class Ingress:
             await asyncio.sleep(COUNT_S)
 
     async def __del__(self) -> None:
-        await self.service.close()  # what is still to be settled is settled
+        """Serve awaits it when the replica is to end: what is under way ends, what is to be settled is settled."""
+        self.service.leave()
+        await asyncio.sleep(self.edge.lame_duck_s)
+        await self._server.stop(self.settings.drain_s)
+        await self.service.close()
 
     def check_health(self) -> None:
         """An ingress that answers is well; whether its parts are is `/readyz`."""
 
 
 class HttpIngress(Ingress):
-    """The HTTP API behind Serve's proxy."""
+    """The HTTP API. The root of the application: it holds the handles of all that nobody else does."""
 
     part = "http"
 
     async def __init__(  # type: ignore[misc]
         self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle, *_others: Handle
     ) -> None:
-        super().__init__(settings, parts, gatekeeper)
+        super().__init__(settings.http, settings, parts, gatekeeper)
         await self.start()
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        origins = self.settings.http.cors_origins
-        return create_app(self.service, metrics=node_metrics, id_is_echoed=True, cors_origins=origins)
+        app = create_app(self.service, metrics=node_metrics, cors_origins=settings.http.cors_origins)
+        self._server = await http_server.start_server(app, settings.http, settings.limits.reader_stall_s)
 
 
 class GrpcIngress(Ingress):
-    """The gRPC API: a server of its own in the replica, because Serve's proxy loses cancellations and has no TLS."""
+    """The gRPC API."""
 
     part = "grpc"
 
     async def __init__(  # type: ignore[misc]
         self, settings: ServeSettings, parts: dict[str, Parts], gatekeeper: Handle
     ) -> None:
-        super().__init__(settings, parts, gatekeeper)
+        super().__init__(settings.grpc, settings, parts, gatekeeper)
         await self.start()
-        self._server: GrpcServer = await start_server(lambda: self.service, settings.grpc, settings.limits)
-
-    async def __del__(self) -> None:
-        await self._server.stop(self.settings.drain_s)
-        await super().__del__()
+        self._server = await grpc_server.start_server(lambda: self.service, settings.grpc, settings.limits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -180,9 +179,8 @@ class Register:
         logger.error("request %s: the gatekeeper could not be told of its end", settlement.request_id)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Work that goes on when the request that it belongs to is cancelled. Its context is empty: Ray Serve cancels
-        every call that was made in the context of a request whose client has left."""
-        task = contextvars.Context().run(asyncio.create_task, work)
+        """Work that goes on when the request that it belongs to is cancelled."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -1,7 +1,7 @@
 """Settings → the file that `serve deploy` and KubeRay take. Owns its form; starts nothing.
 
-Everything that a replica must know travels as the arguments of `app.build_app`; what belongs to Serve's proxies (where
-HTTP listens) stands beside them, because they start before the application does.
+Everything that a replica must know travels as the arguments of `app.build_app`. Serve's proxies are off: the ingresses
+listen themselves.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ def to_serve_config(settings: ServeSettings) -> dict[str, Any]:
         InvalidRequestError: Ray's own schema does not accept it.
     """
     config: dict[str, Any] = {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": settings.http.host, "port": settings.http.port},
+        "proxy_location": "Disabled",
         "applications": [
             {
                 "name": APP_NAME,
-                "route_prefix": "/",
+                "route_prefix": None,
                 "import_path": IMPORT_PATH,
                 "args": _args(settings),
                 **_gatekeeper(settings.http.ingress),

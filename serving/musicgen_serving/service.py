@@ -21,7 +21,7 @@ class Readiness:
 
     ready: bool
     details: dict[str, str]
-    """`gatekeeper` and each model → `ready`, or what it waits for. Never names machines."""
+    """`gatekeeper` and each model → `ready`, or what it waits for; `edge` if that is it. Never names machines."""
 
 
 class MusicService(Protocol):

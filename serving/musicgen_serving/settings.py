@@ -103,10 +103,27 @@ class ModelSettings(_Section):
         return self.source or self.name
 
 
-class HttpSettings(_Section):
+class EdgeSettings(_Section):
+    """What both protocols have."""
+
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
     ingress: ReplicaSettings = ReplicaSettings()
+    tls_certificate: Path | None = Field(None, description="PEM; with tls_key, the port speaks TLS only")
+    tls_key: Path | None = None
+    lame_duck_s: float = Field(
+        0.0, ge=0, description="a replica that ends is not ready, and listens, for so long: balancers turn to others"
+    )
+
+    @model_validator(mode="after")
+    def _pair(self) -> EdgeSettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("expected tls_certificate and tls_key together, got one of them")
+        return self
+
+
+class HttpSettings(EdgeSettings):
+    port: int = Field(8000, ge=1, le=65535)
+    max_connections: Count = Field(1000, description="that a replica has at the same time; more are refused")
     cors_origins: list[str] = Field(
         default_factory=list, description="whose pages may call it from a browser: https://app.example, or * for all"
     )
@@ -120,20 +137,14 @@ class HttpSettings(_Section):
         return origins
 
 
-class GrpcSettings(_Section):
-    host: str = "127.0.0.1"
+class GrpcSettings(EdgeSettings):
     port: int = Field(9000, ge=0, le=65535, description="0 turns gRPC off")
-    ingress: ReplicaSettings = ReplicaSettings()
-    tls_certificate: Path | None = Field(None, description="PEM; with tls_key, the port speaks TLS only")
-    tls_key: Path | None = None
     client_ca: Path | None = Field(None, description="PEM; clients must show a certificate signed by it")
     keepalive_s: Positive = 30.0
     max_concurrent_calls: Count = Field(1000, description="calls that a replica has at the same time; more are refused")
 
     @model_validator(mode="after")
     def _whole(self) -> GrpcSettings:
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("expected tls_certificate and tls_key together, got one of them")
         if self.client_ca is not None and self.tls_certificate is None:
             raise ValueError("expected tls_certificate and tls_key with client_ca, got client_ca alone")
         return self
@@ -150,7 +161,7 @@ class LimitSettings(_Section):
     max_answer_s: Positive = Field(480.0, description="audio of all pieces together in one answer that is no stream")
     edge_bytes: Count = Field(2**30, description="uploads and whole answers that an edge holds at the same time")
     reader_stall_s: Positive = Field(
-        30.0, description="a client that sends nothing of its body, or over gRPC takes nothing, for so long is cut off"
+        30.0, description="a client that sends nothing of its body, or takes nothing, for so long is cut off"
     )
 
 

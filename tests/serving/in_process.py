@@ -11,14 +11,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import torch
-import uvicorn
 from musicgen_serving.deployments.chroma import ChromaExtractor
 from musicgen_serving.deployments.codec import CodecDecoder
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.deployments.language_model import LanguageModel
 from musicgen_serving.deployments.text_encoder import TextEncoder
 from musicgen_serving.generation import GenerationService
-from musicgen_serving.grpc_api.server import GrpcServer, start_server
+from musicgen_serving.grpc_api import server as grpc_server
+from musicgen_serving.http_api import server as http_server
 from musicgen_serving.http_api.app import create_app
 from musicgen_serving.pipeline import Pipeline
 from musicgen_serving.settings import ModelSettings, ServeSettings
@@ -76,17 +76,11 @@ class InProcess:
         watch = Watch(self.recorder, self.settings.observability.player_buffer_s)
         self.service = GenerationService(self.settings, {model.name: pipeline}, self.gatekeeper, watch)
         await self.service.start()
-        self.grpc: GrpcServer = await start_server(
-            lambda: self.service, self.settings.grpc.model_copy(update={"port": 0}), limits
-        )
-        self.grpc_url = f"grpc://127.0.0.1:{self.grpc.port}"
-        config = uvicorn.Config(create_app(self.service), port=0, log_level="error", lifespan="off")
-        self._http = uvicorn.Server(config)
-        self._http_task = asyncio.create_task(self._http.serve())
-        while not self._http.started:
-            await asyncio.sleep(0.01)
-        port = self._http.servers[0].sockets[0].getsockname()[1]
-        self.http_url = f"http://127.0.0.1:{port}"
+        any_port = {"port": 0}
+        grpc, http = (edge.model_copy(update=any_port) for edge in (self.settings.grpc, self.settings.http))
+        self.grpc = await grpc_server.start_server(lambda: self.service, grpc, limits)
+        self._http = await http_server.start_server(create_app(self.service), http, limits.reader_stall_s)
+        self.grpc_url, self.http_url = f"grpc://127.0.0.1:{self.grpc.port}", f"http://127.0.0.1:{self._http.port}"
 
     def close(self) -> None:
         self.run(self._stop())
@@ -95,8 +89,7 @@ class InProcess:
         self._loop.close()
 
     async def _stop(self) -> None:
-        self._http.should_exit = True
-        await self._http_task
+        await self._http.stop(1)
         await self.grpc.stop(0)
         await self.service.close()
         await self.engine.close()

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
 @pytest.fixture(params=["http", "grpc"])
 def shared_port(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
-    """A protocol, and a port that somebody of the same user has and shares, as Serve's proxy and grpc do."""
+    """A protocol, and a port that somebody of the same user has and shares, as the ingresses do."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", 0))
@@ -29,7 +29,9 @@ def test_a_port_that_is_taken_is_found_before_anything_starts(
 ) -> None:
     protocol, port = shared_port
     monkeypatch.setattr(cluster, "_start_ray", lambda _: pytest.fail("expected no Ray, got one"))
-    ports = {"http": {"port": 0}, "grpc": {"port": 0}} | {protocol: {"port": port}}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        free = listener.getsockname()[1]
+    ports = {"http": {"port": free}, "grpc": {"port": 0}} | {protocol: {"port": port}}
     with pytest.raises(cluster.StartError, match=rf"{protocol}.port: .* {port} .* --{protocol}-port"):
         cluster.start(ServeSettings(**ports))
 

@@ -38,7 +38,6 @@ def create_app(
     service: MusicService | Callable[[], MusicService],
     *,
     metrics: Metrics | None = None,
-    id_is_echoed: bool = False,
     cors_origins: Sequence[str] = (),
 ) -> MusicApi:
     """The application.
@@ -46,7 +45,6 @@ def create_app(
     Args:
         service: the service, or what gives it once requests come: the application may be built, and pickled, first.
         metrics: gives the text of `/metrics`, in Prometheus' format; without it there is no such route.
-        id_is_echoed: true behind Ray Serve's proxy, which adds X-Request-Id to responses itself.
         cors_origins: whose pages may call it from a browser.
     """
     get_service: Callable[[], MusicService] = service if callable(service) else lambda: service
@@ -60,7 +58,7 @@ def create_app(
         description=_DESCRIPTION,
         redirect_slashes=False,
     )
-    app.add_middleware(EdgeMiddleware, limits=limits, id_is_echoed=id_is_echoed)
+    app.add_middleware(EdgeMiddleware, limits=limits)
     if cors_origins:  # the outermost: it also answers for errors, and before any key is asked for
         app.add_middleware(
             CORSMiddleware,

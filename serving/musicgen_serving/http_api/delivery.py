@@ -43,8 +43,7 @@ class Wish:
 
 
 class Sender:
-    """The sending side of one response; every message must be taken within `stall_s`, by whoever is there to take it:
-    in Ray Serve that is its proxy, which takes everything at once and does not say how far its client is.
+    """The sending side of one response; every message must be taken within `stall_s`.
 
     Args:
         share: of the bytes that this edge may hold.
@@ -101,7 +100,7 @@ class GenerationResponse(Response):
         work = asyncio.create_task(self._run(send, scope.get(SHARE)))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:  # also when the server cancels this handler, as Ray Serve does
+        finally:  # also when the server cancels this handler, as at the end of a drain
             await ended(work, gone)
         if not work.cancelled():
             work.result()  # raises what it raised

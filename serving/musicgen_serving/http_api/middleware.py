@@ -1,10 +1,9 @@
 """The outermost layer of the HTTP edge: request ids, header hygiene, size of bodies, last resort for errors.
 
-Ray Serve (2.60) obeys these headers of any client: `x-request-timeout-seconds` and `x-request-disconnect-disabled`
-(how long and whether a disconnect counts), `serve_multiplexed_model_id` (in any spelling with `-` or `_`) and
-`x-session-id` (which replica is chosen), `x-request-id` (its own log; its proxy also adds it to responses), and behind
-HAProxy `x-serve-router-*`. Serve's own proxy reads them before this application runs: a reverse proxy in front must
-drop them there. Here they are dropped so that nothing behind this layer obeys them.
+Ray Serve (2.60) obeys these headers of any client wherever it meets them: `x-request-timeout-seconds` and
+`x-request-disconnect-disabled` (how long and whether a disconnect counts), `serve_multiplexed_model_id` (in any
+spelling with `-` or `_`) and `x-session-id` (which replica is chosen), and behind HAProxy `x-serve-router-*`. They are
+dropped so that nothing behind this layer ever does.
 """
 
 from __future__ import annotations
@@ -51,14 +50,11 @@ class EdgeMiddleware:
 
     Args:
         limits: asked for at each request with a body, because the service may be made after the application.
-        id_is_echoed: what is in front adds the request's X-Request-Id to the response, as Ray Serve's proxy does: then
-            it is added here only if it was replaced, so that a client does not get it twice.
     """
 
-    def __init__(self, app: ASGIApp, limits: Callable[[], LimitSettings], id_is_echoed: bool = False) -> None:
+    def __init__(self, app: ASGIApp, limits: Callable[[], LimitSettings]) -> None:
         self._app = app
         self._limits = limits
-        self._id_is_echoed = id_is_echoed
         self._budget = Budget(lambda: limits().edge_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,10 +66,9 @@ class EdgeMiddleware:
         with self._budget.share() as share:
             headers = list(_clean(scope["headers"]))
             inner = {**scope, "headers": headers, "musicgen.request_id": request_id, SHARE: share}
-            await self._answer(inner, receive, send, given)
+            await self._answer(inner, receive, send)
 
-    async def _answer(self, inner: Scope, receive: Receive, send: Send, given: str) -> None:
-        """Args: given: the request's own id, if it has one."""
+    async def _answer(self, inner: Scope, receive: Receive, send: Send) -> None:
         request_id = request_id_of(inner)
         started = False
 
@@ -81,8 +76,7 @@ class EdgeMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                if not (self._id_is_echoed and request_id == given):
-                    MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
         try:

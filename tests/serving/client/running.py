@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
-import uvicorn
-from musicgen_serving.grpc_api.server import start_server
+from musicgen_serving.grpc_api import server as grpc_server
+from musicgen_serving.http_api import server as http_server
 from musicgen_serving.http_api.app import create_app
-from musicgen_serving.settings import GrpcSettings
+from musicgen_serving.settings import GrpcSettings, HttpSettings
 from serving.fake_service import FakeService
 
 
@@ -74,20 +73,14 @@ def _running(service: FakeService, grpc_port: int, http_port: int, cuts: Cuts) -
 
 @asynccontextmanager
 async def _edges(service: FakeService) -> AsyncIterator[tuple[int, int]]:
-    grpc_server = await start_server(lambda: service, GrpcSettings(port=0), service.limits)
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(service), log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-    http_server = uvicorn.Server(config)
-    serving = asyncio.create_task(http_server.serve([listening]))
-    while not http_server.started:
-        await asyncio.sleep(0.01)
+    grpc = await grpc_server.start_server(lambda: service, GrpcSettings(port=0), service.limits)
+    any_port = HttpSettings().model_copy(update={"port": 0})
+    http = await http_server.start_server(create_app(service), any_port, service.limits.reader_stall_s)
     try:
-        yield grpc_server.port, listening.getsockname()[1]
+        yield grpc.port, http.port
     finally:
-        http_server.should_exit = True
-        await serving
-        listening.close()
-        await grpc_server.stop(0)
+        await http.stop(1)
+        await grpc.stop(0)
 
 
 @asynccontextmanager

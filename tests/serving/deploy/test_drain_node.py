@@ -12,7 +12,6 @@ drain_node = deploy_files.module("drain_node.py")
 NODE = "ab" * 28
 RAYLET = ["/opt/raylet", "--raylet_socket_name=/tmp/x", f"--node_id={NODE}", "--head=false"]
 REPLICA = ["ray::ServeReplica:musicgen:HttpIngress.handle_request"]
-PROXY = ["ray::ProxyActor"]
 OTHER = ["ray::IDLE"]
 
 
@@ -33,7 +32,7 @@ def test_ray_names_the_flag_as_is_believed_here() -> None:
 
 
 def test_replicas_and_proxies_count_and_nothing_else() -> None:
-    assert drain_node.num_serving([[], RAYLET, OTHER, REPLICA, REPLICA, PROXY]) == 3
+    assert drain_node.num_serving([[], RAYLET, OTHER, REPLICA, REPLICA]) == 2
 
 
 def waited(lines: list[list[list[str]]], answers: list[bool], timeout_s: float = 100.0) -> tuple[str, int]:
@@ -53,8 +52,8 @@ def waited(lines: list[list[list[str]]], answers: list[bool], timeout_s: float =
     return why, len(naps)
 
 
-def test_waits_for_the_last_replica_and_the_last_proxy() -> None:
-    assert waited([[REPLICA, PROXY], [REPLICA, PROXY], [PROXY], [OTHER]], [True]) == ("idle", 3)
+def test_waits_for_the_last_replica() -> None:
+    assert waited([[REPLICA, REPLICA], [REPLICA], [REPLICA, OTHER], [OTHER]], [True]) == ("idle", 3)
 
 
 def test_gives_up_when_the_head_is_gone_but_not_at_once() -> None:

@@ -146,18 +146,33 @@ def test_ports_agree(name: str) -> None:
     settings = settings_of(name)
     assert settings.http.host == settings.grpc.host == "0.0.0.0"
     (port,) = ray_service(name)["spec"]["serveService"]["spec"]["ports"]
-    assert port["targetPort"] == settings.http.port
+    assert port["targetPort"] == "http", "KubeRay selects all workers: the name tells those that listen"
+    assert port["port"] == settings.http.port
+    listening = set()
     for pool in pools(name).values():
         listens = {found["name"]: found["containerPort"] for found in pool.ray["ports"]}
-        assert listens["serve"] == settings.http.port
+        listening |= {pool.name} if "http" in listens else set()
+        assert listens.get("http", settings.http.port) == settings.http.port
         assert listens["metrics"] == 8080
         assert listens.get("grpc", settings.grpc.port) == settings.grpc.port
         probe = pool.ray.get("readinessProbe", {})
-        assert probe.get("httpGet", {"path": "/readyz", "port": settings.http.port}) == {
-            "path": "/readyz",
-            "port": settings.http.port,
-        }
+        assert probe.get("httpGet", {"path": "/readyz", "port": "http"}) == {"path": "/readyz", "port": "http"}
         assert probe.get("tcpSocket", {"port": settings.grpc.port}) == {"port": settings.grpc.port}
+    assert listening == ({"http"} if name == "rayservice" else {"worker"})
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_no_pod_is_asked_for_serves_proxy(name: str) -> None:
+    """Without a probe of its own a worker gets KubeRay's, which asks for the proxy: it would never be ready."""
+    assert deploy_files.serve_config(name)["proxy_location"] == "Disabled"
+    assert ray_service(name)["spec"]["excludeHeadPodFromServeSvc"] is True
+    for pool in pools(name).values():
+        assert ("readinessProbe" in pool.ray) == (pool.name != "head"), pool.name
+
+
+def test_an_edge_listens_until_kubernetes_knows_that_it_ends() -> None:
+    probe = pools("rayservice")["http"].ray["readinessProbe"]
+    assert settings_of("rayservice").http.lame_duck_s > probe["periodSeconds"] * probe["failureThreshold"]
 
 
 def test_the_edges_are_ready_only_when_requests_can_be_taken() -> None:

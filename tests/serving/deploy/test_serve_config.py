@@ -31,7 +31,7 @@ def test_the_builders_arguments_give_the_same_settings_again(values: dict[str, A
     config = yaml.safe_load(to_yaml(to_serve_config(settings)))
     (application,) = ServeDeploySchema.model_validate(config).applications
     assert load_settings(application.args) == settings
-    assert config["http_options"] == {"host": settings.http.host, "port": settings.http.port}
+    assert config["proxy_location"] == "Disabled"
 
 
 @pytest.mark.parametrize("is_open", [True, False])

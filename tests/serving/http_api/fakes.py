@@ -61,7 +61,7 @@ class FakeService:
     raise_in_stream: BaseException | None = None
     """Raised after the first chunk: a service that breaks its promise."""
     wait_at: str = ""
-    """`admission`, `first_audio` or `second_chunk`: wait there for ever."""
+    """`admission`, `first_audio` or `second_chunk`: wait there, for ever unless `go_on` is set."""
     chunk: int = 5000
     endless: bool = False
     skip_chunk: bool = False
@@ -79,6 +79,8 @@ class FakeService:
     num_chunks: int = 0
     cancelled: list[str] = field(default_factory=list)
     at_wait: asyncio.Event = field(default_factory=asyncio.Event)
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    """Ends the wait."""
 
     async def authenticate(self, api_key: str | None) -> Tenant:
         if not self.is_open and api_key != KEY:
@@ -120,7 +122,7 @@ class FakeService:
     async def _pause(self, place: str) -> None:
         if self.wait_at == place:
             self.at_wait.set()
-            await asyncio.Event().wait()
+            await self.go_on.wait()
 
     async def _events(self, request: GenerationRequest, ended: list[bool]) -> AsyncGenerator[GenerationEvent, None]:
         await self._pause("admission")

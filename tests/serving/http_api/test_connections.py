@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-import uvicorn
 from musicgen_serving.http_api import create_app
 from musicgen_serving.http_api.delivery import GenerationResponse
 from musicgen_serving.http_api.generations import WholeDelivery, Wish
+from musicgen_serving.http_api.server import start_server
+from musicgen_serving.settings import HttpSettings
 from musicgen_serving.types import GenerationRequest, Piece
 from serving.http_api.conftest import URL
 from serving.http_api.fakes import FakeService, checksum, samples_of
@@ -22,20 +23,14 @@ Runner = Callable[[Awaitable[None]], None]
 
 
 @asynccontextmanager
-async def served(service: FakeService, http: str) -> AsyncIterator[int]:
+async def served(service: FakeService) -> AsyncIterator[int]:
     """The port of a server."""
-    config = uvicorn.Config(create_app(lambda: service), port=0, http=http, log_config=None, lifespan="off")
-    server = uvicorn.Server(config)
-    server.config.load()
-    server.lifespan = config.lifespan_class(config)
-    await server.startup()
-    serving = asyncio.create_task(server.main_loop())
+    any_port = HttpSettings().model_copy(update={"port": 0})
+    server = await start_server(create_app(lambda: service), any_port, service.limits.reader_stall_s)
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield server.port
     finally:
-        server.should_exit = True
-        await serving
-        await server.shutdown()
+        await server.stop(1)
 
 
 async def send_request(port: int, **fields: object) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -54,21 +49,16 @@ async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
         await asyncio.sleep(0.01)
 
 
-@pytest.fixture(params=["h11", "httptools"])
-def http(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.mark.parametrize("how", [{}, {"stream": True}, {"stream_format": "sse"}], ids=["whole", "audio", "sse"])
 @pytest.mark.parametrize("phase", ["admission", "first_audio", "second_chunk"])
-def test_who_leaves_cancels(service: FakeService, run: Runner, http: str, phase: str, how: dict[str, object]) -> None:
+def test_who_leaves_cancels(service: FakeService, run: Runner, phase: str, how: dict[str, object]) -> None:
     if phase == "second_chunk" and not how:
         service.wait_at = "first_audio"
     else:
         service.wait_at = phase
 
     async def check() -> None:
-        async with served(service, http) as port:
+        async with served(service) as port:
             _, writer = await send_request(port, **how)
             await asyncio.wait_for(service.at_wait.wait(), 5)
             assert service.num_left == 0
@@ -79,12 +69,12 @@ def test_who_leaves_cancels(service: FakeService, run: Runner, http: str, phase:
     run(check())
 
 
-def test_who_leaves_while_sending_cancels(service: FakeService, run: Runner, http: str) -> None:
+def test_who_leaves_while_sending_cancels(service: FakeService, run: Runner) -> None:
     service.limits = service.limits.model_copy(update={"reader_stall_s": 30.0})
     service.chunk = 32000
 
     async def check() -> None:
-        async with served(service, http) as port:
+        async with served(service) as port:
             reader, writer = await send_request(port, duration_s=100, stream=True, response_format="f32")
             await reader.read(1000)
             writer.transport.abort()
@@ -97,12 +87,12 @@ def test_who_leaves_while_sending_cancels(service: FakeService, run: Runner, htt
 
 @pytest.mark.parametrize("stream", [True, False], ids=["audio", "whole"])
 def test_who_reads_nothing_is_cut_off(
-    stream: bool, service: FakeService, run: Runner, http: str, caplog: pytest.LogCaptureFixture
+    stream: bool, service: FakeService, run: Runner, caplog: pytest.LogCaptureFixture
 ) -> None:
     service.chunk = 32000
 
     async def check() -> None:
-        async with served(service, http) as port:
+        async with served(service) as port:
             _, writer = await send_request(port, duration_s=120, stream=stream, response_format="f32")
             await until(lambda: service.num_left == 1)
             assert service.num_cut_short == int(stream)
@@ -112,11 +102,11 @@ def test_who_reads_nothing_is_cut_off(
     assert "took nothing" in caplog.text
 
 
-def test_who_reads_slowly_is_served(service: FakeService, run: Runner, http: str) -> None:
+def test_who_reads_slowly_is_served(service: FakeService, run: Runner) -> None:
     """The whole takes longer than the stall limit; no single step does."""
 
     async def check() -> None:
-        async with served(service, http) as port:
+        async with served(service) as port:
             reader, writer = await send_request(port, duration_s=25, response_format="f32")
             head = await reader.readuntil(b"\r\n\r\n")
             assert b"200 OK" in head
@@ -134,12 +124,12 @@ def test_who_reads_slowly_is_served(service: FakeService, run: Runner, http: str
 
 @pytest.mark.parametrize("how", ["stream_fails", "stream_ends_well"])
 def test_a_failed_stream_has_no_end(
-    service: FakeService, run: Runner, http: str, how: str, caplog: pytest.LogCaptureFixture
+    service: FakeService, run: Runner, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     service.fail_after = 2 if how == "stream_fails" else None
 
     async def check() -> None:
-        async with served(service, http) as port:
+        async with served(service) as port:
             reader, writer = await send_request(port, stream=True, response_format="pcm16")
             content = b""
             if how == "stream_fails":
@@ -154,9 +144,9 @@ def test_a_failed_stream_has_no_end(
         run(check())
 
 
-def test_a_body_that_stops_coming(service: FakeService, run: Runner, http: str) -> None:
+def test_a_body_that_stops_coming(service: FakeService, run: Runner) -> None:
     async def check() -> None:
-        async with served(service, http) as port:
+        async with served(service) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
@@ -172,8 +162,7 @@ def test_a_body_that_stops_coming(service: FakeService, run: Runner, http: str) 
     run(check())
 
 
-@pytest.mark.parametrize("http", ["h11", "httptools"])
-def test_many_leave_at_random_moments(service: FakeService, run: Runner, http: str) -> None:
+def test_many_leave_at_random_moments(service: FakeService, run: Runner) -> None:
     """None is lost: as many contexts are left as were entered."""
     service.chunk = 2000
 
@@ -184,7 +173,7 @@ def test_many_leave_at_random_moments(service: FakeService, run: Runner, http: s
         writer.transport.abort()
 
     async def check() -> None:
-        async with served(service, http) as port:
+        async with served(service) as port:
             await asyncio.gather(*(one(port, number) for number in range(48)))
             await until(lambda: service.num_left == len(service.requests))
             await asyncio.sleep(0.2)
@@ -194,7 +183,7 @@ def test_many_leave_at_random_moments(service: FakeService, run: Runner, http: s
 
 
 def test_cancelling_the_handler_leaves_the_context(service: FakeService, run: Runner) -> None:
-    """What Ray Serve does when a client is gone."""
+    """What the server does at the end of a drain."""
     service.wait_at = "first_audio"
 
     async def never() -> dict[str, object]:
@@ -220,9 +209,9 @@ def test_cancelling_the_handler_leaves_the_context(service: FakeService, run: Ru
     run(check())
 
 
-def test_whole_results_arrive_over_a_socket(service: FakeService, run: Runner, http: str) -> None:
+def test_whole_results_arrive_over_a_socket(service: FakeService, run: Runner) -> None:
     async def check() -> None:
-        async with served(service, http) as port:
+        async with served(service) as port:
             reader, writer = await send_request(port, response_format="f32", duration_s=10)
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             content = await reader.readexactly(10 * 32000 * 4)

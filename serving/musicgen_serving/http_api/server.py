@@ -1,0 +1,133 @@
+"""The HTTP server of one ingress replica: port, TLS, limits, connections that say nothing, drain.
+
+An own uvicorn, because Serve's HTTP proxy takes all that a replica sends without saying how far its client is, has no
+TLS, obeys headers of every client, and costs two hops and some of the processor. Several replicas of a machine share
+the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import ssl
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from musicgen.errors import InvalidRequestError
+from musicgen_serving.http_api.errors import ConnectionCutError
+from musicgen_serving.settings import HttpSettings
+
+HEAD_S = 20.0
+"""A connection may say nothing for so long, before its first request and between two; and a head takes no longer."""
+_log = logging.getLogger(__name__)
+
+
+class HttpServer:
+    """A running server. Set by `start_server`."""
+
+    def __init__(self, server: uvicorn.Server, port: int, serving: asyncio.Task[None]) -> None:
+        self.port = port
+        self._server, self._serving = server, serving
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more connections, let requests under way end for `grace_s` seconds, then cancel them."""
+        self._server.config.timeout_graceful_shutdown = math.ceil(grace_s)
+        self._server.should_exit = True
+        await self._serving
+        if handlers := self._server.server_state.tasks:
+            await asyncio.wait(handlers)
+
+
+async def start_server(app: ASGIApp, settings: HttpSettings, stall_s: float) -> HttpServer:
+    """Listen. Port 0 takes a free one; the result's `port` is the one taken.
+
+    Args:
+        stall_s: the kernel gives a connection up that takes nothing of what is sent for so long.
+    Raises:
+        InvalidRequestError: a port that cannot be had, or files of TLS that cannot be read or used.
+    """
+    config = uvicorn.Config(
+        app,
+        http=_Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=math.ceil(HEAD_S),
+        limit_concurrency=settings.max_connections,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        got = f"{settings.tls_certificate} and {settings.tls_key} ({error.strerror or 'not usable'})"
+        raise InvalidRequestError(
+            "readable PEM files that belong together", got, param="http.tls_certificate"
+        ) from error
+    logging.getLogger("uvicorn.error").addFilter(_cut_is_no_error)
+    listening = _listen(settings, stall_s)
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup([listening])  # not `serve`, which takes the process's signals
+    port = int(listening.getsockname()[1])
+    _log.info("HTTP listens on %s:%d, %s", settings.host, port, "TLS" if config.is_ssl else "plaintext")
+    return HttpServer(server, port, asyncio.create_task(_serve(server, listening)))
+
+
+async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
+    await server.main_loop()
+    await server.shutdown([listening])
+
+
+def _listen(settings: HttpSettings, stall_s: float) -> socket.socket:
+    """Raises: InvalidRequestError: an address or port that cannot be had."""
+    listening = None
+    try:
+        (family, kind, proto, _, address), *_ = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM
+        )
+        listening = socket.socket(family, kind, proto)
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            listening.setsockopt(socket.SOL_SOCKET, option, 1)
+        # Connections have it from here. uvicorn ends those of readers that stall by closing them, which waits until
+        # what was written is taken.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(stall_s * 1000))
+        listening.bind(address)
+    except OSError as error:
+        if listening is not None:
+            listening.close()
+        got = f"{settings.host}:{settings.port}, which cannot be had"
+        raise InvalidRequestError("a free port", got, param="http.port") from error
+    return listening
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, which would let a client take as long as it likes for a head.
+
+    h11 and not httptools, because it bounds how long a head is (64 KiB).
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        """uvicorn stops the timer at any byte; here it runs until a head is complete."""
+        self.conn.receive_data(data)
+        self.handle_events()
+
+
+def _cut_is_no_error(record: logging.LogRecord) -> bool:
+    """uvicorn logs whatever an application raises with its traceback; a connection is cut on purpose."""
+    cut = record.exc_info[1] if record.exc_info else None
+    if isinstance(cut, ConnectionCutError):
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg, record.args, record.exc_info = "connection cut: %s", (str(cut),), None
+    return True
