@@ -94,7 +94,10 @@ def measure(case: Case, machine: Measured, peaks: dict[str, float], options: arg
     if abs(first - second) > DRIFT_LIMIT * stream:
         notes.append(f"STREAM drifted: {first / 1e9:.1f} to {second / 1e9:.1f} GB/s")
     peer = statistics.median(machine.seconds_of(case.peer, 5)) if case.peer is not None else math.nan
-    error, ratio = case.errors() if options.refcheck else (math.nan, math.nan)
+    error, ratio = math.nan, math.nan
+    if options.refcheck:
+        error, ratio = case.errors()
+        notes += [case.error_note.format(error=error)] if case.error_note else []
     return {
         **{name: getattr(case, name) for name in ("op", "backend", "weights", "activations", "kv")},
         **{name: getattr(case, name) for name in ("rows", "length", "heads")},

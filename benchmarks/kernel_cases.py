@@ -6,7 +6,7 @@ A case works through enough copies of its data that none of it stays in a cache 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import musicgen_kernels as kernels
 import torch
@@ -15,6 +15,7 @@ from musicgen_kernels.packing import KINDS, Kind
 from torch import Tensor
 
 WORKING_SET = {"cpu": 96 << 20, "cuda": 512 << 20}
+SQUARES = "max_error is the normalised mean square"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
@@ -59,6 +60,7 @@ class Case:
         errors: gives (largest error, ratio to PyTorch's in the same dtype) against float64, or (NMSE, NaN).
         peer: the same work in PyTorch, or None.
         note: what the numbers do not say.
+        error_note: says in words what `errors` gave, where that is no error of a number; with `{error}` in it.
     """
 
     op: str
@@ -76,7 +78,8 @@ class Case:
     peak: str
     errors: Callable[[], tuple[float, float]]
     peer: Callable[[], None] | None = None
-    note: str = field(default="")
+    note: str = ""
+    error_note: str = ""
 
 
 def _errors(result: Tensor, exact: Tensor, torch_result: Tensor | None) -> tuple[float, float]:
@@ -121,6 +124,7 @@ def attention_case(target: Target, kv: str, rows: int, length: int, heads: int) 
         length=length, heads=heads, run=run, calls=layers,
         num_bytes=layer_bytes * length // (16 * per_row) + 2 * query.nbytes,
         operations=4 * rows * length * heads * 64, peak="fp32", errors=errors,
+        error_note=SQUARES if kv == "int8" else "",
     )  # fmt: skip
 
 
@@ -147,6 +151,7 @@ def linear_case(target: Target, kind: Kind, rows: int, n: int, k: int) -> Case:
         op="linear", backend=backend, weights=kind, activations=target.activations, kv="-", rows=rows, length=0,
         heads=0, run=run, calls=len(weights), num_bytes=one.data.nbytes + x.nbytes + out.nbytes,
         operations=2 * rows * n * k, peak="int8" if on_8_bits else target.matrix_peak, errors=errors, note=f"{n}x{k}",
+        error_note=SQUARES if kind in ("int8", "int4") else "",
     )  # fmt: skip
 
 
@@ -196,7 +201,7 @@ def sampling_case(target: Target, requests: int, codebooks: int, num_codes: int)
         op="delayed_sample_step", backend=backend, weights="-", activations="fp32", kv="-", rows=2 * requests,
         length=num_codes, heads=codebooks, run=run, calls=1, num_bytes=logits.nbytes,
         operations=0, peak="fp32", errors=errors, peer=composite,
-        note="error: codes that differ from the reference",
+        error_note=f"{{error:.0f}} of {requests * codebooks} codes differ from the reference's",
     )  # fmt: skip
 
 

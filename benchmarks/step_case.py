@@ -10,7 +10,7 @@ from musicgen_kernels.cpu_step import CpuStep
 from musicgen_kernels.packing import Kind, PackedLinear
 from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm, StepBatch, step_by_operations
 
-from .kernel_cases import DTYPES, Case
+from .kernel_cases import DTYPES, SQUARES, Case
 
 SHAPES = {"small": (24, 1024, 16), "medium": (48, 1536, 24), "large": (48, 2048, 32)}
 TEXT_LEN = 12
@@ -89,6 +89,7 @@ def step_case(
         heads=heads, run=run, calls=1,
         num_bytes=_read_bytes(weights, kv_bytes), operations=2 * rows * macs,
         peak="int8" if kind in ("int8", "int4") else "fp32", errors=errors, peer=peer,
+        error_note=SQUARES,
     )  # fmt: skip
 
 

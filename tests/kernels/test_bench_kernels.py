@@ -87,7 +87,9 @@ def test_rows_of_16_bit_activations(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert row["gflop_per_s"] == pytest.approx(operations * 2 / 1e-3 / 1e9)  # two copies of the data a run
         share = row["pct_of_peak"] / row["gflop_per_s"]
         assert share == pytest.approx(100 / (4e3 if row["op"] == "linear" else 1e3))
+        assert ("normalised mean square" in row["note"]) == ("int" in row["weights"] + row["kv"])
     assert rows[4]["max_error"] == 0
+    assert rows[4]["note"] == "0 of 64 codes differ from the reference's"
 
 
 def test_a_gpu_row_says_how_to_repeat_it() -> None:
