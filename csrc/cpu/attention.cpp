@@ -6,7 +6,8 @@
 //
 // A single query is bound by memory: several pages are read side by side, line by line, because pages lie anywhere and
 // one core's outstanding misses do not fill the bandwidth with a single run of a few KB (measured with 16 KB runs in
-// random order: 12 GB/s for one at a time, 18 for four, 24 for four with prefetches; 31 for reading in order).
+// random order: 12 GB/s for one at a time, 18 for four, 24 for four with prefetches; 31 for reading in order). int8 pages
+// add up in integers, in whatever order, so more of them fit the registers of AVX2 than of floats.
 #include "attention.h"
 
 #include <cmath>
@@ -25,11 +26,11 @@ namespace MGK_ISA {
 namespace {
 
 #if defined(MGK_LEVEL_AVX512)
-constexpr int kChains = 4, kQueries = 4, kValueLanes = 64, kStreams = 4;
+constexpr int kChains = 4, kQueries = 4, kValueLanes = 64, kStreams = 4, kInt8Streams = 4;
 #elif defined(MGK_LEVEL_AVX2)
-constexpr int kChains = 2, kQueries = 2, kValueLanes = 32, kStreams = 2;
+constexpr int kChains = 2, kQueries = 2, kValueLanes = 32, kStreams = 2, kInt8Streams = 4;
 #else
-constexpr int kChains = 2, kQueries = 2, kValueLanes = 16, kStreams = 1;
+constexpr int kChains = 2, kQueries = 2, kValueLanes = 16, kStreams = 1, kInt8Streams = 1;
 #endif
 constexpr int kMaxGroup = 8;  // heads that one walk over the pages serves
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -56,13 +57,14 @@ template <KVKind kind, int dim, int queries> struct Pass {
     using T = typename Element<kind>::type;
     static constexpr int64_t page_bytes = int64_t(kPage) * dim * sizeof(T);
     static constexpr bool quantised = kind == KVKind::int8;
+    static constexpr int streams = quantised ? kInt8Streams : kStreams;  // pages that a single query reads side by side
 
     const KVPages& pages;
     const int32_t* table;
     int64_t head;
     int64_t lens[queries];
-    alignas(64) float query[queries][dim];         // times scale · log2 e
-    alignas(64) int32_t query_pairs[queries][dim / 2];  // int8 pages: two 16-bit codes each
+    alignas(64) float query[queries][dim];          // times scale · log2 e
+    alignas(64) int16_t query_codes[queries][dim];  // int8 pages: the same, rounded
     float query_scale[queries];
     alignas(64) float score[queries][kSplit];
     alignas(64) float value[queries][dim];
@@ -81,22 +83,21 @@ template <KVKind kind, int dim, int queries> struct Pass {
 
     void start(const float* q, int64_t stride, float scale) {
         for (int i = 0; i < queries; ++i) {
-            float top = 0.0f;
-            for (int d = 0; d < dim; ++d) {
-                query[i][d] = q[i * stride + d] * (scale * kLog2E);
-                top = std::fmax(top, std::fabs(query[i][d]));
-                value[i][d] = 0.0f;
+            F16 top = zero();
+            for (int d = 0; d < dim; d += kLanes) {
+                const F16 x = load(q + i * stride + d) * set1(scale * kLog2E);
+                store(&query[i][d], x);
+                store(&value[i][d], zero());
+                top = max(top, abs(x));
             }
             mass[i] = zero();
             largest[i] = -kInfinity;
             if constexpr (quantised) {
-                const float inverse = top > 0.0f ? kQuant / top : 0.0f;
-                query_scale[i] = top / kQuant;
-                for (int d = 0; d < dim; d += 2) {
-                    const uint32_t low = uint32_t(int32_t(std::nearbyintf(query[i][d] * inverse))) & 0xffffu;
-                    const uint32_t high = uint32_t(int32_t(std::nearbyintf(query[i][d + 1] * inverse))) << 16;
-                    query_pairs[i][d / 2] = int32_t(low | high);
-                }
+                const float peak = max_lanes(top);
+                const F16 inverse = set1(peak > 0.0f ? kQuant / peak : 0.0f);
+                query_scale[i] = peak / kQuant;
+                for (int d = 0; d < dim; d += kLanes)
+                    store_int16(&query_codes[i][d], round_to_int(load(&query[i][d]) * inverse));
             }
         }
     }
@@ -113,7 +114,8 @@ template <KVKind kind, int dim, int queries> struct Pass {
                 for (int s = 0; s < num; ++s) {
                     prefetch_line(next[s], pair * 32);
                     const I16 key = widen_bytes(k[s] + pair * 32);
-                    for (int i = 0; i < queries; ++i) sum[s][i] = dot_pairs(key, int_set1(query_pairs[i][pair]), sum[s][i]);
+                    for (int i = 0; i < queries; ++i)
+                        sum[s][i] = dot_pairs(key, set1_pair(&query_codes[i][2 * pair]), sum[s][i]);
                 }
             for (int s = 0; s < num; ++s) {
                 const F16 scales = load(pages.k_scales + scale_offset(page + s));
@@ -142,7 +144,8 @@ template <KVKind kind, int dim, int queries> struct Pass {
         }
     }
 
-    // Scores to weights 2^(score − largest); rescales what was gathered before. `first` is the split's first position.
+    // Scores to weights 2^(score − largest), for int8 values times their scales and in codes; rescales what was gathered
+    // before. `first` is the split's first position.
     void weigh(int i, int64_t first, int64_t num_pages) {
         F16 top = set1(largest[i]);
         for (int64_t page = 0; page < num_pages; ++page) {
@@ -159,11 +162,27 @@ template <KVKind kind, int dim, int queries> struct Pass {
         largest[i] = peak;
         mass[i] = mass[i] * rescale;
         for (int d = 0; d < dim; d += kLanes) store(&value[i][d], load(&value[i][d]) * rescale);
+        F16 top_weight = zero();
         for (int64_t page = 0; page < num_pages; ++page) {
-            const F16 weight = exp2(load(&score[i][page * kPage]) - shift);
+            F16 weight = exp2(load(&score[i][page * kPage]) - shift);
             mass[i] = mass[i] + weight;
+            if constexpr (quantised) {
+                const int64_t valid = lens[i] - first - page * kPage;
+                weight = weight * load(pages.v_scales + scale_offset(first / kPage + page));
+                if (valid < kPage) weight = first_lanes(valid < 0 ? 0 : int(valid), weight, zero());
+                top_weight = max(top_weight, weight);
+            }
             store(&score[i][page * kPage], weight);
         }
+        if constexpr (quantised) weights_to_codes(i, max_lanes(top_weight), num_pages);
+    }
+
+    // Weights · scales as 15-bit codes of the split's largest, `peak`.
+    void weights_to_codes(int i, float peak, int64_t num_pages) {
+        const F16 inverse = set1(peak > 0.0f ? kQuant / peak : 0.0f);
+        unit[i] = peak / kQuant;
+        for (int64_t page = 0; page < num_pages; ++page)
+            store_int16(&weight_codes[i][page * kPage], round_to_int(load(&score[i][page * kPage]) * inverse));
     }
 
     void start_values() {
@@ -201,23 +220,6 @@ template <KVKind kind, int dim, int queries> struct Pass {
                 for (int i = 0; i < queries; ++i)
                     for (int c = 0; c < vectors; ++c) store(&to[s][i][part + c * kLanes], sum[s][i][c]);
         }
-    }
-
-    // int8 values: weights · scales as 15-bit codes of the split's largest.
-    void weights_to_codes(int i, int64_t first, int64_t num_pages) {
-        F16 top = zero();
-        for (int64_t page = 0; page < num_pages; ++page) {
-            const int64_t valid = lens[i] - first - page * kPage;
-            F16 w = load(&score[i][page * kPage]) * load(pages.v_scales + scale_offset(first / kPage + page));
-            if (valid < kPage) w = first_lanes(valid < 0 ? 0 : int(valid), w, zero());
-            store(&score[i][page * kPage], w);
-            top = max(top, w);
-        }
-        const float peak = max_lanes(top);
-        const F16 inverse = set1(peak > 0.0f ? kQuant / peak : 0.0f);
-        unit[i] = peak / kQuant;
-        for (int64_t page = 0; page < num_pages; ++page)
-            store_int16(&weight_codes[i][page * kPage], round_to_int(load(&score[i][page * kPage]) * inverse));
     }
 
     template <int num> MGK_INLINE void add_int8_pages(int64_t page, int64_t in_split, const char* const* next) {
@@ -278,9 +280,9 @@ template <KVKind kind, int dim, int queries> struct HeadGroup {
 
     P& pass(int64_t g) { return *reinterpret_cast<P*>(memory[g]); }
 
-    // What comes kStreams pages later in the walk over a split's keys, its values and the next split's keys.
+    // What comes `streams` pages later in the walk over a split's keys, its values and the next split's keys.
     MGK_INLINE const char* ahead(P& p, int64_t page, bool is_keys) {
-        int64_t later = page + kStreams;
+        int64_t later = page + P::streams;
         if (is_keys && later >= end_page) {
             later -= end_page - first_page;
             return reinterpret_cast<const char*>(p.values(later < end_page ? later : end_page - 1));
@@ -305,11 +307,12 @@ template <KVKind kind, int dim, int queries> struct HeadGroup {
         }
     }
 
-    // A single query is bound by memory and takes kStreams whole pages at once; many are bound by arithmetic and registers.
+    // A single query is bound by memory and takes several whole pages at once; many are bound by arithmetic and registers.
     void walk(bool is_keys, int64_t valid) {
         int64_t page = first_page;
         if constexpr (queries == 1)
-            for (; (page - first_page + kStreams) * kPage <= valid; page += kStreams) step<kStreams>(page, is_keys, valid);
+            for (; (page - first_page + P::streams) * kPage <= valid; page += P::streams)
+                step<P::streams>(page, is_keys, valid);
         for (; page < end_page; ++page) step<1>(page, is_keys, valid);
     }
 
@@ -329,10 +332,7 @@ template <KVKind kind, int dim, int queries> struct HeadGroup {
             end_page = first_page + (valid + kPage - 1) / kPage;
             walk(true, valid);
             for (int g = 0; g < groups; ++g) {
-                for (int i = 0; i < queries; ++i) {
-                    pass(g).weigh(i, first, end_page - first_page);
-                    if constexpr (P::quantised) pass(g).weights_to_codes(i, first, end_page - first_page);
-                }
+                for (int i = 0; i < queries; ++i) pass(g).weigh(i, first, end_page - first_page);
                 pass(g).start_values();
             }
             walk(false, valid);
