@@ -134,7 +134,8 @@ def command(case: Case, options: argparse.Namespace) -> str:
     """What repeats this row alone."""
     on_gpu = case.backend in GPU_BACKENDS
     how = f"--activations {case.activations}" if on_gpu else f"--threads {options.threads}"
-    text = f"python -m benchmarks.bench_kernels --backend {case.backend} {how}"
+    text = f"python -m benchmarks.bench_kernels --backend {case.backend} {how} --repeats {options.repeats}"
+    text += " --cold" * options.cold + " --refcheck" * options.refcheck
     if case.op == "linear":
         return f"{text} --op linear --weights {case.weights} --rows {case.rows} --size {options.size}"
     if case.op == "paged_attention":

@@ -96,8 +96,10 @@ def test_a_gpu_row_says_how_to_repeat_it() -> None:
     options = bench_kernels.arguments([])
     case = kernel_cases.sampling_case(Target("cpu"), 1, 2, 32)
     assert "--backend cpu --threads" in bench_kernels.command(case, options)
+    options = bench_kernels.arguments(["--cold", "--refcheck", "--repeats", "3"])
+    assert "--repeats 3 --cold --refcheck --op sampling" in bench_kernels.command(case, options)
     on_gpu = replace(case, backend="triton", activations="bf16")
-    assert "--backend triton --activations bf16 --op sampling" in bench_kernels.command(on_gpu, options)
+    assert "--backend triton --activations bf16 --repeats 3" in bench_kernels.command(on_gpu, options)
 
 
 def test_a_gpu_is_timed_by_events_around_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
