@@ -113,6 +113,15 @@ void wait_copies() {
 inline unsigned char* shared_memory() { return host_cuda::shared_memory(); }
 #endif
 
+// A word that several blocks may write at a time, all of them the same value: of the accesses none is torn or left out.
+#if !defined(MGK_HOST_CUDA)
+MGK_DEVICE int32_t load_contended(const int32_t* p) { return *static_cast<const volatile int32_t*>(p); }
+MGK_DEVICE void store_contended(int32_t* p, int32_t x) { *static_cast<volatile int32_t*>(p) = x; }
+#else
+inline int32_t load_contended(const int32_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void store_contended(int32_t* p, int32_t x) { __atomic_store_n(p, x, __ATOMIC_RELAXED); }
+#endif
+
 struct Add {
     template <class T>
     MGK_DEVICE T operator()(T a, T b) const {

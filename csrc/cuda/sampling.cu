@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) sample(const SampleArguments a) {
     const int request = blockIdx.x, codebook = blockIdx.y, step = a.steps[request];
     const int frame = step - 1 - a.delays[codebook];
     int32_t* cell = a.sequences + (a.slots[request] * a.num_codebooks + codebook) * a.max_steps + step;
-    int code = *cell;
+    int code = load_contended(cell);  // requests that are not there may share a slot
     __syncthreads();  // all have read the cell before one writes it
     if (frame < 0 || frame >= a.num_frames[request]) {
         code = int(a.num_codes);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) sample(const SampleArguments a) {
         code = draw(a, request, codebook, step);
     }
     if (threadIdx.x == 0) {
-        *cell = code;
+        store_contended(cell, code);
         a.out[request * a.num_codebooks + codebook] = code;
     }
 }
