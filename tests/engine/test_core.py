@@ -15,6 +15,7 @@ from engine.fakes import (
     FakeLanguageModel,
     FakeRunner,
     Listener,
+    VirtualClock,
     alone,
     codes_request,
     new_core,
@@ -24,7 +25,16 @@ from engine.fakes import (
 from musicgen.engine.checks import check_request
 from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from musicgen.models.t5 import MAX_TEXT_TOKENS
-from musicgen.types import CodesRequest, Conditioning, EndOfRequest, EngineRequest, FinishReason, SamplingParams, Window
+from musicgen.types import (
+    ChunkPolicy,
+    CodesRequest,
+    Conditioning,
+    EndOfRequest,
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    Window,
+)
 
 KNOWN = torch.zeros(2, 5, dtype=torch.int32)
 
@@ -238,6 +248,36 @@ def test_the_inputs_of_a_window_are_made_when_it_opens_and_gone_afterwards() -> 
         most_alive = max(most_alive, sum(prefix() is not None for prefix in model.made))
     assert len(model.made) == num_windows > 20
     assert most_alive == 1
+
+
+def test_a_lease_that_nobody_renews_ends_the_request_and_a_renewed_one_does_not() -> None:
+    clock, listener = VirtualClock(), Listener()
+    core = new_core(clock=clock)
+    for name in ("left", "renewed"):
+        core.add(EngineRequest(name, codes_request(40), lease_s=0.3))
+    core.add(EngineRequest("without", codes_request(40)))
+    while core.has_work:
+        core.renew("renewed")
+        core.renew("without")  # nothing to extend
+        core.renew("nobody")
+        clock.now += 0.05
+        listener.take(core.step())
+        core.check()
+    assert listener.ends["left"].reason is FinishReason.CANCELLED
+    assert "lease" in (listener.ends["left"].error or "")
+    assert 0 < listener.ends["left"].usage.num_frames < 40 or "left" not in listener.chunks
+    assert {listener.ends[name].reason for name in ("renewed", "without")} == {FinishReason.FINISHED}
+
+
+def test_every_piece_of_several_windows_goes_on_where_it_was_at_any_length() -> None:
+    """Windows are prefilled again from the codes, within one request; one event ends it."""
+    for num_frames in (MAX_FRAMES, MAX_FRAMES + 1, 3 * MAX_FRAMES):
+        core = new_core()
+        core.add(EngineRequest("long", codes_request(num_frames), chunks=ChunkPolicy(1, 7)))
+        listener = run_all(core)
+        assert listener.codes("long").shape[-1] == num_frames
+        assert listener.ends["long"].usage.num_frames == num_frames
+        assert listener.codes("long").equal(alone(codes_request(num_frames)))
 
 
 def test_usage_and_ledger() -> None:

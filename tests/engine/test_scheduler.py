@@ -208,3 +208,26 @@ def test_the_listener_nearest_to_silence_goes_first() -> None:
     ahead_of_time, new = core.scheduler.running
     assert ahead_of_time.num_frames <= before + 3
     assert new.num_frames >= 4
+
+
+def test_a_lower_number_is_admitted_first_whatever_the_shares() -> None:
+    core = new_core(max_requests=1)
+    for name, tenant, priority in (("usual", "a", 0), ("late", "b", 1), ("next", "a", 0), ("first", "a", -1)):
+        core.add(EngineRequest(name, codes_request(5), tenant=tenant, priority=priority))
+    assert list(run_all(core).ends) == ["first", "usual", "next", "late"]
+
+
+def test_a_lower_number_goes_first_in_steps_that_do_not_hold_all() -> None:
+    """Until its end, although the other's listener falls silent."""
+    core = new_core(max_step_rows=3)
+    core.add(EngineRequest("low", codes_request(30), priority=1, chunks=ChunkPolicy()))
+    for _ in range(5):
+        core.step()
+    (low,) = core.scheduler.running
+    core.add(EngineRequest("high", codes_request(40, text=2), priority=0, chunks=ChunkPolicy()))
+    core.step()
+    num_frames = low.num_frames
+    while core.stats().num_running == 2:
+        assert low.num_frames == num_frames
+        core.step()
+    assert list(run_all(core).ends) == ["low"]
