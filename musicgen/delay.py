@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNKNOWN_CODE = -1
 """Marks a place of a delayed sequence that is still to be sampled."""
@@ -75,5 +76,7 @@ class DelayPattern:
             `[..., K, T']`, T' = `num_complete_frames(S')`.
         """
         num_frames = self.num_complete_frames(delayed.shape[-1])
-        rows = [delayed[..., k, 1 + d : 1 + d + num_frames] for k, d in enumerate(self.delays)]
-        return torch.stack(rows, dim=-2)
+        codes = delayed.new_empty((*delayed.shape[:-1], num_frames))
+        for k, delay in enumerate(self.delays):
+            codes[..., k, :] = delayed[..., k, 1 + delay : 1 + delay + num_frames]
+        return codes

@@ -8,10 +8,12 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from musicgen.errors import InvalidRequestError
+
+if TYPE_CHECKING:  # the service's gatekeeper, and whoever asks for help, does without torch
+    from torch import Tensor
 
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE = 1e-4

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from musicgen_serving import ingress, replicas
+from musicgen_serving import gatekeeper_replica, ingress, replicas
 from musicgen_serving.autoscaling import ByLoad
 from musicgen_serving.settings import ModelSettings, ReplicaSettings, ServeSettings, load_settings
 
@@ -33,7 +33,8 @@ def build_app(values: dict[str, Any]) -> Application:
     """
     settings = load_settings(values)
     parts = {model.name: _parts(model, settings) for model in settings.models}
-    gatekeeper = _deployment(replicas.GatekeeperReplica, "Gatekeeper", ReplicaSettings(), settings).bind(settings)
+    keeper = _deployment(gatekeeper_replica.GatekeeperReplica, "Gatekeeper", ReplicaSettings(), settings)
+    gatekeeper = keeper.bind(settings)
     others = []
     if settings.grpc.port:
         grpc = _deployment(ingress.GrpcIngress, "GrpcIngress", settings.grpc.ingress, settings)

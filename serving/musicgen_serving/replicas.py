@@ -1,4 +1,4 @@
-"""What runs in Ray's processes: the plain parts, set up, warmed, watched. Owns processes' threads and logs; no logic.
+"""What computes in Ray's processes: the plain parts, set up, warmed, watched. Owns processes' threads; no logic.
 
 A replica counts as started when its constructor returns: then it is loaded and warm. Serve asks `check_health`.
 """
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from musicgen.codec_stream import StreamPiece, StreamState
 from musicgen.types import EngineRequest
-from musicgen_serving import inner_ports, logs, tracing, wire
+from musicgen_serving import process, tracing, wire
 from musicgen_serving.autoscaling import LOAD
 from musicgen_serving.deployments.chroma import ChromaExtractor, Recording
 from musicgen_serving.deployments.codec import CodecDecoder
-from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.deployments.language_model import LanguageModel, LanguageModelEvent
 from musicgen_serving.deployments.text_encoder import TextEncoder
 from musicgen_serving.metrics import RayRecorder
-from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings, ServeSettings
+from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings
 
 COMPUTING_NICENESS = 5
 """Of threads that compute: where edges and gatekeeper share their cores, what is short goes first."""
@@ -35,16 +34,14 @@ SAME_EVERYWHERE = 1
 
 
 def set_up(part: str, observability: ObservabilitySettings, num_threads: int | None = None) -> None:
-    """Prepare the process of a replica.
+    """Prepare the process of a replica that handles tensors.
 
     Args:
         part: what runs here, for logs and spans.
         num_threads: of torch, in a replica that computes; None: it does not.
     """
-    logs.set_up(observability.log_level, part)
-    tracing.set_up(observability.otlp_endpoint, part)
+    process.set_up(part, observability)
     wire.pickle_tensors_as_arrays()
-    inner_ports.keep_to_this_machine()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(num_threads or 1)
     if num_threads is not None:
@@ -163,24 +160,3 @@ class ChromaReplica(ChromaExtractor):
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Asked by Serve."""
         return {LOAD: await self.num_calls()}
-
-
-class GatekeeperReplica(LocalGatekeeper):
-    """The one gatekeeper."""
-
-    async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
-        set_up("gatekeeper", settings.observability)
-        super().__init__(settings)
-        self._gauges = asyncio.create_task(self._show_gauges())
-
-    async def _show_gauges(self) -> None:
-        recorder = RayRecorder()
-        while True:
-            await asyncio.sleep(GAUGES_S)
-            counts = await self.counts()
-            recorder.set("usage_lines_lost", counts.num_lines_lost, {})
-            for model, load in counts.models.items():
-                recorder.set("quoted_wait_seconds", load.wait_s, {"model": model})
-
-    def check_health(self) -> None:
-        """A gatekeeper that answers is well."""

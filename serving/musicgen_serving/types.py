@@ -7,10 +7,12 @@ then one `GenerationEnd`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from musicgen.types import ChunkPolicy, FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

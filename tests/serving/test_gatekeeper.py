@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -623,3 +625,10 @@ def test_a_new_gatekeeper_knows_the_keys_of_what_runs() -> None:
         assert (await s.total("running"), await s.total("cancelled")) == (1, 1)
 
     run(body)
+
+
+def test_its_process_loads_no_torch() -> None:
+    """Requests wait while it is replaced: it has to be there quickly."""
+    code = "import sys; import musicgen_serving.gatekeeper_replica; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

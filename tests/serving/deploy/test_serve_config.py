@@ -7,7 +7,8 @@ from typing import Any
 import deploy_files
 import pytest
 import yaml
-from musicgen_serving import app, replicas, serve_config
+from musicgen_serving import app, serve_config
+from musicgen_serving.gatekeeper_replica import GatekeeperReplica
 from musicgen_serving.serve_config import to_serve_config, to_yaml
 from musicgen_serving.settings import ReplicaSettings, load_settings
 from pydantic import ValidationError
@@ -59,7 +60,7 @@ def test_the_override_says_all_that_the_code_says() -> None:
     """Serve puts the options in the place of the code's: what is not in both is lost."""
     settings = load_settings({"http": {"ingress": {"resources": {"edge": 0.9}}}})
     (override,) = to_serve_config(settings)["applications"][0]["deployments"]
-    in_code = app._deployment(replicas.GatekeeperReplica, "Gatekeeper", ReplicaSettings(), settings).ray_actor_options
+    in_code = app._deployment(GatekeeperReplica, "Gatekeeper", ReplicaSettings(), settings).ray_actor_options
     assert in_code is not None
     given = override["ray_actor_options"]
     assert given.keys() == in_code.keys()

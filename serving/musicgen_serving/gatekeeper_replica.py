@@ -1,0 +1,34 @@
+"""The gatekeeper in Ray's process. There is one, and requests wait while it is replaced: hence it loads no torch."""
+
+from __future__ import annotations
+
+import asyncio
+
+from musicgen_serving import process
+from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
+from musicgen_serving.metrics import RayRecorder
+from musicgen_serving.settings import ServeSettings
+
+GAUGES_S = 1.0
+"""Between two looks at what it expects."""
+
+
+class GatekeeperReplica(LocalGatekeeper):
+    """The one gatekeeper."""
+
+    async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
+        process.set_up("gatekeeper", settings.observability)
+        super().__init__(settings)
+        self._gauges = asyncio.create_task(self._show_gauges())
+
+    async def _show_gauges(self) -> None:
+        recorder = RayRecorder()
+        while True:
+            await asyncio.sleep(GAUGES_S)
+            counts = await self.counts()
+            recorder.set("usage_lines_lost", counts.num_lines_lost, {})
+            for model, load in counts.models.items():
+                recorder.set("quoted_wait_seconds", load.wait_s, {"model": model})
+
+    def check_health(self) -> None:
+        """A gatekeeper that answers is well."""
