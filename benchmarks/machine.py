@@ -11,6 +11,7 @@ from musicgen_kernels.isa import empty_bytes, load_level, supported_levels
 
 STREAM_BYTES = 256 << 20
 DRIFT_LIMIT = 0.10
+PROBES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,9 @@ class Machine:
         self._reader.stream_read_seconds(self._buffer.data_ptr(), STREAM_BYTES, self.num_threads)
 
     def peaks(self) -> Peaks:
-        """The best of three probes each."""
-        fp32 = max(self._native.fma_per_second(self.num_threads) for _ in range(3))
-        int8 = max(self._native.int8_per_second(self.num_threads) for _ in range(3))
+        """The best of many probes each, a few ms long: threads may share a core for some of them, new ones do at first."""
+        fp32 = max(self._native.fma_per_second(self.num_threads) for _ in range(PROBES))
+        int8 = max(self._native.int8_per_second(self.num_threads) for _ in range(PROBES))
         return Peaks(2 * fp32, 2 * int8)
 
 
