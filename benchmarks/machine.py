@@ -11,7 +11,7 @@ from musicgen_kernels.isa import empty_bytes, load_level, supported_levels
 
 STREAM_BYTES = 256 << 20
 DRIFT_LIMIT = 0.10
-PROBES = 16
+PROBES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Machine:
         self._reader.stream_read_seconds(self._buffer.data_ptr(), STREAM_BYTES, self.num_threads)
 
     def peaks(self) -> Peaks:
-        """The best of many probes each, a few ms long: threads may share a core for some of them, new ones do at first."""
+        """The best of many probes each of a few ms: for some of them threads may share a core, new ones do at first."""
         fp32 = max(self._native.fma_per_second(self.num_threads) for _ in range(PROBES))
         int8 = max(self._native.int8_per_second(self.num_threads) for _ in range(PROBES))
         return Peaks(2 * fp32, 2 * int8)
