@@ -220,11 +220,12 @@ def test_a_lower_number_is_admitted_first_whatever_the_shares() -> None:
 def test_a_lower_number_goes_first_in_steps_that_do_not_hold_all() -> None:
     """Until its end, although the other's listener falls silent."""
     core = new_core(max_step_rows=3)
-    core.add(EngineRequest("low", codes_request(30), priority=1, chunks=ChunkPolicy()))
-    for _ in range(5):
+    core.add(EngineRequest("low", codes_request(40), priority=1, chunks=ChunkPolicy(1, 4)))
+    for _ in range(10):
         core.step()
     (low,) = core.scheduler.running
-    core.add(EngineRequest("high", codes_request(40, text=2), priority=0, chunks=ChunkPolicy()))
+    assert low.times.first_chunk is not None
+    core.add(EngineRequest("high", codes_request(40, text=2), priority=0, chunks=ChunkPolicy(1, 4)))
     core.step()
     num_frames = low.num_frames
     while core.stats().num_running == 2:
