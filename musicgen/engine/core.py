@@ -18,6 +18,7 @@ from musicgen_kernels.errors import KernelArgumentError
 from musicgen.config import EngineConfig
 from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.checks import check_request
+from musicgen.engine.forecast import Demand
 from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.scheduler import Scheduler
@@ -103,12 +104,7 @@ class EngineCore:
             )
         sequence = self._new_sequence(request)
         if not self.scheduler.fits_alone(sequence):
-            raise InvalidRequestError(
-                f"a request that fits {self.allocator.num_pages} pages and {self.config.scheduler.max_rows} rows",
-                f"{sequence.demand().most_pages} pages and {sequence.num_rows} rows",
-                "shorten it, or give the engine more memory",
-                param="duration",
-            )
+            raise self._too_large(sequence.demand())
         quoted_steps = self.scheduler.steps_to_start(sequence)
         total_s = (quoted_steps + sequence.num_steps_left) * self._step_s
         if request.deadline_s is not None and total_s > request.deadline_s:
@@ -304,3 +300,13 @@ class EngineCore:
             if window.end > codes.num_known_frames
         ]
         return Sequence(request, self.model_config, windows, self._clock())
+
+    def _too_large(self, demand: Demand) -> InvalidRequestError:
+        most_rows, most_pages = self.config.scheduler.max_rows, self.allocator.num_pages
+        if demand.num_rows > most_rows:
+            remedy = "ask for less guidance, or let the engine hold more rows"
+            return InvalidRequestError(
+                f"at most {most_rows} rows", str(demand.num_rows), remedy, param="guidance_scale"
+            )
+        expected, got = f"a request that fits {most_pages} pages", f"{demand.most_pages} pages"
+        return InvalidRequestError(expected, got, "shorten it, or give the engine more memory", param="duration")

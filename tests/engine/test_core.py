@@ -108,9 +108,13 @@ def test_more_than_capacity_could_ever_hold_is_refused() -> None:
     core = new_core(8, max_rows=2)
     core.add(EngineRequest("good", codes_request(20, num_rows=2)))
     before = core.stats()
-    for codes in (codes_request(20, num_rows=3), codes_request(40, num_rows=2, text_len=50)):
-        with pytest.raises(InvalidRequestError, match="pages"):
+    for codes, param, what in (
+        (codes_request(20, num_rows=3), "guidance_scale", "at most 2 rows, got 3"),
+        (codes_request(40, num_rows=2, text_len=50), "duration", "fits 8 pages, got 12 pages"),
+    ):
+        with pytest.raises(InvalidRequestError, match=what) as caught:
             core.add(EngineRequest("bad", codes))
+        assert caught.value.param == param
     assert core.stats() == before
 
 
