@@ -140,12 +140,13 @@ def _check_metadata(
     _, heads, dim = tokens.shape
     device = tokens.device
     pages = check_tensor("cache.k", cache.k, (None, heads, PAGE_LEN, dim), KV_DTYPES, device=device)
-    check_tensor("cache.v", cache.v, pages.shape, (pages.dtype,), device=device)
+    shape, dtype = pages.shape, pages.dtype
+    check_tensor("cache.v", cache.v, shape, (dtype,), device=device)
     for label, scales in (("cache.k_scales", cache.k_scales), ("cache.v_scales", cache.v_scales)):
-        if pages.dtype == torch.int8:
-            check_tensor(label, scales, pages.shape[:3], (torch.float32,), device=device)
+        if dtype == torch.int8:
+            check_tensor(label, scales, (shape[0], heads, PAGE_LEN), (torch.float32,), device=device)
         elif scales is not None:
-            raise KernelArgumentError(label, f"None for {pages.dtype} pages", "a tensor")
+            raise KernelArgumentError(label, f"None for {dtype} pages", "a tensor")
     if cache.layout not in ("plain", "cpu"):
         raise KernelArgumentError("cache.layout", "'plain' or 'cpu'", repr(cache.layout))
     rows = check_tensor("page_table", page_table, (None, None), _INT, device=device).shape[0]
