@@ -1,4 +1,4 @@
-"""Whose turn it is: weighted fair shares between tenants, counted in decode frames.
+"""Whose turn it is: weighted fair shares between tenants, of decode frames and of places.
 
 Every tenant has a virtual counter of the frames it was served, guidance rows counted apart and divided by its
 weight. The tenant with the smallest counter goes next. A tenant that comes back after a pause starts at the smallest
@@ -10,6 +10,7 @@ charged when it is admitted, because its length is known; what it was not served
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 
 
@@ -44,3 +45,38 @@ class VirtualCounters:
         self._served[tenant] = self[tenant] + num_frames / weight
         if num_frames > 0:
             self._last = tenant
+
+
+class Places:
+    """How many requests each tenant runs, and how many of all places are its by weight.
+
+    Shares are among the tenants that run; one that runs alone is left half, because another may come.
+    """
+
+    def __init__(self, num_places: int) -> None:
+        self._num_places = num_places
+        self._held: Counter[str] = Counter()
+        self._weights: dict[str, float] = {}
+        self.some_exceed = False
+        """Whether several tenants run, and one of them has more than its share."""
+
+    def take(self, tenant: str, weight: float) -> None:
+        self._held[tenant] += 1
+        self._weights[tenant] = weight
+        self._look()
+
+    def give_back(self, tenant: str) -> None:
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant], self._weights[tenant]
+        self._look()
+
+    def has_room(self, tenant: str, weight: float, num_more: int = 0) -> bool:
+        """Whether the tenant has no more than its share, with `num_more` requests beside those that it runs."""
+        others = sum(of_other for other, of_other in self._weights.items() if other != tenant)
+        share = self._num_places * weight / (weight + (others or weight))
+        return self._held[tenant] + num_more <= max(1.0, share)
+
+    def _look(self) -> None:
+        running = self._weights.items()
+        self.some_exceed = len(running) > 1 and not all(self.has_room(tenant, weight) for tenant, weight in running)

@@ -45,14 +45,14 @@ class WaitingQueue:
             del self._lanes[key]
 
     def next(self, seen: Collection[int] = ()) -> Sequence | None:
-        """Whose turn it is, those in `seen` (by `id`) left out."""
+        """Whose turn it is. Those in `seen` (by `id`) were tried in vain: others come before the rest of their lane."""
         best: Sequence | None = None
-        best_turn: tuple[int, float, float] | None = None
+        best_turn: tuple[int, int, float, float] | None = None
         for (priority, tenant), lane in self._lanes.items():
-            head = next((s for key, s in lane.items() if key not in seen), None)
+            num_seen, head = next(((i, s) for i, (key, s) in enumerate(lane.items()) if key not in seen), (0, None))
             if head is None:
                 continue
-            turn = (priority, self._counters[tenant], head.times.arrived)
+            turn = (priority, num_seen, self._counters[tenant], head.times.arrived)
             if best_turn is None or turn < best_turn:
                 best, best_turn = head, turn
         return best

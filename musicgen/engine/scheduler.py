@@ -2,27 +2,29 @@
 
 Admission: a request is admitted when, letting everyone advance together to the end, pages and rows always suffice.
 So nothing is ever taken back for want of memory. A request that does not fit yet holds up only those that would
-delay it. Where several tenants come, one that runs already leaves the last place to one that does not: whoever has
-nothing there need not wait for an end, whatever the others ask for.
+delay it. Where several tenants come, one that has its share of places leaves the last one to those that have not, so
+that they need not wait for an end, whatever the others ask for.
 
 A step keeps that promise: either everyone advances, or some do and the forecast still fits, or a *round* begins, in
-which all take turns until each has advanced by one step.
+which all take turns until each has advanced by one step. While a tenant has more than its share of places, a listener
+of another that hears nothing yet goes before all that have sound in hand.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from musicgen.config import SchedulerConfig
 from musicgen.engine.batch import RowChunk, ScheduledBatch
-from musicgen.engine.fairness import VirtualCounters
+from musicgen.engine.fairness import Places, VirtualCounters
 from musicgen.engine.forecast import Capacity, Demand, Forecast
 from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.page_tables import PageTables
 from musicgen.engine.queue import WaitingQueue
 from musicgen.engine.sequence import Phase, Sequence
+from musicgen.engine.turns import Turns
 
 MAX_BACKFILL = 8
 """Requests behind one that does not fit yet that are tried at a time."""
@@ -58,10 +60,10 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, allocator: PageAllocator, frame_rate_hz: float) -> None:
         self.config, self.allocator, self.pages = config, allocator, PageTables(allocator)
         self.capacity = Capacity(allocator.num_pages, config.max_rows, config.max_requests)
-        self.counters = VirtualCounters()
+        self.counters, self.places = VirtualCounters(), Places(config.max_requests)
         self.waiting = WaitingQueue(self.counters)
         self.running: list[Sequence] = []
-        self._frame_rate_hz = frame_rate_hz
+        self._turns = Turns(config.max_step_rows, self.places, frame_rate_hz)
         self._free_slots = list(range(config.max_requests))[::-1]
         self._round: set[int] = set()
         self._steps_to_retry = 0
@@ -81,6 +83,7 @@ class Scheduler:
             self.counters.charge(sequence.request.tenant, -sequence.cost, sequence.request.weight)
             self.pages.release(sequence)
             self.running.remove(sequence)
+            self.places.give_back(sequence.request.tenant)
             self._free_slots.append(sequence.slot)
         sequence.phase = Phase.ENDED
         self._steps_to_retry = 0
@@ -135,7 +138,7 @@ class Scheduler:
         decoding = [s for s in self.running if s.phase is Phase.DECODE]
         prefills = self._prefill(self.config.prefill_tokens if decoding else self.config.idle_prefill_tokens)
         ready = [p.sequence for p in prefills if p.is_ready]
-        chosen = self._who_advances(decoding, ready, len(ready) < len(prefills))
+        chosen = self._who_advances(decoding, ready, len(ready) < len(prefills), now)
         if decoding and not chosen:  # they wait for those behind, so the step is all theirs
             prefills = self._prefill(self.config.idle_prefill_tokens)
         return self._new_batch(chosen, prefills)
@@ -167,7 +170,7 @@ class Scheduler:
         """
         prefills = []
         prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
-        for sequence in sorted(prefilling, key=self._need):
+        for sequence in sorted(prefilling, key=self._turns.need):
             behind = [sequence.prefill_len - row.num_computed for row in sequence.rows]
             num_new = []
             for missing in behind:
@@ -179,7 +182,9 @@ class Scheduler:
             prefills.append(_Prefill(sequence, tuple(num_new), is_ready))
         return prefills
 
-    def _who_advances(self, decoding: list[Sequence], ready: list[Sequence], some_behind: bool) -> list[Sequence]:
+    def _who_advances(
+        self, decoding: list[Sequence], ready: list[Sequence], some_behind: bool, now: float
+    ) -> list[Sequence]:
         """Everyone, if nobody is behind and the step holds all; else those whose listeners are nearest to silence.
 
         Args:
@@ -189,25 +194,20 @@ class Scheduler:
         everyone = decoding + ready
         self._round &= {id(s) for s in everyone}
         if not self._round:
+            hurried = self._turns.hurried(everyone, now)
+            if hurried and self._is_safe_after(hurried):
+                return hurried
             if not some_behind and sum(s.num_rows for s in everyone) <= self.config.max_step_rows:
                 return everyone
             for candidates in (everyone, decoding):
-                chosen = self._fill(sorted(candidates, key=self._need))
+                chosen = self._turns.fill(sorted(candidates, key=self._turns.need))
                 if chosen and self._is_safe_after(chosen):
                     return chosen
             if some_behind:
                 return []  # the forecast counts on those behind to be as far as the others: they catch up first
             self._round = {id(s) for s in everyone}
-        chosen = self._fill(sorted((s for s in everyone if id(s) in self._round), key=self._need))
+        chosen = self._turns.fill(sorted((s for s in everyone if id(s) in self._round), key=self._turns.need))
         self._round -= {id(s) for s in chosen}
-        return chosen
-
-    def _fill(self, sequences: Iterable[Sequence]) -> list[Sequence]:
-        chosen, rows_left = [], self.config.max_step_rows
-        for sequence in sequences:
-            if sequence.num_rows <= rows_left:
-                chosen.append(sequence)
-                rows_left -= sequence.num_rows
         return chosen
 
     def _is_safe_after(self, chosen: list[Sequence]) -> bool:
@@ -227,18 +227,6 @@ class Scheduler:
                 num_freed=demand.num_freed + pages,
             )
         return Forecast(self.capacity, self.allocator.num_held + num_new, list(demands.values())).fits()
-
-    def _need(self, sequence: Sequence) -> tuple[int, float]:
-        """Sorts by priority, then by when the listener needs the next frame.
-
-        Before the first sound that is at once. Where nobody listens, it is as if somebody had from the first step.
-        """
-        times = sequence.times
-        began = times.first_chunk if sequence.request.chunks is not None else times.decoding
-        if began is None:
-            return sequence.request.priority, times.arrived
-        heard = sequence.num_frames - sequence.request.codes.num_known_frames
-        return sequence.request.priority, began + heard / self._frame_rate_hz
 
     # --- admission ---
 
@@ -268,9 +256,9 @@ class Scheduler:
 
     def _room_for(self, sequence: Sequence) -> Capacity:
         """All of it, or all but the last place."""
-        tenant, num_requests = sequence.request.tenant, self.capacity.num_requests
-        has_one = any(other.request.tenant == tenant for other in self.running)
-        if num_requests < MIN_TO_SPARE or not has_one or not self.counters.knows_others(tenant):
+        request, num_requests = sequence.request, self.capacity.num_requests
+        has_room = self.places.has_room(request.tenant, request.weight, num_more=1)
+        if num_requests < MIN_TO_SPARE or has_room or not self.counters.knows_others(request.tenant):
             return self.capacity
         return replace(self.capacity, num_requests=num_requests - 1)
 
@@ -287,6 +275,7 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         self.counters.charge(sequence.request.tenant, sequence.cost, sequence.request.weight)
+        self.places.take(sequence.request.tenant, sequence.request.weight)
         sequence.slot = self._free_slots.pop()
         sequence.phase = Phase.PREFILL
         sequence.times.admitted = now
