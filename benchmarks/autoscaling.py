@@ -142,12 +142,13 @@ def settings(args: argparse.Namespace, ports: tuple[int, int], max_waiting: int)
         "max_waiting": max_waiting,
         "language_model": scaling,
     }
+    two = {"min_replicas": 2, "max_replicas": 2}  # while one is replaced the other listens
     return {
         "models": [model],
         "access": {"open": True},
         "admission": {"max_wait_s": 120.0},
-        "http": {"port": ports[0]},
-        "grpc": {"port": ports[1], "ingress": {"min_replicas": 2, "max_replicas": 2}},  # while one is replaced
+        "http": {"port": ports[0], "ingress": two},
+        "grpc": {"port": ports[1], "ingress": two},
     }
 
 
@@ -200,7 +201,7 @@ def redeploy(args: argparse.Namespace, urls: tuple[str, str], ports: tuple[int, 
     began = time.perf_counter()
     time.sleep(args.redeploy_after_s)
     changed = settings(args, ports, max_waiting=77)
-    serve.run(build_app(changed), name=APP_NAME)
+    serve.run(build_app(changed), name=APP_NAME, route_prefix=None)
     seconds = time.perf_counter() - began - args.redeploy_after_s
     result = load.result()
     _add(report, "redeployment", result, args)

@@ -55,8 +55,8 @@ class Findings:
 
 
 def _is_bad_http(status: int) -> bool:
-    """5xx, other than the 503 of an overload."""
-    return status >= 500 and status != 503
+    """5xx, other than the 503 of an overload and the 504 of a deadline that the request set itself."""
+    return status >= 500 and status not in (503, 504)
 
 
 # --- the OpenAPI document ---
