@@ -36,7 +36,7 @@ Handle = DeploymentHandle[Any]
 
 logger = logging.getLogger(__name__)
 
-GATEKEEPER_WAIT_S = 10.0
+GATEKEEPER_WAIT_S = 20.0
 """Longest wait for a gatekeeper that is being replaced."""
 
 _LOSSES = (
