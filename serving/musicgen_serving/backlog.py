@@ -21,7 +21,8 @@ long it would wait: it is others that are too many. All shares together are the 
 **The speed** `v` is seconds of audio given out per second, as a ratio of two sums that forget with a time constant, so
 that audio which comes in lumps counts as what it is over time. There are two such ratios. One counts all time with
 work. The other counts only time with all slots taken, and starts with the speed that the settings promise. `v` is the
-larger: few pieces at a time never show what a full batch can do, so they may raise the estimate but not lower it.
+larger: few pieces at a time never show what a full batch can do, so they may raise the estimate but not lower it. Time
+without any engine counts for neither: one that comes back is as fast as it was.
 
 It is an estimate: pieces move alike only roughly, guidance and long windows take more, and audio reaches the client
 after the language model has made it. The engines' own queue bounds stand behind it.
@@ -107,6 +108,7 @@ class Backlog:
         self._num_replicas, self._num_slots, self._max_wait_s, self._clock = num_replicas, num_slots, max_wait_s, clock
         self._works: dict[str, _Work] = {}
         self._num_pieces = 0
+        self._has_engine = True
         self._any = _Ratio(initial_speed * num_replicas * PRIOR_S, PRIOR_S)
         self._full = _Ratio(initial_speed * num_replicas * PRIOR_S, PRIOR_S)
         self._quotes: dict[tuple[str, float, int], float] = {}
@@ -122,6 +124,7 @@ class Backlog:
         """The number of replicas has changed: so has the speed, in proportion. None at all counts as one, which is
         being replaced."""
         self._pass_time()
+        self._has_engine = num_replicas > 0
         num_replicas = max(1, num_replicas)
         for ratio in (self._any, self._full):
             ratio.audio_s *= num_replicas / self._num_replicas
@@ -232,6 +235,8 @@ class Backlog:
         self._quotes.clear()
         now = self._clock()
         past_s, self._since = max(0.0, now - self._since), now
+        if not self._has_engine and not made_s:
+            return
         if self._works:
             self._any.add(made_s, past_s)
         if self._num_pieces >= self._slots:

@@ -199,6 +199,25 @@ def test_time_of_a_silent_engine_counts_when_all_slots_are_taken() -> None:
     assert quote(queue) > 4 * before_s
 
 
+def test_time_without_an_engine_says_nothing_of_its_speed() -> None:
+    """While the only replica is replaced audio stops; the next one is no slower for that."""
+    clock = Clock()
+    queue = backlog(clock, speed=4.0)
+    add(queue, "1", 40.0)
+    add(queue, "2", 40.0)
+    add(queue, "3", 40.0)
+    before = queue.speed
+    queue.set_capacity(0)
+    for _ in range(10):
+        clock.now += MEMORY_S / 5
+        queue.set_capacity(0)
+    queue.set_capacity(1)
+    assert queue.speed == pytest.approx(before)
+    clock.now += MEMORY_S
+    queue.set_capacity(1)
+    assert queue.speed < before / 1.5, "now it is there and silent"
+
+
 def test_replicas_bring_slots_and_speed_in_proportion() -> None:
     clock = Clock()
     queue = backlog(clock, num_replicas=2, num_slots=1, speed=1.0)
