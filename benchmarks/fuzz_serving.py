@@ -2,9 +2,9 @@
 
 The whole service in one process (embedded model, short pieces), and four kinds of senders in processes of their own at
 the same time: what schemathesis makes of the OpenAPI document, mutated protobufs, broken recordings, broken HTTP. There
-must be no 5xx (but 503 of an overload and 504 of a deadline) or INTERNAL, no answer that never comes, and at the end as many pages, files,
-tasks and requests as at the beginning. A table comes first, one line of JSON last; the exit status says whether all
-held.
+must be no 5xx (but 503 of an overload and 504 of a deadline) or INTERNAL, no answer that never comes, and at the end as
+many pages, files, tasks and requests as at the beginning. A table comes first, one line of JSON last; the exit status
+says whether all held.
 """
 
 from __future__ import annotations
