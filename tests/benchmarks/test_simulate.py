@@ -286,8 +286,10 @@ def test_leaps_change_nothing() -> None:
 
 
 def test_throughput_at_saturation_is_the_closed_form() -> None:
+    """Of one tenant: several keep a place free for each other, and do not always advance together."""
     config = replica_config(num_pages=20_000, max_requests=24, prefill_tokens=256)
-    requests = requests_at(1e4, 120, config, leave_share=0.0, repeat_share=0.0, durations_s=(2.0, 6.0))
+    alone = (Tenant("a", 1.0, 1.0),)
+    requests = requests_at(1e4, 120, config, leave_share=0.0, repeat_share=0.0, durations_s=(2.0, 6.0), tenants=alone)
     expected = capacity(requests, config.model, config.step_time, config.num_pages, config.scheduler)
     assert expected.num_streams == 24
     begin, end = 20 / expected.requests_s, 95 / expected.requests_s  # before the queue runs dry
