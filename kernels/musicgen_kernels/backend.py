@@ -131,8 +131,7 @@ def implementation(operation: str, device: torch.device, dtype: torch.dtype, bac
     Raises:
         BackendUnavailableError: the backend asked for, by argument or environment, cannot run this case.
     """
-    choice = choose(operation, str(device), dtype, backend or from_environment(operation))
-    function: Callable[..., Any] = getattr(_load(choice.backend), operation)
+    function: Callable[..., Any] = getattr(_chosen(operation, device, dtype, backend), operation)
     return function
 
 
@@ -146,10 +145,13 @@ def prepared(
     Raises:
         BackendUnavailableError: as `implementation`.
     """
-    choice = choose(operation, str(device), dtype, backend or from_environment(operation))
-    chosen = _load(choice.backend)
+    chosen = _chosen(operation, device, dtype, backend)
     prepare: Callable[..., Callable[[], None]] | None = getattr(chosen, f"prepare_{operation}", None)
     return functools.partial(getattr(chosen, operation), *arguments) if prepare is None else prepare(*arguments)
+
+
+def _chosen(operation: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> Any:
+    return _load(choose(operation, str(device), dtype, backend or from_environment(operation)).backend)
 
 
 def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:

@@ -74,14 +74,3 @@ def result_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
         got = f"{wanted} for {x.dtype}"
         raise KernelArgumentError("out_dtype", "float32, bfloat16 or float16, for one of these", got)
     return wanted
-
-
-def check_int(argument: str, value: int, low: int, high: int) -> int:
-    """Return `value` if low ≤ value ≤ high.
-
-    Raises:
-        KernelArgumentError: it is not.
-    """
-    if not low <= value <= high:
-        raise KernelArgumentError(argument, f"{low} to {high}", str(value))
-    return value

@@ -9,9 +9,6 @@ from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.metrics import RayRecorder
 from musicgen_serving.settings import ServeSettings
 
-GAUGES_S = 1.0
-"""Between two looks at what it expects."""
-
 
 class GatekeeperReplica(LocalGatekeeper):
     """The one gatekeeper."""
@@ -24,7 +21,7 @@ class GatekeeperReplica(LocalGatekeeper):
     async def _show_gauges(self) -> None:
         recorder = RayRecorder()
         while True:
-            await asyncio.sleep(GAUGES_S)
+            await asyncio.sleep(process.GAUGES_S)
             counts = await self.counts()
             recorder.set("usage_lines_lost", counts.num_lines_lost, {})
             for model, load in counts.models.items():

@@ -5,6 +5,9 @@ from __future__ import annotations
 from musicgen_serving import inner_ports, logs, tracing
 from musicgen_serving.settings import ObservabilitySettings
 
+GAUGES_S = 1.0
+"""Between two looks of a replica at its own load."""
+
 
 def set_up(part: str, observability: ObservabilitySettings) -> None:
     """Logs, spans, ports.

@@ -27,8 +27,6 @@ from musicgen_serving.settings import LimitSettings, ModelSettings, Observabilit
 
 COMPUTING_NICENESS = 5
 """Of threads that compute: where edges and gatekeeper share their cores, what is short goes first."""
-GAUGES_S = 1.0
-"""Between two looks at a replica's load."""
 SAME_EVERYWHERE = 1
 """Threads of torch where its results must be the same in every process."""
 
@@ -79,7 +77,7 @@ class LanguageModelReplica(LanguageModel):
     async def _show_gauges(self, labels: dict[str, str]) -> None:
         recorder = RayRecorder()
         while True:
-            await asyncio.sleep(GAUGES_S)
+            await asyncio.sleep(process.GAUGES_S)
             load = await self.load()
             recorder.set("step_seconds", load.step_s, labels)
             recorder.set("batch_pieces", load.num_running, labels)
@@ -120,7 +118,7 @@ class CodecReplica(CodecDecoder):
     async def _show_gauges(self, labels: dict[str, str]) -> None:
         recorder = RayRecorder()
         while True:
-            await asyncio.sleep(GAUGES_S)
+            await asyncio.sleep(process.GAUGES_S)
             recorder.set("codec_calls", await self.num_calls(), labels)
 
 

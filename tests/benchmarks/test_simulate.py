@@ -212,21 +212,29 @@ def serve_by_core(requests: list[Request], config: ReplicaConfig) -> tuple[dict[
     return chunks, ends
 
 
+FLOOD = (Tenant("flood", 0.9), Tenant("steady", 0.1))
+
+
 @pytest.mark.parametrize(
-    ("rate_hz", "durations_s", "num_pages"),
+    ("num", "rate_hz", "durations_s", "num_pages", "max_requests", "tenants"),
     [
-        (12.0, (1.0, 4.0), 4000),
-        (400.0, (1.0, 4.0), 300),  # pages are short, so requests wait and are tried again every 16 steps
-        (12.0, (25.0, 40.0), 1500),  # several windows
+        (24, 12.0, (1.0, 4.0), 4000, 64, TENANTS),
+        (24, 400.0, (1.0, 4.0), 300, 64, TENANTS),  # pages are short: requests wait and are tried again every 16 steps
+        (6, 12.0, (25.0, 40.0), 1500, 64, TENANTS),  # several windows
+        (40, 12.0, (6.0, 12.0), 4000, 8, FLOOD),  # one has more than its share: not everyone advances in each step
     ],
-    ids=["room", "pressure", "windows"],
+    ids=["room", "pressure", "windows", "flood"],
 )
 def test_leaps_give_what_the_core_gives_step_by_step(
-    rate_hz: float, durations_s: tuple[float, float], num_pages: int
+    num: int,
+    rate_hz: float,
+    durations_s: tuple[float, float],
+    num_pages: int,
+    max_requests: int,
+    tenants: tuple[Tenant, ...],
 ) -> None:
-    config = replica_config(num_pages=num_pages)
-    num = 6 if max(durations_s) > 30 else 24
-    requests = requests_at(rate_hz, num, config, leave_share=0.0, durations_s=durations_s)
+    config = replica_config(num_pages=num_pages, max_requests=max_requests)
+    requests = requests_at(rate_hz, num, config, leave_share=0.0, durations_s=durations_s, tenants=tenants)
     chunks, ends = serve_by_core(requests, config)
     outcomes = run(requests, 1, config).outcomes
     assert len(ends) == len(outcomes) == num

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from musicgen_serving.errors import (
 )
 from musicgen_serving.generation import READINESS_S, GenerationService
 from musicgen_serving.service import Readiness
-from musicgen_serving.settings import FailoverSettings, ServeSettings
+from musicgen_serving.settings import FailoverSettings, HttpSettings, ServeSettings
 from musicgen_serving.spokes import BrokenError, LostError, Spokes
 from musicgen_serving.types import GenerationEnd, GenerationRequest, Piece, PieceAudio, Started
 from serving.in_process import InProcess, small_settings
@@ -41,6 +43,10 @@ from musicgen.errors import (
     RequestCancelledError,
 )
 from musicgen.types import ChunkPolicy, EngineRequest, FinishReason, SamplingParams
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own code uses what pydantic deprecates
+    from musicgen_serving.ingress import Ingress
 
 DURATION_S = 3.0
 TEXTS, SEEDS = ("happy rock", "sad jazz"), (3, 4)
@@ -426,6 +432,32 @@ def test_readiness_follows_the_parts(service: InProcess, lossy: list[Lossy]) -> 
     assert service.run(seen()) == {"gatekeeper": "ready", "demo": "not reached"}
     lossy[0].is_lost = False
     assert service.run(seen()) == {"gatekeeper": "ready", "demo": "ready"}
+
+
+def test_a_replica_that_leaves_is_not_ready_before_it_stops_listening() -> None:
+    """So that balancers turn to others: then what is under way ends, and what is to be settled is settled."""
+    seen: list[str] = []
+    service = GenerationService(ServeSettings(), {}, LocalGatekeeper(ServeSettings()), None)  # type: ignore[arg-type]
+
+    async def stop(grace_s: float) -> None:
+        readiness = await service.readiness()
+        assert not readiness.ready
+        assert readiness.details == {"edge": "leaving"}
+        seen.append(f"stop {grace_s:g}")
+
+    async def close() -> None:
+        seen.append("close")
+
+    async def run() -> float:
+        service.close = close  # type: ignore[method-assign]
+        edge, settings = HttpSettings(lame_duck_s=0.2), ServeSettings()
+        replica = SimpleNamespace(service=service, edge=edge, settings=settings, _server=SimpleNamespace(stop=stop))
+        began = asyncio.get_running_loop().time()
+        await Ingress.__del__(replica)  # type: ignore[arg-type]
+        return asyncio.get_running_loop().time() - began
+
+    assert asyncio.run(run()) >= 0.2
+    assert seen == [f"stop {ServeSettings().drain_s:g}", "close"]
 
 
 class Whole:

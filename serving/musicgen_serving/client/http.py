@@ -40,7 +40,7 @@ _FIELDS = (
 )  # fmt: skip
 _FILES = ("melody", "prompt_audio")
 _UNREACHABLE = (500, 502, 503, 504)
-"""What a proxy answers in the service's place; Ray Serve's says 500 where a replica died before it answered."""
+"""What something between answers in the service's place; the service's own errors have a shape of their own."""
 
 
 class HttpClient(Client):

@@ -100,6 +100,7 @@ def test_who_reads_nothing_is_cut_off(
 
     run(check())
     assert "took nothing" in caplog.text
+    assert [r for r in caplog.records if r.levelno >= logging.ERROR or r.exc_info] == [], "it is cut on purpose"
 
 
 def test_who_reads_slowly_is_served(service: FakeService, run: Runner) -> None:

@@ -27,8 +27,7 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @asynccontextmanager
 async def serving(service: FakeService | None = None, **settings: object) -> AsyncIterator[HttpServer]:
-    how = HttpSettings(**settings) if "port" in settings else HttpSettings(**settings).model_copy(update={"port": 0})
-    service = service or FakeService()
+    how, service = HttpSettings().model_copy(update={"port": 0, **settings}), service or FakeService()
     running = await start_server(create_app(service), how, service.limits.reader_stall_s)
     try:
         yield running
