@@ -1,22 +1,35 @@
 """The whole recipe of the demo model, step by step; each step continues where it was interrupted.
 
-    python -m musicgen.demo --out build/demo --codec-minutes 70 --lm-minutes 90
+    python -m musicgen.demo --out build/demo
 
 ``--codec FOLDER`` takes a trained codec (an ``EncodecModel`` or a whole checkpoint) in place of training one.
+Fewer clips and steps make a quicker and worse model: ``--clips 96 --grouped-clips 98 --codec-steps 1200 --lm-steps 800``.
 """
 
 import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from musicgen.demo import train_codec, train_lm
+
 TRAIN_SEED, HELD_OUT_SEED = 1, 900
-TRAIN_CLIPS, GROUPED_CLIPS, HELD_OUT_CLIPS = 512, 700, 80
-"""Training clips of their own, training clips of melodies that come in every style, held-out clips."""
+HELD_OUT_CLIPS = 80
 
 
-def steps(out: Path, codec: Path | None, codec_minutes: float, lm_minutes: float) -> list[list[str]]:
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is rendered and trained: clips of their own, clips of melodies in every style, updates of each model."""
+
+    clips: int = 512
+    grouped_clips: int = 700
+    codec_steps: int = train_codec.NUM_STEPS
+    lm_steps: int = train_lm.NUM_STEPS
+
+
+def steps(out: Path, codec: Path | None, size: Size) -> list[list[str]]:
     """The commands of the recipe in order, each a module of this package with its arguments."""
     train, held, run = str(out / "train"), str(out / "held"), str(out / "run")
     made_codec = str(codec or out / "codec-run" / "codec")
@@ -25,17 +38,17 @@ def steps(out: Path, codec: Path | None, codec_minutes: float, lm_minutes: float
         return ["render", "--seed", str(seed), "--clips", str(num_clips), "--out", folder, "--name", name, *options]
 
     commands = [
-        render(TRAIN_SEED, TRAIN_CLIPS, train, "train"),
-        render(TRAIN_SEED, GROUPED_CLIPS, train, "pair", "--grouped"),
+        render(TRAIN_SEED, size.clips, train, "train"),
+        render(TRAIN_SEED, size.grouped_clips, train, "pair", "--grouped"),
         render(HELD_OUT_SEED, HELD_OUT_CLIPS, held, "held"),
     ]
     if codec is None:
         codec_run = str(out / "codec-run")
-        commands.append(["train_codec", "--data", train, "--run", codec_run, "--minutes", str(codec_minutes)])
+        commands.append(["train_codec", "--data", train, "--run", codec_run, "--steps", str(size.codec_steps)])
     commands += [
         ["tokenise", "--data", train, "--codec", made_codec],
         ["tokenise", "--data", held, "--codec", made_codec],
-        ["train_lm", "--data", str(out), "--codec", made_codec, "--run", run, "--minutes", str(lm_minutes)],
+        ["train_lm", "--data", str(out), "--codec", made_codec, "--run", run, "--steps", str(size.lm_steps)],
         ["plot", "--run", run, "--out", str(out / "loss.png")],
     ]
     for module, name in (("evaluate", "figures"), ("quantisation", "quantisation")):
@@ -46,12 +59,14 @@ def steps(out: Path, codec: Path | None, codec_minutes: float, lm_minutes: float
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--codec", type=Path)
-    parser.add_argument("--codec-minutes", type=float, default=70.0)
-    parser.add_argument("--lm-minutes", type=float, default=90.0)
+    parser.add_argument("--out", type=Path, required=True, help="data, states, checkpoint and figures go here")
+    parser.add_argument("--codec", type=Path, help="a trained codec, in place of training one")
+    for field in fields(Size):
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=field.default, help="%(default)s by default")
     chosen = parser.parse_args(arguments)
-    for module, *rest in steps(chosen.out, chosen.codec, chosen.codec_minutes, chosen.lm_minutes):
+    size = Size(chosen.clips, chosen.grouped_clips, chosen.codec_steps, chosen.lm_steps)
+    for module, *rest in steps(chosen.out, chosen.codec, size):
         print(f"== {module} {' '.join(rest)}", flush=True)
         subprocess.run([sys.executable, "-m", f"musicgen.demo.{module}", *rest], check=True)
 

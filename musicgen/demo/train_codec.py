@@ -1,9 +1,9 @@
 """Trains the demo codec: a small EnCodec in Hugging Face layout, from nothing, on rendered shards.
 
-Owns the codec's shapes, its losses and the training of its codebooks.  Resumable and seeded; knows nothing of the
-language model.
+Owns the codec's shapes, its losses and the training of its codebooks.  Resumable and seeded; the schedule
+counts steps, so the result does not depend on the speed of the machine.  Knows nothing of the language model.
 
-    python -m musicgen.demo.train_codec --data build/demo/train --run build/demo/codec-run --minutes 70
+    python -m musicgen.demo.train_codec --data build/demo/train --run build/demo/codec-run
 """
 
 import argparse
@@ -25,6 +25,7 @@ from transformers import EncodecConfig, EncodecModel
 from musicgen.demo.style import mel_filter_bank
 
 CROP_SAMPLES = 640 * 32
+NUM_STEPS = 6900
 PEAK_RATE = 1e-3
 DECAY = 0.98
 """Of the running means that the codebooks follow."""
@@ -132,9 +133,9 @@ def spectral_loss(made: Tensor, wanted: Tensor) -> Tensor:
 class CodecTrainer:
     """The state of a codec's training; quantisation starts after ``warm_up_steps``, else the codebooks collapse."""
 
-    def __init__(self, run: Path, minutes: float, *, seed: int = 0, warm_up_steps: int = 400) -> None:
+    def __init__(self, run: Path, num_steps: int, *, seed: int = 0, warm_up_steps: int = 400) -> None:
         torch.manual_seed(seed)
-        self.run, self.minutes, self.warm_up_steps = run, minutes, warm_up_steps
+        self.run, self.num_steps, self.warm_up_steps = run, num_steps, warm_up_steps
         self.model = EncodecModel(codec_config())
         self.model.train()
         self.codebooks = [
@@ -160,8 +161,8 @@ class CodecTrainer:
             latent, commitment = quantise(latent, self.codebooks, first=self.step == self.warm_up_steps)
         made = self.model.decoder(latent)[..., :CROP_SAMPLES]
         loss = spectral_loss(made[:, 0], wav[:, 0]) + 0.5 * F.l1_loss(made, wav) + 0.25 * commitment
-        progress = min(1.0, self.used_s / (60 * self.minutes))
-        rate = PEAK_RATE * min(1, (self.step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
+        fall = 0.02 + 0.49 * (1 + math.cos(math.pi * self.step / self.num_steps))
+        rate = PEAK_RATE * min(1, (self.step + 1) / 200) * fall
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.zero_grad()
@@ -198,10 +199,10 @@ class CodecTrainer:
 
 
 def train(trainer: CodecTrainer, data: Path, batch_size: int, save_every_s: float = 240.0) -> None:
-    """Runs until the minutes are used up, appending to ``log.jsonl``."""
+    """Runs the steps that are left, appending to ``log.jsonl``."""
     shards = [np.load(path, mmap_mode="r") for path in sorted(data.glob("*.npy"))]
     mean, saved_s = math.nan, trainer.used_s
-    while trainer.used_s < 60 * trainer.minutes:
+    while trainer.step < trainer.num_steps:
         start_s = time.monotonic()
         loss = trainer.train_step(shards, batch_size)
         mean = loss if math.isnan(mean) else 0.98 * mean + 0.02 * loss
@@ -221,14 +222,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of rendered shards")
     parser.add_argument("--run", type=Path, required=True, help="state and log; the codec goes to its folder codec/")
-    parser.add_argument("--minutes", type=float, default=70.0)
+    parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.run.mkdir(parents=True, exist_ok=True)
-    train(CodecTrainer(arguments.run, arguments.minutes, seed=arguments.seed), arguments.data, arguments.batch)
+    train(CodecTrainer(arguments.run, arguments.steps, seed=arguments.seed), arguments.data, arguments.batch)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Owns the training loop: optimisers, schedule, checkpoints, log.  Knows the data only as batches and the model only as
 losses.  Resumable: started again with the same ``--run`` it continues, random state included.
+The schedule counts steps, not time, so the result does not depend on the speed of the machine.
 
-    python -m musicgen.demo.train_lm --data build/demo --codec build/demo/codec --run build/demo/run --minutes 90
+    python -m musicgen.demo.train_lm --data build/demo --codec build/demo/codec --run build/demo/run
 """
 
 import argparse
@@ -31,9 +32,10 @@ TEXT_RATE = 0.05
 """Learning rate of text encoder and text projection, relative to AdamW's.  The decoder normalises what it is given, so
 nothing bounds the text states: at the full rate they grew to ten times the positions, in one direction, and the words
 in them could no longer be told apart."""
+NUM_STEPS = 5250
 WARM_UP_STEPS = 60
 DECAY_FROM = 0.55
-"""Share of the training time after which the learning rate falls linearly, to 2 % of its peak."""
+"""Share of the steps after which the learning rate falls linearly, to 2 % of its peak."""
 CONDITIONS: tuple[tuple[str, dict[str, str]], ...] = (
     ("right", {}),
     ("wrong_melody", {"melody": "wrong"}),
@@ -46,9 +48,9 @@ CONDITIONS: tuple[tuple[str, dict[str, str]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``minutes`` of training time over all runs; ``crop`` is (clips, steps) of a batch, ``long_crop`` near the end."""
+    """``num_steps`` updates in all; ``crop`` is (clips, frames) of a batch, ``long_crop`` near the end."""
 
-    minutes: float
+    num_steps: int
     seed: int
     crop: tuple[int, int]
     long_crop: tuple[int, int]
@@ -58,7 +60,7 @@ class Settings:
 
 
 def learning_rate_factor(step: int, progress: float) -> float:
-    """Warm-up over steps, then 1, then a linear fall with the share of time that is gone."""
+    """Warm-up, then 1, then a linear fall with the share of the steps that is done."""
     fall = 1.0 if progress < DECAY_FROM else max(0.02, (1.0 - progress) / (1.0 - DECAY_FROM))
     return min(1.0, (step + 1) / WARM_UP_STEPS) * fall
 
@@ -85,10 +87,10 @@ def build_optimisers(model: nn.Module, settings: Settings) -> list[torch.optim.O
 
 
 def choose_crop(settings: Settings, progress: float, rng: random.Random) -> tuple[int, int, int]:
-    """(clips, steps, offset) of the next batch: half of the crops start with the clip, where positions are learnt."""
-    batch_size, num_steps = settings.crop if progress < settings.long_from else settings.long_crop
-    offset = 0 if rng.random() < 0.5 else rng.randrange(0, MAX_STEPS - num_steps, 16)
-    return batch_size, num_steps, offset
+    """(clips, frames, offset) of the next batch: half of the crops start with the clip, where positions are learnt."""
+    batch_size, num_frames = settings.crop if progress < settings.long_from else settings.long_crop
+    offset = 0 if rng.random() < 0.5 else rng.randrange(0, MAX_STEPS - num_frames, 16)
+    return batch_size, num_frames, offset
 
 
 @torch.no_grad()
@@ -122,13 +124,13 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the training time that is used."""
-        return self.used_s / (60 * self.settings.minutes)
+        """Share of the steps that is done."""
+        return self.step / self.settings.num_steps
 
     def train_step(self, clips: Clips) -> Tensor:
         """One update; returns the loss of each codebook, float32 ``[K]``."""
-        batch_size, num_steps, offset = choose_crop(self.settings, self.progress, self.rng)
-        batch = sample_batch(clips, self.tokenizer, self.rng, batch_size, num_steps, offset)
+        batch_size, num_frames, offset = choose_crop(self.settings, self.progress, self.rng)
+        batch = sample_batch(clips, self.tokenizer, self.rng, batch_size, num_frames, offset)
         losses = codebook_losses(self.model, batch)
         torch.autograd.backward((losses * torch.tensor(LOSS_WEIGHTS)).mean())
         torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 1.0)
@@ -180,11 +182,11 @@ class Trainer:
 def train(
     trainer: Trainer, data: Path, held_out: Clips, save_every_s: float = 180.0, eval_every_s: float = 420.0
 ) -> None:
-    """Runs until the minutes are used up; picks up shards that were cached in the meantime at every save."""
+    """Runs the steps that are left, appending to ``log.jsonl``."""
     clips = load_clips(data)
     mean: Tensor | None = None
     saved_s = evaluated_s = trainer.used_s
-    while trainer.progress < 1.0:
+    while trainer.step < trainer.settings.num_steps:
         start_s = time.monotonic()
         losses = trainer.train_step(clips)
         mean = losses if mean is None else 0.95 * mean + 0.05 * losses
@@ -193,7 +195,7 @@ def train(
             trainer.log({"train": [round(value, 4) for value in mean.tolist()], "clips": len(clips)})
         if trainer.used_s - saved_s > save_every_s:
             trainer.save()
-            saved_s, clips = trainer.used_s, load_clips(data)
+            saved_s = trainer.used_s
         if trainer.used_s - evaluated_s > eval_every_s:
             trainer.log_held_out(held_out, 32)
             evaluated_s = trainer.used_s
@@ -206,9 +208,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and held/, tokenised")
     parser.add_argument("--codec", type=Path, required=True, help="folder of an EncodecModel or a checkpoint")
     parser.add_argument("--run", type=Path, required=True, help="state, log and checkpoint go here")
-    parser.add_argument("--minutes", type=float, default=90.0, help="training time in all, over restarts")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="updates in all, over restarts")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=500, help="length of a crop")
+    parser.add_argument("--frames", type=int, default=500, help="length of a crop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export-only", action="store_true", help="write the checkpoint of the saved state and stop")
@@ -216,10 +218,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     arguments.run.mkdir(parents=True, exist_ok=True)
     settings = Settings(
-        minutes=arguments.minutes,
+        num_steps=arguments.steps,
         seed=arguments.seed,
-        crop=(arguments.batch, arguments.steps),
-        long_crop=(max(1, arguments.batch // 2), 2 * arguments.steps),
+        crop=(arguments.batch, arguments.frames),
+        long_crop=(max(1, arguments.batch // 2), 2 * arguments.frames),
         long_from=0.85,
         muon_rate=3e-3,
         adam_rate=2e-3,

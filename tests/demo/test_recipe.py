@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from musicgen.demo.__main__ import steps
+from musicgen.demo.__main__ import Size, steps
 
 
 def test_every_step_is_a_module_and_takes_its_options(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands = steps(Path("out"), None, 1.0, 2.0)
+    commands = steps(Path("out"), None, Size())
     names = [command[0] for command in commands]
     assert names == [
         *("render", "render", "render", "train_codec", "tokenise", "tokenise"),
         *("train_lm", "plot", "evaluate", "quantisation"),
     ]
-    assert [c[0] for c in steps(Path("out"), Path("codec"), 1.0, 2.0)].count("train_codec") == 0
+    assert [c[0] for c in steps(Path("out"), Path("codec"), Size())].count("train_codec") == 0
     for name, *options in commands:
         module = importlib.import_module(f"musicgen.demo.{name}")
         monkeypatch.setattr(sys, "argv", [name, "--help"])
