@@ -3,7 +3,9 @@
     python -m musicgen.demo --out build/demo
 
 ``--codec FOLDER`` takes a trained codec (an ``EncodecModel`` or a whole checkpoint) in place of training one.
-Fewer clips and steps make a quicker and worse model: ``--clips 96 --grouped-clips 98 --codec-steps 1200 --lm-steps 800``.
+Fewer clips and steps make a quicker and worse model:
+
+    python -m musicgen.demo --out build/quick --clips 96 --grouped-clips 98 --codec-steps 1200 --lm-steps 800
 """
 
 import argparse
