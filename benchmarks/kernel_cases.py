@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import musicgen_kernels as kernels
 import torch
-from musicgen_kernels.isa import empty_bytes
+from musicgen_kernels.isa import zero_bytes
 from musicgen_kernels.packing import KINDS, Kind
 from torch import Tensor
 
@@ -156,7 +156,7 @@ def linear_case(target: Target, kind: Kind, rows: int, n: int, k: int) -> Case:
 
 
 def _placed(data: Tensor) -> Tensor:
-    return data.clone() if data.is_cuda else empty_bytes(data.nbytes).copy_(data)
+    return data.clone() if data.is_cuda else zero_bytes(data.nbytes).copy_(data)
 
 
 def sampling_case(target: Target, requests: int, codebooks: int, num_codes: int) -> Case:

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from musicgen_kernels.isa import empty_bytes, load_level, supported_levels
+from musicgen_kernels.isa import load_level, supported_levels, zero_bytes
 
 STREAM_BYTES = 256 << 20
 DRIFT_LIMIT = 0.10
@@ -34,7 +34,7 @@ class Machine:
         self.level, self._native = load_level(level)
         self.num_threads = num_threads
         self._reader = load_level(supported_levels()[0])[1]  # the memory's limit, not the level's
-        self._buffer = empty_bytes(STREAM_BYTES).fill_(1)
+        self._buffer = zero_bytes(STREAM_BYTES).fill_(1)
 
     def stream_bytes_per_s(self) -> float:
         """Read bandwidth: the median of five passes over 256 MiB, all threads."""

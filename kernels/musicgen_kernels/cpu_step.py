@@ -17,7 +17,7 @@ from torch import Tensor
 from .checks import check_tensor
 from .cpu import HEAD_DIMS, TABLE_DTYPES, load, packed_arguments, page_arguments, row_arguments
 from .errors import BackendUnavailableError, KernelArgumentError
-from .isa import empty_bytes
+from .isa import zero_bytes
 from .linear import check_packed
 from .packing import PackedLinear
 from .pages import KVStore
@@ -139,7 +139,7 @@ class CpuStep:
 def _gathered(weights: DecoderWeights) -> DecoderWeights:
     """The same weights, every matrix in one piece of memory, in the order in which a step reads them."""
     matrices = [matrix for block in weights.blocks for matrix in _matrices(block)] + [weights.heads]
-    memory = empty_bytes(sum(_rounded(matrix.data.nbytes) for matrix in matrices))
+    memory = zero_bytes(sum(_rounded(matrix.data.nbytes) for matrix in matrices))
     used = 0
 
     def move(matrix: PackedLinear) -> PackedLinear:

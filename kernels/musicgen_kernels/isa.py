@@ -11,7 +11,8 @@ import importlib
 import os
 from typing import cast
 
-import torch  # first: its OpenMP runtime must be the one that is loaded
+import numpy
+import torch  # before the kernels: its OpenMP runtime must be the one that is loaded
 
 from .errors import BackendUnavailableError
 from .native import CpuModule
@@ -34,10 +35,14 @@ def supported_levels() -> list[str]:
     return _cpuid.supported_levels()
 
 
-def empty_bytes(num_bytes: int) -> torch.Tensor:
-    """[num_bytes] uint8, uninitialised, aligned to 2 MiB and in pages of that size where the system gives them."""
+def zero_bytes(num_bytes: int) -> torch.Tensor:
+    """[num_bytes] uint8 zeros, aligned to 2 MiB and in pages of that size where the system gives them.
+
+    What is never written takes no memory: NumPy asks for zeros, and the system maps them when they are touched;
+    torch would write them all.
+    """
     huge = 1 << 21
-    memory = torch.empty(num_bytes + huge, dtype=torch.uint8)
+    memory = torch.from_numpy(numpy.zeros(num_bytes + huge, numpy.uint8))
     start = -memory.data_ptr() % huge
     try:
         from . import _cpuid

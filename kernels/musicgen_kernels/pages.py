@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import KernelArgumentError
-from .isa import empty_bytes
+from .isa import zero_bytes
 
 PAGE_LEN = 16
 SPLIT_LEN = 256
@@ -107,8 +107,8 @@ def new_kv_store(
     device: torch.device | str = "cpu",
     layout: Layout | None = None,
 ) -> KVStore:
-    """Allocate pages for a model. Contents start as zeros. `layout` None: "cpu" on the CPU, "plain"
-    elsewhere.
+    """Allocate pages for a model. Contents start as zeros; on the CPU a page takes memory when it is
+    first written. `layout` None: "cpu" on the CPU, "plain" elsewhere.
 
     Raises:
         KernelArgumentError: an impossible size or dtype.
@@ -125,7 +125,7 @@ def new_kv_store(
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if place.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=place)
-        return empty_bytes(math.prod(shape) * dtype.itemsize).zero_().view(dtype).view(shape)
+        return zero_bytes(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def scales() -> Tensor | None:
         return zeros(shape[:-1], torch.float32) if dtype == torch.int8 else None

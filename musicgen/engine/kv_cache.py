@@ -8,7 +8,7 @@ tensors nor requests.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -37,11 +37,14 @@ class OutOfPagesError(RuntimeError):
 
 
 class PageAllocator:
-    """Pages 0 … `num_pages` − 1: each is free, held by one or more rows, or kept (published and held by nobody)."""
+    """Pages 0 … `num_pages` − 1: each is free, held by one or more rows, or kept (published and held by nobody).
+
+    The page that was freed last is handed out first: on the CPU, pages that were never used take no memory.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free: deque[int] = deque(range(num_pages))
+        self._free = list(reversed(range(num_pages)))
         self._num_holders = [0] * num_pages
         self._page_of: dict[PageKey, int] = {}
         self._key_of: dict[int, PageKey] = {}
@@ -69,14 +72,14 @@ class PageAllocator:
             raise OutOfPagesError(f"expected {num_pages} pages, got {self.num_available} available")
         pages = []
         for _ in range(num_pages):
-            page = self._free.popleft() if self._free else self._evict()
+            page = self._free.pop() if self._free else self._evict()
             self._num_holders[page] = 1
             pages.append(page)
         return pages
 
     def grow(self, num_pages: int) -> None:
         """Own more pages than before."""
-        self._free.extend(range(self.num_pages, num_pages))
+        self._free[:0] = reversed(range(self.num_pages, num_pages))
         self._num_holders += [0] * (num_pages - self.num_pages)
         self.num_pages = num_pages
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 from musicgen_kernels import PAGE_LEN, KVStore, new_kv_store, page_bytes
 
 from musicgen.config import EngineConfig, ModelConfig
+from musicgen.engine.host_memory import available_bytes
 from musicgen.engine.kv_cache import num_pages_for
 from musicgen.errors import InvalidRequestError
 from musicgen.models.t5 import MAX_TEXT_TOKENS
@@ -32,7 +32,7 @@ def num_pages(model: ModelConfig, config: EngineConfig, device: torch.device) ->
     budget = config.cache.memory_bytes
     if budget is None:
         is_gpu = device.type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
+        free = torch.cuda.mem_get_info(device)[0] if is_gpu else available_bytes()
         most = config.scheduler.max_rows * num_pages_for(max_row_len(model))
         budget = min(int(free * config.cache.memory_share), most * size)
     if budget < size:
