@@ -71,7 +71,7 @@ class Timeline:
         self._thread.join()
 
     def _run(self) -> None:
-        from musicgen_serving.app import APP_NAME
+        from musicgen_serving.process import APP_NAME
         from ray import serve
 
         handle = serve.get_deployment_handle(self.deployment, APP_NAME)
@@ -193,7 +193,8 @@ def scale(args: argparse.Namespace, urls: tuple[str, str], report: Report) -> No
 
 def redeploy(args: argparse.Namespace, urls: tuple[str, str], ports: tuple[int, int], report: Report) -> None:
     """The same application with another setting, while requests come."""
-    from musicgen_serving.app import APP_NAME, build_app
+    from musicgen_serving.app import build_app
+    from musicgen_serving.process import APP_NAME
     from ray import serve
 
     steps = [(args.redeploy_hz, args.redeploy_s)]

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 from musicgen_serving import cluster
-from musicgen_serving.app import APP_NAME
+from musicgen_serving.process import APP_NAME
 from musicgen_serving.settings import ServeSettings
 
 MODEL = "demo"

@@ -15,7 +15,6 @@ from musicgen_serving import gatekeeper_replica, ingress, replicas
 from musicgen_serving.autoscaling import ByLoad
 from musicgen_serving.settings import ModelSettings, ReplicaSettings, ServeSettings, load_settings
 
-APP_NAME = "musicgen"
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
 LOOK_BACK_S = 11.0
 """Serve averages loads over this before the delays begin; by default over 30 s. It warns below its own 10 s."""

@@ -5,6 +5,7 @@ Owns the order of starting and stopping. Ray listens on loopback unless an addre
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
@@ -22,11 +23,11 @@ from ray._private import ray_constants
 from ray.serve.config import ProxyLocation
 
 from musicgen.errors import MusicGenError
-from musicgen_serving.app import APP_NAME, build_app
 from musicgen_serving.inner_ports import ask_for_a_token
+from musicgen_serving.process import APP_NAME
 from musicgen_serving.settings import GrpcSettings, HttpSettings, ServeSettings
 
-POLL_S = 0.5
+LOOK_S, DRAIN_LOOK_S = 1.0, 0.5
 
 OnState = Callable[[dict[str, str]], None]
 """Called with the state of each deployment, when one changes."""
@@ -52,8 +53,12 @@ def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: f
     """
     if settings.ray_address is None:
         check_ports(settings)
-    _start_ray(settings)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(importlib.import_module, "torch")  # which takes seconds; meanwhile Ray's processes start
+        _start_ray(settings)
     try:
+        from musicgen_serving.app import build_app
+
         serve.start(proxy_location=ProxyLocation.Disabled)  # the ingresses listen themselves
         app = build_app(settings.model_dump(mode="json"))
         with ThreadPoolExecutor(1) as pool:
@@ -78,7 +83,7 @@ def drain(on_running: Callable[[int], None], timeout_s: float) -> bool:
         on_running(num_running)
         if num_running == 0:
             return True
-        time.sleep(POLL_S)
+        time.sleep(DRAIN_LOOK_S)
     return False
 
 
@@ -136,6 +141,8 @@ def _start_ray(settings: ServeSettings) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's workers step back for every other process by default; but here they are what the machine is for.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Workers that Ray starts before anybody asks have another environment than replicas want: none is ever used.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # Serve's controller looks at everything ten times a second, which takes a twentieth of a core at rest.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     # Ray listens on every interface unless it believes that this machine cannot be part of a cluster: the switch that
@@ -167,7 +174,7 @@ def _watch(deployed: Future[Any], on_state: OnState, timeout_s: float) -> None:
         if time.monotonic() > deadline:
             waiting = ", ".join(name for name, state in states.items() if state != "ready")
             raise StartError(f"expected the service to be ready within {timeout_s:g} s, still waiting for: {waiting}")
-        wait([deployed], timeout=POLL_S)
+        wait([deployed], timeout=LOOK_S)
     if (error := deployed.exception()) is not None:
         raise StartError(f"the service could not be started: {error}") from error
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from musicgen_serving import inner_ports, logs, tracing
 from musicgen_serving.settings import ObservabilitySettings
 
+APP_NAME = "musicgen"
+"""Of the one application in Serve."""
 GAUGES_S = 1.0
 """Between two looks of a replica at its own load."""
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from musicgen.errors import InvalidRequestError
-from musicgen_serving.app import APP_NAME, actor_options
+from musicgen_serving.app import actor_options
+from musicgen_serving.process import APP_NAME
 from musicgen_serving.settings import ReplicaSettings, ServeSettings
 
 IMPORT_PATH = "musicgen_serving.app:build_app"
