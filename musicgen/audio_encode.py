@@ -39,6 +39,12 @@ class FileFormat:
     """The only ones possible, in Hz; empty: any."""
     max_channels: int = MAX_CHANNELS
 
+    def rate_for(self, sample_rate: int) -> int:
+        """The rate in Hz of a file of samples at `sample_rate`: the next higher that is possible, or the highest."""
+        if not self.sample_rates or sample_rate in self.sample_rates:
+            return sample_rate
+        return min((rate for rate in self.sample_rates if rate >= sample_rate), default=max(self.sample_rates))
+
 
 FORMATS: Mapping[str, FileFormat] = {
     "wav": FileFormat("WAV", PCM_16),
@@ -81,22 +87,42 @@ def encode_audio(
     wav = validate_waveform(wav).detach().cpu()
     check_sample_rate(sample_rate)
     target = checked_format(format, wav.shape[0])
-    if target.sample_rates and sample_rate not in target.sample_rates:
-        higher = [rate for rate in target.sample_rates if rate >= sample_rate]
-        new_rate = min(higher, default=max(target.sample_rates))
-        wav, sample_rate = resample(wav, sample_rate, new_rate), new_rate
-    tags = _checked_tags(metadata, ascii_only=format == "mp3")
+    file_rate = target.rate_for(sample_rate)
+    samples = to_frames(resample(wav, sample_rate, file_rate), target.subtype)
     buffer = io.BytesIO()
-    quality = _quality(format, sample_rate, mp3_rate, ogg_rate)
-    with soundfile.SoundFile(
-        buffer, "w", sample_rate, wav.shape[0], target.subtype, format=target.container, **quality
+    with open_encoder(
+        buffer, file_rate, wav.shape[0], format, mp3_rate=mp3_rate, ogg_rate=ogg_rate, metadata=metadata
     ) as file:
-        for tag, value in tags.items():
-            setattr(file, tag, value)
-        samples = to_frames(wav, target.subtype)
         for start in range(0, len(samples), _WRITE_BLOCK):
             file.write(samples[start : start + _WRITE_BLOCK])
     return buffer.getvalue()
+
+
+def open_encoder(
+    sink: Any,
+    sample_rate: int,
+    channels: int,
+    format: str,
+    *,
+    mp3_rate: int = 320,
+    ogg_rate: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> soundfile.SoundFile:
+    """A file that takes what `to_frames` makes.
+
+    Args:
+        sink: a binary file, or what has its `write`, `seek`, `tell` and `read`.
+        sample_rate: one that the format knows. The others are those of `encode_audio`.
+    Raises:
+        InvalidRequestError: a bad format or tag.
+    """
+    target = checked_format(format, channels)
+    tags = _checked_tags(metadata, ascii_only=format == "mp3")
+    quality = _quality(format, sample_rate, mp3_rate, ogg_rate)
+    file = soundfile.SoundFile(sink, "w", sample_rate, channels, target.subtype, format=target.container, **quality)
+    for tag, value in tags.items():
+        setattr(file, tag, value)
+    return file
 
 
 def to_frames(wav: Tensor, subtype: str) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +20,8 @@ _CHECKED_SAMPLES = 2**18
 _MAX_TERM = 2000
 """The filter bank of a ratio p/q has a size of about p · q: rates without a common factor would need gigabytes. A
 ratio of terms up to this is within 1e-6 of any other, which nobody hears."""
+_ZERO_CROSSINGS = 24
+_ROLLOFF = 0.945
 
 
 def check_sample_rate(sample_rate: int, param: str = "sample_rate") -> None:
@@ -40,18 +43,72 @@ def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """
     from torchaudio.functional import resample as torchaudio_resample
 
-    check_sample_rate(from_rate)
-    check_sample_rate(to_rate)
-    if from_rate == to_rate or wav.shape[-1] == 0:
+    ratio = _ratio(from_rate, to_rate)
+    if ratio == 1 or wav.shape[-1] == 0:
         return wav
-    ratio = Fraction(to_rate, from_rate)
-    if max(ratio.numerator, ratio.denominator) > _MAX_TERM:
-        small = Fraction(min(ratio, 1 / ratio)).limit_denominator(_MAX_TERM)
-        ratio = small if ratio < 1 else 1 / small
     resampled: Tensor = torchaudio_resample(
-        wav, ratio.denominator, ratio.numerator, rolloff=0.945, lowpass_filter_width=24
+        wav, ratio.denominator, ratio.numerator, rolloff=_ROLLOFF, lowpass_filter_width=_ZERO_CROSSINGS
     )
     return resampled
+
+
+def resampled_len(num_samples: int, from_rate: int, to_rate: int) -> int:
+    """How many samples `resample` makes of so many. Raises: as `resample`."""
+    return math.ceil(num_samples * _ratio(from_rate, to_rate))
+
+
+def _ratio(from_rate: int, to_rate: int) -> Fraction:
+    """Samples out for a sample in; of terms up to `_MAX_TERM`. Raises: InvalidRequestError: an impossible rate."""
+    check_sample_rate(from_rate)
+    check_sample_rate(to_rate)
+    ratio = Fraction(to_rate, from_rate)
+    if max(ratio.numerator, ratio.denominator) <= _MAX_TERM:
+        return ratio
+    small = Fraction(min(ratio, 1 / ratio)).limit_denominator(_MAX_TERM)
+    return small if ratio < 1 else 1 / small
+
+
+class StreamResampler:
+    """`resample` for a recording that comes in parts: its results, joined, are those for the whole, to float rounding.
+
+    At a ratio of q/p each step of p samples makes q, from those p and `_reach` more on either side. So what is kept are
+    the steps before the next, as far as it reaches back, and the samples whose successors have not come.
+
+    Args:
+        from_rate, to_rate: in Hz. Raises: InvalidRequestError: an impossible one.
+    """
+
+    def __init__(self, from_rate: int, to_rate: int) -> None:
+        self._rates = from_rate, to_rate
+        ratio = _ratio(from_rate, to_rate)
+        self._in, self._out = ratio.denominator, ratio.numerator
+        band = _ROLLOFF * min(self._in, self._out)
+        self._reach = 0 if ratio == 1 else math.ceil(_ZERO_CROSSINGS * self._in / band)
+        self._kept: Tensor | None = None
+        """`[..., N]`: from a whole step of the recording on."""
+        self._num_done = 0
+        """Steps at the beginning of `_kept` that have been given out."""
+
+    def resample(self, samples: Tensor) -> Tensor:
+        """The next `[..., N]` float32, which are kept, not copied; returns `[..., M]`, what can be told already."""
+        known = samples if self._kept is None else torch.cat([self._kept, samples], dim=-1)
+        num_ready = max(self._num_done, (known.shape[-1] - self._reach) // self._in)
+        ready = self._part(known, self._num_done, num_ready)
+        num_forgotten = max(0, num_ready - math.ceil(self._reach / self._in))
+        self._kept, self._num_done = known[..., num_forgotten * self._in :], num_ready - num_forgotten
+        return ready
+
+    def finish(self) -> Tensor:
+        """The rest, of at least one part that was taken in."""
+        assert self._kept is not None
+        return self._part(self._kept, self._num_done, None)
+
+    def _part(self, known: Tensor, first_step: int, end_step: int | None) -> Tensor:
+        """Some of its steps; the others are made and thrown away."""
+        if first_step == end_step:
+            return known[..., :0]
+        end = None if end_step is None else end_step * self._out
+        return resample(known, *self._rates)[..., first_step * self._out : end]
 
 
 def validate_waveform(wav: Any, param: str = "wav", *, name: str = "a waveform") -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from musicgen import audio, stems
 from musicgen.errors import InvalidRequestError, MissingDependencyError
 from musicgen.plots import log_mel, plot_audio
+from musicgen.waveform import StreamResampler, resampled_len
 
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus")
 
@@ -126,6 +127,29 @@ def test_resampling_refuses_impossible_rates() -> None:
     for rate in (0, -1, 44100.0, True, 10**9):
         with pytest.raises(InvalidRequestError, match="rate"):
             audio.resample(sine(0.1), rate, 32000)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [1, 7, 999, 40_000])
+@pytest.mark.parametrize("rates", [(32000, 48000), (44100, 32000), (48000, 16000), (44101, 32000), (32000, 32000)])
+def test_resampling_in_parts_is_resampling(rates: tuple[int, int], step: int) -> None:
+    for num_samples in (1, 30, 2500 if step == 1 else 40_001):
+        wav = torch.randn(2, num_samples, generator=torch.Generator().manual_seed(0))
+        whole = audio.resample(wav, *rates)
+        resampler = StreamResampler(*rates)
+        parts = [resampler.resample(part) for part in torch.split(wav, step, dim=-1)]
+        ours = torch.cat([*parts, resampler.finish()], dim=-1)
+        assert ours.shape[-1] == resampled_len(num_samples, *rates) == whole.shape[-1]
+        assert torch.allclose(ours, whole, rtol=0, atol=2e-6)
+
+
+def test_a_resampler_keeps_no_more_than_its_filter_reaches() -> None:
+    resampler = StreamResampler(32000, 48000)
+    num_made = 0
+    for num_given in range(100, 40_001, 100):
+        num_made += resampler.resample(torch.zeros(1, 100)).shape[-1]
+        assert resampled_len(num_given, 32000, 48000) - num_made <= 42, "less than a millisecond is held back"
+        assert resampler._kept is not None
+        assert resampler._kept.shape[-1] <= 54
 
 
 def test_channels() -> None:

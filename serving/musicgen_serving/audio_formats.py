@@ -1,9 +1,8 @@
-"""Samples to the bytes of a response: whole, or as a stream that decodes to exactly the same.
+"""Samples to the bytes of a response: whole, or as a stream that decodes to the same.
 
 The conversion of float to 16 bits is `audio_encode.to_frames` everywhere: so a wav is its pcm16 with a header, and what
-a flac decodes to.
-mp3 and opus do not stream: an mp3's first frame tells its delay and length and can only be written at the end, and
-opus needs another sample rate, whose filter needs the whole piece to give the same samples.
+a flac decodes to. A streamed mp3 or ogg decodes to the samples of the whole one, too. Of opus that is not promised: it
+is resampled in parts, which is the same only to float rounding.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ import soundfile
 import torch
 from torch import Tensor
 
-from musicgen.audio_encode import FORMATS, PCM_16, encode_audio, to_frames
+from musicgen.audio_encode import FORMATS, PCM_16, encode_audio, open_encoder, to_frames
 from musicgen.loudness import normalize_audio
+from musicgen.waveform import StreamResampler, resampled_len
+from musicgen_serving.audio_heads import flac_head, mp3_head, wav_head
 
-STREAM_FORMATS = ("wav", "flac", "ogg", "pcm16", "f32")
 EVENT_FORMATS = ("pcm16", "f32")
 _MEDIA_TYPES = {
     "wav": "audio/wav",
@@ -32,6 +32,9 @@ _MEDIA_TYPES = {
 _RAW_ENCODINGS = {"pcm16": "s16le", "f32": "f32le"}
 _OGG_BLOCK = 65536
 """Samples. The Vorbis encoder's output depends on how many samples come at once: the same as in `encode_audio`."""
+_OPUS_PAGE_MS = 100.0
+"""Pages leave the encoder whole, by default each second: late for who listens. Shorter ones cost bytes, 3 % here."""
+_SET_OGG_PAGE_LATENCY_MS = 0x1302
 
 
 def media_type(format: str, sample_rate: int, channels: int) -> str:
@@ -41,11 +44,8 @@ def media_type(format: str, sample_rate: int, channels: int) -> str:
 
 
 def file_rate(format: str, sample_rate: int) -> int:
-    """Rate in Hz of what `encode_whole` gives for samples at `sample_rate`."""
-    rates = FORMATS[format].sample_rates if format in FORMATS else ()
-    if not rates or sample_rate in rates:
-        return sample_rate
-    return min((rate for rate in rates if rate >= sample_rate), default=max(rates))
+    """Rate in Hz of what is given for samples at `sample_rate`."""
+    return FORMATS[format].rate_for(sample_rate) if format in FORMATS else sample_rate
 
 
 def encode_whole(samples: Tensor, sample_rate: int, format: str, metadata: Mapping[str, str]) -> bytes:
@@ -88,23 +88,12 @@ class StreamEncoder(Protocol):
 def stream_encoder(
     format: str, sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]
 ) -> StreamEncoder:
-    """An encoder for exactly `num_samples` samples a channel; `format` is one of `STREAM_FORMATS`."""
+    """An encoder for exactly `num_samples` samples a channel, in any of the API's formats."""
     if format == "wav":
-        return _RawStream("pcm16", wav_header(sample_rate, channels, num_samples, metadata))
+        return _RawStream("pcm16", wav_head(sample_rate, channels, num_samples, metadata))
     if format in _RAW_ENCODINGS:
         return _RawStream(format, b"")
     return _FileStream(format, sample_rate, channels, num_samples, metadata)
-
-
-def wav_header(sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]) -> bytes:
-    """What `encode_audio` writes before the samples of a wav of `num_samples` samples a channel."""
-    shortest = encode_audio(torch.zeros(channels, 1), sample_rate, "wav", metadata=metadata)
-    at = 12
-    while shortest[at : at + 4] != b"data":
-        at += 8 + int.from_bytes(shortest[at + 4 : at + 8], "little")
-    data_bytes = num_samples * channels * 2
-    riff_bytes = at + data_bytes  # all after the 8 bytes "RIFF" and size: the rest of the header, and the data
-    return b"RIFF" + riff_bytes.to_bytes(4, "little") + shortest[8 : at + 4] + data_bytes.to_bytes(4, "little")
 
 
 class _RawStream:
@@ -120,24 +109,26 @@ class _RawStream:
 
 
 class _FileStream:
-    """flac and ogg, by libsndfile into a sink that forgets what was sent."""
+    """A file by libsndfile, into a sink that forgets what was sent."""
 
     def __init__(
         self, format: str, sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]
     ) -> None:
-        kind = FORMATS[format]
-        self._subtype = kind.subtype
+        rate = file_rate(format, sample_rate)
+        self._format, self._subtype = format, FORMATS[format].subtype
+        self._resampler = StreamResampler(sample_rate, rate)
+        self._num_samples = resampled_len(num_samples, sample_rate, rate)
+        self._head = mp3_head(rate, channels, self._num_samples, metadata) if format == "mp3" else b""
         self._sink = _ForgetfulSink()
-        self._file = soundfile.SoundFile(self._sink, "w", sample_rate, channels, kind.subtype, format=kind.container)
-        for tag, value in metadata.items():
-            setattr(self._file, tag, value)
+        self._file = open_encoder(self._sink, rate, channels, format, metadata=metadata)
+        if format == "opus":
+            _set_page_latency(self._file, _OPUS_PAGE_MS)
         self._block = _OGG_BLOCK if format == "ogg" else 1
         self._waiting: list[Tensor] = []
-        self._num_samples = num_samples
-        self._must_patch = format == "flac"
+        self._has_begun = False
 
     def encode(self, samples: Tensor) -> bytes:
-        self._waiting.append(samples)
+        self._waiting.append(self._resampler.resample(samples))
         num_waiting = sum(part.shape[-1] for part in self._waiting)
         if num_waiting < self._block:
             return b""
@@ -150,27 +141,29 @@ class _FileStream:
         return self._take()
 
     def finish(self) -> bytes:
-        for part in self._waiting:
-            self._file.write(to_frames(part, self._subtype))
+        last = torch.cat([*self._waiting, self._resampler.finish()], dim=-1)
+        self._file.write(to_frames(last, self._subtype))
         self._file.close()
         return self._take()
 
     def _take(self) -> bytes:
         taken = self._sink.take()
-        if self._must_patch and taken:
-            self._must_patch = False
-            return _with_num_samples(taken, self._num_samples)
-        return taken
+        if self._has_begun or not taken:
+            return taken
+        self._has_begun = True
+        if self._format == "flac":
+            return flac_head(taken, self._num_samples)
+        return self._head + taken[len(self._head) :]  # as long as what LAME has in its place
 
 
-def _with_num_samples(flac: bytes, num_samples: int) -> bytes:
-    """The beginning of a flac file with its length, which libFLAC fills in only at the end.
+def _set_page_latency(file: soundfile.SoundFile, latency_ms: float) -> None:
+    """Let an Ogg file with Opus write a page after so many milliseconds, at least 50.
 
-    STREAMINFO begins at byte 8; the number of samples are the 36 bits at its bit 108 (RFC 9639, section 8.2).
+    A command of libsndfile's, SFC_SET_OGG_PAGE_LATENCY_MS, for which soundfile has no name; what carries it out there
+    is not public either.
     """
-    field = int.from_bytes(flac[21:26], "big")
-    kept = field >> 36 << 36
-    return flac[:21] + (kept | num_samples).to_bytes(5, "big") + flac[26:]
+    value = soundfile._ffi.new("double *", latency_ms)
+    soundfile._snd.sf_command(file._file, _SET_OGG_PAGE_LATENCY_MS, value, soundfile._ffi.sizeof("double"))
 
 
 class _ForgetfulSink:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from musicgen.errors import InvalidRequestError, MusicGenError
 from musicgen.types import ChunkPolicy
 from musicgen_serving.admission import Tenant
-from musicgen_serving.audio_formats import EVENT_FORMATS, STREAM_FORMATS
+from musicgen_serving.audio_formats import EVENT_FORMATS
 from musicgen_serving.checks import RequestFields, checked_request, given_key, is_request_id
 from musicgen_serving.errors import NotFoundError, report
 from musicgen_serving.http_api.body import parse_body, read_body
@@ -148,22 +148,17 @@ def _delivery(body: GenerationBody, generation: GenerationRequest, wants_json: b
     is_events = body.stream_format == "sse"
     format = body.response_format or ("pcm16" if is_events else "wav")
     if is_events:
-        _check_format(format, EVENT_FORMATS, "events")
+        if format not in EVENT_FORMATS:
+            expected, hint = f"one of {', '.join(EVENT_FORMATS)} for events", "or leave out stream_format"
+            raise InvalidRequestError(expected, format, hint, param="response_format")
         return SseDelivery(generation, Wish(format))
     if not body.stream:
         as_json = wants_json or len(generation.pieces) > 1
         return WholeDelivery(generation, Wish(format, as_json, body.loudness, license))
-    _check_format(format, STREAM_FORMATS, "chunked audio")
     if len(generation.pieces) > 1:
         got, hint = f"{len(generation.pieces)}", "use stream_format sse, or leave out stream"
         raise InvalidRequestError("one piece with stream", got, hint, param="stream")
     return StreamDelivery(generation, Wish(format, license=license))
-
-
-def _check_format(format: str, possible: tuple[str, ...], way: str) -> None:
-    if format not in possible:
-        hint = "leave out stream and stream_format, or choose one of these"
-        raise InvalidRequestError(f"one of {', '.join(possible)} for {way}", format, hint, param="response_format")
 
 
 def _wants_json(headers: Headers) -> bool:

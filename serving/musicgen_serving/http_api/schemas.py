@@ -100,8 +100,8 @@ class GenerationBody(BaseModel):
     response_format: ResponseFormat | None = Field(
         None,
         description="Default wav, or pcm16 with `stream_format: sse`. pcm16 and f32 are samples without a file around "
-        "them: little-endian, channels interleaved. wav, flac and pcm16 have 16 bits. wav, flac, ogg, pcm16 and f32 "
-        "can be streamed; events carry pcm16 or f32.",
+        "them: little-endian, channels interleaved. wav, flac and pcm16 have 16 bits. opus is at 48 kHz. All can be "
+        "streamed, ogg 2.5 s behind what is made and the others not more than 0.15 s; events carry pcm16 or f32.",
     )
     stream: bool = Field(
         False,
@@ -124,8 +124,10 @@ class GenerationBody(BaseModel):
         0,
         ge=0,
         le=2**53,
-        description="Leave out the samples before this one: to go on after a broken connection, with the same seed or "
-        "Idempotency-Key. With the key what was made before is not charged again.",
+        description="Leave out the samples before this one, counted at the model's rate: to go on after a broken "
+        "connection, with the same seed or Idempotency-Key. With the key what was made before is not charged again. "
+        "The answer is a file of its own; in mp3, ogg and opus its sound is encoded anew from there, so it meets what "
+        "came before only nearly.",
     )
 
 

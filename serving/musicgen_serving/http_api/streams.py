@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from musicgen.types import FinishReason
-from musicgen_serving.audio_formats import media_type, stream_encoder
+from musicgen_serving.audio_formats import file_rate, media_type, stream_encoder
 from musicgen_serving.http_api.delivery import (
     PieceOrder,
     Sender,
@@ -22,7 +22,7 @@ from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationReq
 
 
 class StreamDelivery:
-    """Chunks in one of `formats.STREAM_FORMATS`."""
+    """Chunks in any of the API's formats."""
 
     def __init__(self, request: GenerationRequest, wish: Wish) -> None:
         self._request, self._wish = request, wish
@@ -36,7 +36,7 @@ class StreamDelivery:
         encoder = stream_encoder(format, rate, started.channels, num_left, metadata)
         order = PieceOrder(self._request, started)
         kind = media_type(format, rate, started.channels)
-        await out.start(common_headers(self._request, started, kind, rate))
+        await out.start(common_headers(self._request, started, kind, file_rate(format, rate)))
         try:
             while isinstance(audio, PieceAudio):
                 order.take(audio)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import httpx2
 import pytest
+import soundfile
 from musicgen_serving.http_api import create_app
 from musicgen_serving.http_api.delivery import GenerationResponse
 from musicgen_serving.http_api.generations import WholeDelivery, Wish
@@ -121,6 +124,34 @@ def test_who_reads_slowly_is_served(service: FakeService, run: Runner) -> None:
         assert service.num_cut_short == 0
 
     run(check())
+
+
+@pytest.mark.parametrize("format", ["mp3", "opus"])
+def test_a_compressed_stream_is_heard_while_it_is_made(service: FakeService, run: Runner, format: str) -> None:
+    """The service makes more than half a second only when most of that could be played."""
+    service.chunk, service.wait_at = 16000, "second_chunk"
+
+    async def check() -> None:
+        content = b""
+        async with served(service) as port, httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            fields = {"duration_s": 2.0, "seed": 7, "stream": True, "response_format": format}
+            async with asyncio.timeout(15), http.stream("POST", URL, json=fields) as response:
+                async for part in response.aiter_bytes():
+                    content += part
+                    if heard_s(content) > 0.35:
+                        service.go_on.set()
+        assert heard_s(content) == 2.0
+
+    run(check())
+
+
+def heard_s(content: bytes) -> float:
+    """Seconds that can be decoded of the beginning of a file."""
+    try:
+        samples, rate = soundfile.read(io.BytesIO(content))
+    except soundfile.LibsndfileError:
+        return 0.0
+    return len(samples) / rate
 
 
 @pytest.mark.parametrize("how", ["stream_fails", "stream_ends_well"])
