@@ -204,7 +204,9 @@ class AccessSettings(_Section):
     open: bool = Field(False, description="no keys: everyone is the tenant `anonymous`; for a laptop")
     anonymous: TenantSettings = TenantSettings(name="anonymous")
     tenants: list[TenantSettings] = Field(default_factory=list)
-    tenants_file: Path | None = Field(None, description="YAML list of tenants, added to `tenants`")
+    tenants_file: Path | None = Field(
+        None, description="YAML list of tenants, added to `tenants`; read again when it changes"
+    )
     limits_storage: str = Field("memory://", description="where allowances are counted; redis://host:6379 for several")
     usage_file: Path | None = Field(None, description="JSON lines, one for each request that ended")
 
