@@ -61,6 +61,7 @@ METRICS: Mapping[str, Metric] = {
     "kv_pages": Metric("gauge", "pages of keys and values", ("model", "replica")),
     "codec_calls": Metric("gauge", "decode calls under way", ("model", "replica")),
     "usage_lines_lost": Metric("gauge", "lines that are missing in the usage file since the gatekeeper began", ()),
+    "tenants_stale": Metric("gauge", "1 while the tenants file cannot be used and an older list is in force", ()),
     "quoted_wait_seconds": Metric("gauge", "wait that a new request would be quoted", ("model",)),
 }
 

@@ -108,8 +108,10 @@ class EdgeSettings(_Section):
 
     host: str = "127.0.0.1"
     ingress: ReplicaSettings = ReplicaSettings()
-    tls_certificate: Path | None = Field(None, description="PEM; with tls_key, the port speaks TLS only")
-    tls_key: Path | None = None
+    tls_certificate: Path | None = Field(
+        None, description="PEM; with tls_key, the port speaks TLS only; read again when it changes"
+    )
+    tls_key: Path | None = Field(None, description="PEM without a password; read again when it changes")
     lame_duck_s: float = Field(
         0.0, ge=0, description="a replica that ends is not ready, and listens, for so long: balancers turn to others"
     )
@@ -139,7 +141,9 @@ class HttpSettings(EdgeSettings):
 
 class GrpcSettings(EdgeSettings):
     port: int = Field(9000, ge=0, le=65535, description="0 turns gRPC off")
-    client_ca: Path | None = Field(None, description="PEM; clients must show a certificate signed by it")
+    client_ca: Path | None = Field(
+        None, description="PEM; clients must show a certificate signed by it; read again when it changes"
+    )
     keepalive_s: Positive = 30.0
     max_concurrent_calls: Count = Field(1000, description="calls that a replica has at the same time; more are refused")
 
@@ -204,7 +208,9 @@ class AccessSettings(_Section):
     open: bool = Field(False, description="no keys: everyone is the tenant `anonymous`; for a laptop")
     anonymous: TenantSettings = TenantSettings(name="anonymous")
     tenants: list[TenantSettings] = Field(default_factory=list)
-    tenants_file: Path | None = Field(None, description="YAML list of tenants, added to `tenants`")
+    tenants_file: Path | None = Field(
+        None, description="YAML list of tenants, added to `tenants`; read again when it changes"
+    )
     limits_storage: str = Field("memory://", description="where allowances are counted; redis://host:6379 for several")
     usage_file: Path | None = Field(None, description="JSON lines, one for each request that ended")
 

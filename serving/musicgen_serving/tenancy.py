@@ -1,13 +1,18 @@
 """API keys → tenants.
 
-Owns how keys are made, hashed and looked up, and which lists of tenants are accepted. Knows no transport and no
-allowance. A key itself is kept nowhere: only its SHA-256, which is enough for keys of 256 random bits.
+Owns how keys are made, hashed and looked up, which lists of tenants are accepted, and which is in force. Knows no
+transport and no allowance. A key itself is kept nowhere: only its SHA-256, which is enough for keys of 256 random bits.
+
+**A list that changes.** A new list takes the place of the old one as a whole, or, if it cannot be used, not at all. A
+request that is being admitted at that moment goes on with what the old one said. Those that run ask neither: their
+tickets say all that their end needs, so requests of a tenant that is gone end, and are billed, like any other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
 from pathlib import Path
 
@@ -16,11 +21,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from musicgen.errors import InvalidRequestError
 from musicgen_serving.admission import Tenant
+from musicgen_serving.changing_files import ChangingFiles
 from musicgen_serving.errors import UnauthenticatedError
 from musicgen_serving.settings import AccessSettings, TenantSettings
 
 KEY_PREFIX = "mg-"
 KEY_BYTES = 32
+MAX_SHOWN = 30
+"""Longest name of a field that a message repeats: keys and their hashes are longer."""
+
+log = logging.getLogger(__name__)
 
 
 def new_key() -> str:
@@ -36,14 +46,17 @@ def hash_key(key: str) -> str:
 class Tenancy:
     """Who may use the service.
 
+    Args:
+        content: of the tenants file, if it has been read.
+
     Raises:
         InvalidRequestError: the list of tenants cannot be used: unreadable, an unknown field, a name or key twice.
     """
 
-    def __init__(self, access: AccessSettings) -> None:
+    def __init__(self, access: AccessSettings, content: bytes | None = None) -> None:
         listed: list[TenantSettings] = [
             *access.tenants,
-            *(_from_file(access.tenants_file) if access.tenants_file else ()),
+            *(_from_file(access.tenants_file, content) if access.tenants_file else ()),
         ]
         if access.open:
             if access.anonymous.key_sha256:
@@ -102,6 +115,41 @@ class Tenancy:
             raise UnauthenticatedError("expected a tenant of this service, got one it does not know")
         return settings
 
+    def compared_to(self, former: Tenancy) -> str:
+        """What is new, in words for the log: no names."""
+        changed = sum(former._settings.get(name) != settings for name, settings in self._settings.items())
+        gone = len(former._settings.keys() - self._settings.keys())
+        return f"{len(self._settings)} tenants, {changed} of them new or changed; {gone} gone"
+
+
+class LiveTenancy:
+    """The list in force. `look` brings in a new one; until then nothing changes.
+
+    Raises:
+        InvalidRequestError: the first list cannot be used.
+    """
+
+    def __init__(self, access: AccessSettings) -> None:
+        self._access = access
+        # Looked at first: what changes before the list is read, and is read twice for it, does no harm.
+        self._file = ChangingFiles(*([access.tenants_file] if access.tenants_file else ()))
+        self.now = Tenancy(access)
+        self.is_stale = False
+        """Whether the file says something that cannot be used, so that an older list is in force."""
+
+    def look(self) -> None:
+        """Take the file's list, if it is new and can be used. Safe in a thread beside those who use `now`."""
+        if not self._file.have_changed():
+            return
+        try:
+            newest = Tenancy(self._access, *self._file.contents)
+        except (OSError, InvalidRequestError) as error:
+            self.is_stale = True
+            log.error("the list of tenants cannot be used, the old one stays in force: %s", error)
+            return
+        log.info("a new list of tenants is in force: %s", newest.compared_to(self.now))
+        self.now, self.is_stale = newest, False
+
 
 def _tenant(settings: TenantSettings) -> Tenant:
     return Tenant(
@@ -114,12 +162,13 @@ def _tenant(settings: TenantSettings) -> Tenant:
     )
 
 
-def _from_file(path: Path) -> list[TenantSettings]:
-    """Tenants of a YAML list."""
+def _from_file(path: Path, content: bytes | None) -> list[TenantSettings]:
+    """Tenants of a YAML list; None: it is read."""
     param = "access.tenants_file"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = (path.read_bytes() if content is None else content).decode("utf-8")
+        values = yaml.safe_load(text)
+    except Exception as error:  # PyYAML raises errors of any kind, such as KeyError for `!!bool perhaps`
         # From None: YAML's own words show the lines around the problem.
         raise InvalidRequestError("a readable YAML file", f"{path} ({type(error).__name__})", param=param) from None
     if not isinstance(values, list):
@@ -127,6 +176,11 @@ def _from_file(path: Path) -> list[TenantSettings]:
     try:
         return TypeAdapter(list[TenantSettings]).validate_python(values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(f"{'.'.join(map(_shown, e['loc']))}: {e['msg']}" for e in error.errors())
         # From None: the cause would print the values, and someone may have pasted a key where its hash belongs.
         raise InvalidRequestError("valid tenants", f"{problems} in {path}", param=param) from None
+
+
+def _shown(part: int | str) -> str:
+    """A place in the list, for messages; whoever forgot the name of a field may have written a key in its place."""
+    return str(part) if len(str(part)) <= MAX_SHOWN else "..."

@@ -632,3 +632,105 @@ def test_its_process_loads_no_torch() -> None:
     code = "import sys; import musicgen_serving.gatekeeper_replica; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def list_tenants(s: Setting, *tenants: dict[str, Any]) -> None:
+    """Write the tenants file anew and let the gatekeeper look at it until it counts."""
+    assert s.settings.access.tenants_file is not None
+    s.settings.access.tenants_file.write_text(json.dumps(tenants))
+    for _ in range(2):
+        s.keeper.tenants.look()
+
+
+def setting_of_file(folder: Path, *tenants: dict[str, Any]) -> Setting:
+    file = folder / "tenants.yaml"
+    file.write_text(json.dumps(tenants))
+    access = {"tenants_file": file, "usage_file": folder / "usage", "open": True}
+    models = [{"name": "demo", "max_requests": 2}]
+    return Setting(settings=load_settings({"models": models, "access": access}), takeover_s=0.01)
+
+
+def test_a_tenant_that_is_taken_away_ends_what_it_has_begun(tmp_path: Path) -> None:
+    async def body() -> None:
+        kept = {"name": "kept", "key_sha256": ["b" * 64]}
+        gone = {"name": "gone", "key_sha256": ["a" * 64], "tenant_class": "paid", "audio_s_per_day": 100}
+        s = setting_of_file(tmp_path, gone, kept)
+        assert (await s.keeper.find_tenant("a" * 64)).name == "gone"
+        tickets = [await s.admit(name, "gone", key=name, fingerprint="f") for name in ("1", "2", "3")]
+        list_tenants(s, kept)
+        with pytest.raises(UnauthenticatedError):
+            await s.keeper.find_tenant("a" * 64)
+        with pytest.raises(UnauthenticatedError):
+            await s.admit("4", "gone")
+        with pytest.raises(UnauthenticatedError):
+            await s.admit("1", "gone", key="1", fingerprint="f")  # its connection broke: too late to take it up
+        s.clock.now += 1.0
+        assert await s.report("edge", *tickets, done_s=2.0) == []
+        assert (await s.keeper.status("gone", "1")).done_s == 2.0
+        await s.settle("1", 10.0)
+        assert (await s.keeper.cancel("gone", "2")).state == "running"
+        assert await s.report("edge", *tickets[1:], done_s=3.0) == ["2"]
+        await s.settle("2", 3.0, FinishReason.CANCELLED)
+        former, s.keeper = s.keeper, s.new()  # and one that never knew the tenant
+        assert await s.report("edge", tickets[2], done_s=4.0) == []
+        await s.settle("3", 10.0)
+        assert [(line["tenant"], line["reason"], line["billed_s"]) for line in lines(tmp_path / "usage")] == [
+            ("gone", "finished", 10.0),
+            ("gone", "cancelled", 3.0),
+            ("gone", "finished", 10.0),
+        ]
+        await s.keeper.check()
+        assert (await s.keeper.counts()).finished == {("paid", "demo"): 1}
+        s.keeper = former
+        await s.settle("3", 10.0)
+        await s.keeper.check()
+        list_tenants(s, {**gone, "audio_s_per_day": 33}, kept)
+        await s.admit("5", "gone", 10.0)  # what it used before still counts, what it did not make was given back
+        with pytest.raises(QuotaExceededError):
+            await s.admit("6", "gone", 1.0)
+
+    run(body)
+
+
+def test_new_limits_and_weights_hold_for_new_requests(tmp_path: Path) -> None:
+    async def body() -> None:
+        a = {"name": "a", "key_sha256": ["a" * 64]}
+        s = setting_of_file(tmp_path, {**a, "max_concurrent": 2})
+        tickets = [await s.admit("1"), await s.admit("2")]
+        with pytest.raises(QuotaExceededError):
+            await s.admit("3")
+        list_tenants(s, {**a, "max_concurrent": 3, "weight": 4.0, "priority": -1, "tenant_class": "paid"})
+        ticket = await s.admit("3")
+        assert (ticket.weight, ticket.priority, ticket.tenant_class) == (4.0, -1, "paid")
+        assert {(t.weight, t.priority, t.tenant_class) for t in tickets} == {(1.0, 0, "default")}
+        list_tenants(s, {**a, "max_concurrent": 1})
+        assert await s.report("edge", *tickets, ticket, done_s=1.0) == [], "what runs is not cut"
+        for request_id in ("1", "2", "3"):
+            with pytest.raises(QuotaExceededError):
+                await s.admit("4")
+            await s.settle(request_id)
+        await s.admit("4")
+        await s.keeper.check()
+
+    run(body)
+
+
+def test_a_list_that_changes_during_an_admission_harms_nothing(tmp_path: Path) -> None:
+    """A repeat waits for the end of what it repeats; its tenant is taken away meanwhile."""
+
+    async def body() -> None:
+        a = {"name": "a", "key_sha256": ["a" * 64], "audio_s_per_day": 100}
+        s = setting_of_file(tmp_path, a)
+        await s.admit("1", key="k", fingerprint="f")
+        await s.report("edge", s.admitted["1"][0], done_s=3.0)
+        repeat = asyncio.create_task(s.admit("2", key="k", fingerprint="f"))
+        await asyncio.sleep(0)
+        assert not repeat.done()
+        list_tenants(s)
+        await s.settle("1", 4.0, FinishReason.CANCELLED)
+        assert (await repeat).paid_s == 4.0
+        await s.settle("2", 10.0)
+        assert [line["billed_s"] for line in lines(tmp_path / "usage")] == [4.0, 6.0]
+        await s.keeper.check()
+
+    run(body)

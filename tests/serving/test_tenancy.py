@@ -1,4 +1,4 @@
-"""API keys: known ones are found, others refused, and lists of tenants that cannot be right are not accepted."""
+"""API keys: known ones are found, others refused, and lists of tenants that cannot be right are accepted at no time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from musicgen_serving import tenancy
 from musicgen_serving.errors import UnauthenticatedError, report
 from musicgen_serving.settings import AccessSettings, load_settings
-from musicgen_serving.tenancy import Tenancy, hash_key, new_key
+from musicgen_serving.tenancy import LiveTenancy, Tenancy, hash_key, new_key
 
 from musicgen.errors import InvalidRequestError
 
@@ -143,3 +143,106 @@ def test_the_environment_can_name_the_file(tmp_path: Path, monkeypatch: pytest.M
 def test_a_tenant_that_is_gone_is_not_known() -> None:
     with pytest.raises(UnauthenticatedError):
         Tenancy(AccessSettings(open=True)).settings_of("a")
+
+
+def write(file: Path, *tenants: dict[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(list(tenants)))
+
+
+def settle(live: LiveTenancy) -> None:
+    for _ in range(3):
+        live.look()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "tenants.yaml"
+
+
+def test_a_list_that_changes_is_in_force_from_a_look_on(file: Path) -> None:
+    write(file, tenant("a", "key-1"), tenant("b", "key-2", weight=1.0))
+    live = LiveTenancy(access(tenant("listed", "key-0"), tenants_file=file))
+    write(file, tenant("b", "key-2", "key-3", weight=5.0, models=["demo"]), tenant("c", "key-4"))
+    assert live.now.authenticate("key-1").name == "a", "nothing changes before a look"
+    before = live.now
+    settle(live)
+    with pytest.raises(UnauthenticatedError):
+        live.now.authenticate("key-1")
+    with pytest.raises(UnauthenticatedError):
+        live.now.settings_of("a")
+    assert live.now.authenticate("key-0").name == "listed"
+    assert live.now.authenticate("key-4").name == "c"
+    b = live.now.authenticate("key-3")
+    assert (b.name, b.weight, b.models) == ("b", 5.0, frozenset({"demo"}))
+    assert live.now.settings_of("b").weight == 5.0
+    assert before.settings_of("a").name == "a", "whoever asked the old list goes on with it"
+    assert not live.is_stale
+
+
+def test_the_file_of_a_swapped_folder_is_read(tmp_path: Path) -> None:
+    for folder, key in (("old", "key-1"), ("new", "key-2")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "tenants.yaml", tenant("a", key))
+    (tmp_path / "..data").symlink_to("old")
+    (tmp_path / "tenants.yaml").symlink_to("..data/tenants.yaml")
+    live = LiveTenancy(AccessSettings(tenants_file=tmp_path / "tenants.yaml"))
+    (tmp_path / "..data_tmp").symlink_to("new")
+    (tmp_path / "..data_tmp").replace(tmp_path / "..data")
+    settle(live)
+    assert live.now.authenticate("key-2").name == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "No such file"),
+        ("a: [", "readable"),
+        ("[" * 1000, "readable"),
+        ("- name: !!bool perhaps", "readable"),
+        ("\xff", "readable"),
+        ("- name: a\n  wieght: 2", "0.wieght"),
+        ("- name: a\n  " + "f" * 64 + ": 2", "0...."),
+        ("- name: a\n  key_sha256: [secret-key]", "hash-key"),
+        (yaml.safe_dump([tenant("a", "key-1"), tenant("a", "key-2")]), "more than once"),
+        (yaml.safe_dump([tenant("a", "key-1"), tenant("b", "key-1")]), "twice"),
+        ("[]", "a tenant with a key"),
+        ("- name: a", "a tenant with a key"),
+    ],
+)
+def test_a_list_that_cannot_be_used_leaves_the_old_one_in_force(
+    file: Path, text: str | None, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    write(file, tenant("a", "key-1"))
+    live = LiveTenancy(AccessSettings(tenants_file=file))
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text, encoding="latin-1")
+    settle(live)
+    assert live.is_stale
+    assert live.now.authenticate("key-1").name == "a"
+    settle(live)
+    (line,) = caplog.messages
+    assert "old one stays" in line
+    assert words in line
+    assert not any(secret in caplog.text for secret in ("secret-key", hash_key("key-1"), "f" * 64))
+    write(file, tenant("a", "key-1"))  # as it was
+    settle(live)
+    assert not live.is_stale
+    write(file, tenant("a", "key-2"), tenant("b"))
+    settle(live)
+    assert live.now.authenticate("key-2").name == "a"
+    assert [text.partition(": ")[2] for text in caplog.messages[1:]] == [
+        "1 tenants, 0 of them new or changed; 0 gone",
+        "2 tenants, 2 of them new or changed; 0 gone",
+    ]
+    assert hash_key("key-2") not in caplog.text
+
+
+def test_without_a_file_nothing_changes() -> None:
+    live = LiveTenancy(access(tenant("a", "key-1")))
+    before = live.now
+    settle(live)
+    assert live.now is before
+    assert not live.is_stale

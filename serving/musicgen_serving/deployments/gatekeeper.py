@@ -44,7 +44,7 @@ from musicgen_serving.ledger import Counts, Ledger, UsageLine
 from musicgen_serving.quotas import Quotas
 from musicgen_serving.registry import Record, Registry
 from musicgen_serving.settings import ServeSettings, TenantSettings
-from musicgen_serving.tenancy import Tenancy, hash_key
+from musicgen_serving.tenancy import LiveTenancy, hash_key
 from musicgen_serving.types import GenerationStatus
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,8 @@ class LocalGatekeeper:
         self._edge_silence_s, self._takeover_s = settings.failover.edge_silence_s, takeover_s
         self._cancel_wait_s, self._poll_s = cancel_wait_s, poll_s
         self._clock, self._wall_clock = clock, wall_clock
-        self._tenancy = Tenancy(settings.access)
+        self.tenants = LiveTenancy(settings.access)
+        """Somebody must call its `look` now and then, if the tenants file may change."""
         self._quotas = Quotas(settings.access.limits_storage, wall_clock)
         self._ledger = Ledger(settings.access.usage_file)
         self._registry = Registry(remember_s, max_remembered)
@@ -112,7 +113,7 @@ class LocalGatekeeper:
     async def find_tenant(self, key_sha256: str | None) -> Tenant:
         """The tenant of a hashed key: between processes no key travels. Raises: UnauthenticatedError."""
         try:
-            return self._tenancy.find(key_sha256)
+            return self.tenants.now.find(key_sha256)
         except UnauthenticatedError as error:
             self._ledger.reject("", "", report(error).code)
             raise
@@ -128,7 +129,7 @@ class LocalGatekeeper:
 
     async def admit(self, request: AdmissionRequest) -> Ticket:
         """See `admission.Gatekeeper`. A repeat of a running request takes its place."""
-        tenant = self._tenancy.settings_of(request.tenant)
+        tenant = self.tenants.now.settings_of(request.tenant)
         model = request.model if request.model in self._backlogs else ""
         try:
             if self._draining:

@@ -6,9 +6,9 @@ were counted. Several replicas of a machine share the port. Knows the service on
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -16,6 +16,8 @@ from grpc_reflection.v1alpha import reflection
 
 from musicgen.errors import InvalidRequestError
 from musicgen_serving.budget import Budget
+from musicgen_serving.certificates import Certificates, Pem, certificates_of
+from musicgen_serving.changing_files import keep_looking
 from musicgen_serving.grpc_api.broken import BrokenMessages
 from musicgen_serving.grpc_api.call import ServiceGetter
 from musicgen_serving.grpc_api.callers import KnownCallers
@@ -35,14 +37,16 @@ _log = logging.getLogger(__name__)
 class GrpcServer:
     """A running server. Set by `start_server`."""
 
-    def __init__(self, server: grpc.aio.Server, port: int, health: Health) -> None:
+    def __init__(self, server: grpc.aio.Server, port: int, health: Health, looking: asyncio.Task[None] | None) -> None:
         self.server, self.port = server, port
-        self._health = health
+        self._health, self._looking = health, looking
 
     async def stop(self, grace_s: float) -> None:
         """Take no more calls, let those under way end for `grace_s` seconds, then cancel them."""
         await self._health.close()
         await self.server.stop(grace_s)
+        if self._looking is not None:
+            self._looking.cancel()
 
     async def wait(self) -> None:
         """Until the server has stopped."""
@@ -57,6 +61,7 @@ async def start_server(get_service: ServiceGetter, settings: GrpcSettings, limit
     Raises:
         InvalidRequestError: a port that cannot be had, or files of TLS that cannot be read or used.
     """
+    certificates = certificates_of("grpc", settings, settings.client_ca)
     server = grpc.aio.server(
         interceptors=[KnownCallers(f"/{SERVICE}/", get_service), BrokenMessages(f"/{SERVICE}/")],
         options=_options(settings, limits),
@@ -67,19 +72,19 @@ async def start_server(get_service: ServiceGetter, settings: GrpcSettings, limit
     pb_grpc.add_MusicServiceServicer_to_server(servicer, server)
     reflection.enable_server_reflection([SERVICE, HEALTH, reflection.SERVICE_NAME], server)
     address = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
-    credentials = _credentials(settings)
     try:
-        if credentials is None:
+        if certificates is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, credentials)
+            port = server.add_secure_port(address, _credentials(certificates))
         await server.start()
     except RuntimeError as error:
         got = f"{address}, which cannot be had"
         raise InvalidRequestError("a free port and usable PEM files", got, param="grpc") from error
     await health.watch(get_service)
-    _log.info("gRPC listens on %s:%d, %s", settings.host, port, "TLS" if credentials else "plaintext")
-    return GrpcServer(server, port, health)
+    _log.info("gRPC listens on %s:%d, %s", settings.host, port, "TLS" if certificates else "plaintext")
+    looking = asyncio.create_task(keep_looking(certificates.look)) if certificates is not None else None
+    return GrpcServer(server, port, health, looking)
 
 
 def max_request_bytes(limits: LimitSettings) -> int:
@@ -102,18 +107,25 @@ def _options(settings: GrpcSettings, limits: LimitSettings) -> Sequence[tuple[st
     )
 
 
-def _credentials(settings: GrpcSettings) -> grpc.ServerCredentials | None:
-    if settings.tls_certificate is None or settings.tls_key is None:
-        return None
-    pair = (_read(settings.tls_key, "tls_key"), _read(settings.tls_certificate, "tls_certificate"))
-    if settings.client_ca is None:
-        return grpc.ssl_server_credentials([pair])
-    return grpc.ssl_server_credentials([pair], _read(settings.client_ca, "client_ca"), require_client_auth=True)
+def _credentials(certificates: Certificates) -> grpc.ServerCredentials:
+    """Credentials that follow `certificates`: grpc asks for each new connection, from a thread of its own."""
+    shown = certificates.pem
+
+    def newer() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal shown
+        newest = certificates.pem
+        if newest is shown:
+            return None
+        shown = newest
+        return _configuration(newest)
+
+    asks_clients = shown.client_ca is not None
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(shown),
+        newer,  # type: ignore[arg-type]  # which the stubs do not let say that nothing is new
+        require_client_authentication=asks_clients,
+    )
 
 
-def _read(path: Path, param: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        got = f"{path} ({error.strerror})"
-        raise InvalidRequestError("a readable PEM file", got, param=f"grpc.{param}") from error
+def _configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], pem.client_ca)

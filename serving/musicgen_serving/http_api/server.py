@@ -18,6 +18,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from musicgen.errors import InvalidRequestError
+from musicgen_serving.certificates import Certificates, certificates_of
+from musicgen_serving.changing_files import keep_looking
 from musicgen_serving.http_api.errors import ConnectionCutError
 from musicgen_serving.settings import HttpSettings
 
@@ -29,15 +31,19 @@ _log = logging.getLogger(__name__)
 class HttpServer:
     """A running server. Set by `start_server`."""
 
-    def __init__(self, server: uvicorn.Server, port: int, serving: asyncio.Task[None]) -> None:
+    def __init__(
+        self, server: uvicorn.Server, port: int, serving: asyncio.Task[None], looking: asyncio.Task[None] | None
+    ) -> None:
         self.port = port
-        self._server, self._serving = server, serving
+        self._server, self._serving, self._looking = server, serving, looking
 
     async def stop(self, grace_s: float) -> None:
         """Take no more connections, let requests under way end for `grace_s` seconds, then cancel them."""
         self._server.config.timeout_graceful_shutdown = math.ceil(grace_s)
         self._server.should_exit = True
         await self._serving
+        if self._looking is not None:
+            self._looking.cancel()
         if handlers := self._server.server_state.tasks:
             await asyncio.wait(handlers)
 
@@ -50,6 +56,7 @@ async def start_server(app: ASGIApp, settings: HttpSettings, stall_s: float) -> 
     Raises:
         InvalidRequestError: a port that cannot be had, or files of TLS that cannot be read or used.
     """
+    certificates = certificates_of("http", settings)
     config = uvicorn.Config(
         app,
         http=_Connection,
@@ -64,13 +71,10 @@ async def start_server(app: ASGIApp, settings: HttpSettings, stall_s: float) -> 
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
     )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        got = f"{settings.tls_certificate} and {settings.tls_key} ({error.strerror or 'not usable'})"
-        raise InvalidRequestError(
-            "readable PEM files that belong together", got, param="http.tls_certificate"
-        ) from error
+    config.load()
+    if certificates is not None:
+        assert config.ssl is not None
+        _show_newest(config.ssl, certificates)
     logging.getLogger("uvicorn.error").addFilter(_cut_is_no_error)
     listening = _listen(settings, stall_s)
     server = uvicorn.Server(config)
@@ -78,12 +82,26 @@ async def start_server(app: ASGIApp, settings: HttpSettings, stall_s: float) -> 
     await server.startup([listening])  # not `serve`, which takes the process's signals
     port = int(listening.getsockname()[1])
     _log.info("HTTP listens on %s:%d, %s", settings.host, port, "TLS" if config.is_ssl else "plaintext")
-    return HttpServer(server, port, asyncio.create_task(_serve(server, listening)))
+    looking = asyncio.create_task(keep_looking(certificates.look)) if certificates is not None else None
+    return HttpServer(server, port, asyncio.create_task(_serve(server, listening)), looking)
 
 
 async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
     await server.main_loop()
     await server.shutdown([listening])
+
+
+def _show_newest(context: ssl.SSLContext, certificates: Certificates) -> None:
+    """Let each new connection see the newest certificate, whether it names a server or not.
+
+    The context of a listening socket stays the same, and to load another pair into that would leave an old certificate
+    beside a new one whose key is of another kind, such as RSA and elliptic curves.
+    """
+
+    def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = certificates.context
+
+    context.sni_callback = choose
 
 
 def _listen(settings: HttpSettings, stall_s: float) -> socket.socket:

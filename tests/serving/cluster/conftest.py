@@ -29,11 +29,12 @@ PROMPT, SEED = "happy rock", 7
 
 @dataclass(frozen=True)
 class Running:
-    """The service and where its usage file is."""
+    """The service and where its files are."""
 
     endpoints: Endpoints
     inside: RayService
     usage_file: Path
+    tenants_file: Path
 
     def url(self, protocol: str) -> str:
         return self.endpoints.http if protocol == "http" else str(self.endpoints.grpc)
@@ -42,13 +43,15 @@ class Running:
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("service")
-    delays, usage_file = folder / "delays", folder / "usage.jsonl"
+    delays, usage_file, tenants_file = folder / "delays", folder / "usage.jsonl", folder / "tenants.yaml"
+    tenants_file.write_text("[]")
+    access = {"open": True, "usage_file": usage_file, "tenants_file": tenants_file}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv(delay_points.VARIABLE, f"@{delays}")
         environment.setenv("RAY_ADDRESS", "127.0.0.1:1")  # somebody else's cluster: not to be joined
-        how = chaos_cluster.settings({"LanguageModel": 2}, usage_file=usage_file)
+        how = chaos_cluster.settings({"LanguageModel": 2}, access=access)
         with chaos_cluster.running(how) as endpoints:
-            yield Running(endpoints, RayService(endpoints, delays), usage_file)
+            yield Running(endpoints, RayService(endpoints, delays), usage_file, tenants_file)
 
 
 @pytest.fixture

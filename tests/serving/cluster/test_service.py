@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -18,6 +21,7 @@ from musicgen_serving.client import Chunk, connect
 from musicgen_serving.errors import NotFoundError
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.proto.musicgen.v1.music_service_pb2_grpc import MusicServiceStub
+from musicgen_serving.tenancy import hash_key
 from serving.cluster.conftest import DURATION_S, PROMPT, SEED, Running
 
 from musicgen.audio_encode import encode_audio
@@ -121,10 +125,48 @@ def test_health_readiness_and_metrics(service: Running) -> None:
         health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
     assert health.status == health_pb2.HealthCheckResponse.SERVING
     names = ("musicgen_requests_finished", "musicgen_kv_pages_used", "musicgen_time_to_first_audio_seconds")
-    deadline = time.monotonic() + 30  # the node's agent is told every few seconds
-    text = ""
-    while not all(name in text for name in names) and time.monotonic() < deadline:
-        time.sleep(1)
-        text = httpx2.get(http + "/metrics", timeout=10).text
-    assert all(name in text for name in names), text[:2000]
+    text = shown_metrics(service, lambda text: all(name in text for name in names))
     assert PROMPT not in text
+
+
+def test_tenants_change_while_the_service_runs(service: Running) -> None:
+    url = service.endpoints.http + "/v1/models"
+
+    def models(key: str | None) -> int | None:
+        """How many of them a key may use; None: it is refused."""
+        answer = httpx2.get(url, headers={} if key is None else {"X-API-Key": key}, timeout=10)
+        return None if answer.status_code == 401 else len(answer.json()["data"])
+
+    try:
+        listed = [{"name": "a", "key_sha256": [hash_key("key-1")], "models": ["none"]}]
+        service.tenants_file.write_text(json.dumps(listed))
+        keys = (
+            f"never the same {number}" for number in itertools.count()
+        )  # as long as there are no keys, any is taken
+        until(lambda: models(next(keys)) is None, 15)
+        assert (models("key-1"), models(None)) == (0, 1)
+        service.tenants_file.write_text("none")
+        shown_metrics(service, lambda text: re.search(r"^musicgen_tenants_stale\S* 1", text, re.MULTILINE) is not None)
+        assert models("key-1") == 0
+    finally:
+        service.tenants_file.write_text("[]")
+
+
+def shown_metrics(service: Running, condition: Callable[[str], bool]) -> str:
+    """The metrics, once the condition holds for them: the node's agent is told of them every few seconds."""
+    texts = [""]
+
+    def holds() -> bool:
+        texts.append(httpx2.get(service.endpoints.http + "/metrics", timeout=10).text)
+        return condition(texts[-1])
+
+    until(holds, 30)
+    return texts[-1]
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(1)

@@ -235,6 +235,14 @@ def test_volumes_secrets_and_keys_exist(name: str, pool: Pool) -> None:
             assert "password" not in variable["value"].lower() or "$(REDIS_PASSWORD)" in variable["value"]
 
 
+@pytest.mark.parametrize(("name", "pool"), PRODUCTION, ids=POD_IDS)
+def test_mounted_secrets_are_renewed(name: str, pool: Pool) -> None:
+    """Kubernetes never renews what is mounted with `subPath`."""
+    secrets = {volume["name"] for volume in pool.pod.get("volumes", []) if "secret" in volume}
+    mounts = [mount for mount in pool.ray.get("volumeMounts", []) if mount["name"] in secrets]
+    assert not [mount for mount in mounts if {"subPath", "subPathExpr"} & set(mount)]
+
+
 def test_files_of_the_settings_are_mounted_where_they_are_read() -> None:
     settings, found = settings_of("rayservice"), pools("rayservice")
     secrets = {key: set(secret["stringData"]) for key, secret in of_kind("Secret").items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import ssl
 from pathlib import Path
 
 import grpc
@@ -12,13 +13,14 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from musicgen_serving import changing_files
 from musicgen_serving.grpc_api.server import SERVICE, start_server
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.proto.musicgen.v1.music_service_pb2_grpc import MusicServiceStub
 from musicgen_serving.settings import GrpcSettings, LimitSettings
-from serving.certificates import make_certificates
+from serving.certificates import der, make_ca, make_certificate, make_certificates, put, shown, until_shown
 from serving.fake_service import FakeService
-from serving.grpc_api.harness import channel_to, serve, spec
+from serving.grpc_api.harness import channel_to, serve, spec, until
 
 from musicgen.errors import InvalidRequestError
 
@@ -68,6 +70,86 @@ def test_tls(certificates: Path, mutual: bool) -> None:
         assert model_names(settings, grpc.ssl_channel_credentials(ca)) == ["demo"]
     with pytest.raises(grpc.aio.AioRpcError):
         model_names(settings, None)
+
+
+def trusting(folder: Path, ca: str, client: str) -> ssl.SSLContext:
+    """What a client of gRPC shows and believes, for a look at the server's certificate."""
+    context = ssl.create_default_context(cafile=str(folder / f"{ca}.pem"))
+    context.load_cert_chain(folder / f"{client}.pem", folder / f"{client}.key")
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
+def channel_of(folder: Path, port: int, ca: str, client: str) -> grpc.aio.Channel:
+    credentials = grpc.ssl_channel_credentials(
+        *((folder / name).read_bytes() for name in (f"{ca}.pem", f"{client}.key", f"{client}.pem"))
+    )
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.secure_channel(f"localhost:{port}", credentials, options=options)
+
+
+async def call(channel: grpc.aio.Channel) -> None:
+    await MusicServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=3)
+
+
+def test_new_files_hold_for_new_connections(
+    certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's certificate and the clients' authority, both of another root."""
+    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
+    make_ca(certificates, "ca2")
+    for name in ("server2", "client2"):
+        make_certificate(certificates, name, ca="ca2")
+    files = ("server.pem", "server.key", "ca.pem")
+    for name in files:
+        put(certificates / name, tmp_path / name)
+
+    async def main() -> None:
+        async with serve(FakeService(), tls_settings(tmp_path, mutual=True)) as server:
+            former = channel_of(certificates, server.port, "ca", "client")
+            await call(former)
+            for name in files:
+                put(certificates / name.replace(".", "2."), tmp_path / name)
+            trusts = trusting(certificates, "ca2", "client2")
+            trusts.check_hostname, trusts.verify_mode = False, ssl.CERT_NONE  # at first it shows the other root's
+            await until_shown(certificates / "server2.pem", server.port, trusts)
+            async with channel_of(certificates, server.port, "ca2", "client2") as channel:
+                await call(channel)
+            async with channel_of(certificates, server.port, "ca2", "client") as channel:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await call(channel)
+            await call(former)
+            await former.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("wrong", "with_what"), [("server.key", "client.key"), ("ca.pem", "names")])
+def test_files_that_cannot_be_used_change_nothing(
+    certificates: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wrong: str,
+    with_what: str,
+) -> None:
+    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
+    for name in ("server.pem", "server.key", "ca.pem"):
+        put(certificates / name, tmp_path / name)
+
+    async def main() -> None:
+        async with serve(FakeService(), tls_settings(tmp_path, mutual=True)) as server:
+            put(certificates / with_what, tmp_path / wrong)
+            await until(lambda: "cannot be used" in caplog.text)
+            for _ in range(3):
+                trusts = trusting(certificates, "ca", "client")
+                assert await shown(server.port, trusts) == der(certificates / "server.pem")
+                async with channel_of(certificates, server.port, "ca", "client") as channel:
+                    await call(channel)
+                await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+    assert len([line for line in caplog.messages if "cannot be used" in line]) == 1
 
 
 def test_unusable_settings_are_said(certificates: Path, tmp_path: Path) -> None:

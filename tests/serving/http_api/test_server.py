@@ -12,10 +12,11 @@ from typing import Any
 
 import httpx2
 import pytest
+from musicgen_serving import changing_files
 from musicgen_serving.http_api import create_app, server
 from musicgen_serving.http_api.server import HttpServer, start_server
 from musicgen_serving.settings import HttpSettings
-from serving.certificates import make_certificates
+from serving.certificates import EC, RSA, der, make_certificate, make_certificates, openssl, put, shown, until_shown
 from serving.http_api.fakes import FakeService
 from serving.http_api.test_connections import send_request, until
 
@@ -62,6 +63,67 @@ def test_files_of_tls_that_cannot_be_used(certificates: Path, run: Run, certific
         pair = {"tls_certificate": certificates / certificate, "tls_key": certificates / key}
         with pytest.raises(InvalidRequestError, match="readable PEM files that belong together"):
             async with serving(**pair):
+                pass
+
+    run(check())
+
+
+@pytest.mark.parametrize("kind", [EC, RSA], ids=["of the same kind", "of another kind"])
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_new_certificate_is_shown_to_new_connections(
+    certificates: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, kind: tuple[str, ...], host: str
+) -> None:
+    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
+    make_certificate(certificates, "renewed", kind)
+    pair = {"tls_certificate": tmp_path / "tls.crt", "tls_key": tmp_path / "tls.key"}
+    put(certificates / "server.pem", pair["tls_certificate"])
+    put(certificates / "server.key", pair["tls_key"])
+
+    async def check() -> None:
+        trusts = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+        async with serving(**pair) as there:
+            assert await shown(there.port, trusts, host) == der(certificates / "server.pem")
+            reader, writer = await asyncio.open_connection("127.0.0.1", there.port, ssl=trusts, server_hostname=host)
+            put(certificates / "renewed.pem", pair["tls_certificate"])
+            put(certificates / "renewed.key", pair["tls_key"])
+            await until_shown(certificates / "renewed.pem", there.port, trusts, host)
+            writer.write(HEALTH)  # the connection that was there before
+            assert b"200 OK" in await reader.readuntil(b'{"status":"ok"}')
+            writer.close()
+
+    run(check())
+
+
+def test_a_pair_that_does_not_belong_together_is_not_shown(
+    certificates: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
+    pair = {"tls_certificate": tmp_path / "tls.crt", "tls_key": tmp_path / "tls.key"}
+    put(certificates / "server.pem", pair["tls_certificate"])
+    put(certificates / "server.key", pair["tls_key"])
+
+    async def check() -> None:
+        trusts = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+        async with serving(**pair) as there:
+            put(certificates / "client.pem", pair["tls_certificate"])
+            await until(lambda: "cannot be used" in caplog.text)
+            for _ in range(5):
+                assert await shown(there.port, trusts) == der(certificates / "server.pem")
+                await asyncio.sleep(0.05)
+            put(certificates / "client.key", pair["tls_key"])
+            await until_shown(certificates / "client.pem", there.port, trusts)
+
+    run(check())
+    assert len([line for line in caplog.messages if "cannot be used" in line]) == 1
+
+
+def test_a_key_with_a_password_is_refused_and_not_asked_for_it(certificates: Path, tmp_path: Path, run: Run) -> None:
+    locked = tmp_path / "locked.key"
+    openssl(certificates, "ec", "-in", "server.key", "-aes256", "-passout", "pass:secret", "-out", str(locked))
+
+    async def check() -> None:
+        with pytest.raises(InvalidRequestError, match="PEM"):
+            async with serving(tls_certificate=certificates / "server.pem", tls_key=locked):
                 pass
 
     run(check())
