@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import load_average
+from benchmarks.ports import free_port
 from benchmarks.serving_load import Load, LoadProcess
 from benchmarks.serving_plan import Ask, plan
 from benchmarks.serving_report import Figures, Slo, aligned, by_protocol, table
-from benchmarks.serving_service import free_port
 
 PARTS = ("scale", "redeploy")
 PUSH_INTERVAL = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from musicgen_serving import cluster
 from musicgen_serving.process import APP_NAME
 from musicgen_serving.settings import ServeSettings
 
+from benchmarks.ports import free_port
+
 MODEL = "demo"
 PARTS = {
     "LanguageModel": "language_model",
@@ -29,13 +30,6 @@ PARTS = {
 """Deployments of a model, and their section of its settings."""
 INGRESSES = {"HttpIngress": "http", "GrpcIngress": "grpc"}
 KINDS = (*PARTS, "Gatekeeper", *INGRESSES)
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def settings(

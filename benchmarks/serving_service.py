@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ from typing import Any
 
 import psutil
 import yaml
+
+from benchmarks.ports import free_port
 
 START_S = 300.0
 STOP_S = 60.0
@@ -139,12 +140,6 @@ def _stop(process: subprocess.Popen[str], run_id: str) -> None:
         with suppress(psutil.Error):
             one.kill()
     psutil.wait_procs(left, timeout=10)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class MemoryWatch:

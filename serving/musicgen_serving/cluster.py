@@ -28,6 +28,7 @@ from musicgen_serving.process import APP_NAME
 from musicgen_serving.settings import GrpcSettings, HttpSettings, ServeSettings
 
 LOOK_S, DRAIN_LOOK_S = 1.0, 0.5
+_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 OnState = Callable[[dict[str, str]], None]
 """Called with the state of each deployment, when one changes."""
@@ -176,7 +177,14 @@ def _watch(deployed: Future[Any], on_state: OnState, timeout_s: float) -> None:
             raise StartError(f"expected the service to be ready within {timeout_s:g} s, still waiting for: {waiting}")
         wait([deployed], timeout=LOOK_S)
     if (error := deployed.exception()) is not None:
-        raise StartError(f"the service could not be started: {error}") from error
+        raise StartError(f"the service could not be started: {_reasons() or error}") from error
+
+
+def _reasons() -> str:
+    """What each part that failed said last; Serve's own error only names them, and their messages are tracebacks."""
+    application = serve.status().applications.get(APP_NAME)
+    failed = {} if application is None else {n: d for n, d in application.deployments.items() if d.status in _FAILED}
+    return "; ".join(f"{name}: {failure.message.strip().splitlines()[-1]}" for name, failure in failed.items())
 
 
 def _state(replicas: Mapping[Any, int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 from musicgen_serving.settings import ServeSettings
@@ -12,6 +13,9 @@ from musicgen_serving.settings import ServeSettings
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own code uses what pydantic deprecates
     from musicgen_serving import cluster
+    from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, DeploymentStatus, ServeStatus
+    from ray.serve.schema import DeploymentStatusOverview as Overview
+    from ray.serve.schema import DeploymentStatusTrigger as Trigger
 
 
 @pytest.fixture(params=["http", "grpc"])
@@ -52,3 +56,22 @@ def test_a_port_is_free_again_while_old_connections_end() -> None:
 def test_an_address_that_is_not_this_machines_is_named() -> None:
     with pytest.raises(cluster.StartError, match=r"192\.0\.2\.1"):
         cluster.check_ports(ServeSettings(http={"host": "192.0.2.1"}, grpc={"port": 0}))
+
+
+def test_the_part_that_failed_and_why_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    traceback = (
+        "The deployment failed to start 3 times in a row. Error:\nTraceback\nInvalidRequestError: no such file\n"
+    )
+    parts = {
+        "Gatekeeper": Overview(DeploymentStatus.HEALTHY, Trigger.UNSPECIFIED, {}, ""),
+        "GrpcIngress": Overview(DeploymentStatus.DEPLOY_FAILED, Trigger.UNSPECIFIED, {}, traceback),
+    }
+    application = ApplicationStatusOverview(ApplicationStatus.DEPLOY_FAILED, "failed: ['GrpcIngress']", 0.0, parts)
+    status = ServeStatus(proxies={}, applications={cluster.APP_NAME: application})
+    monkeypatch.setattr(cluster.serve, "status", lambda: status)
+    deployed: Future[None] = Future()
+    deployed.set_exception(RuntimeError("failed: ['GrpcIngress']"))
+    with pytest.raises(
+        cluster.StartError, match=r"could not be started: GrpcIngress: InvalidRequestError: no such file$"
+    ):
+        cluster._watch(deployed, lambda _: None, timeout_s=1.0)
