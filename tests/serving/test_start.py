@@ -59,9 +59,7 @@ def test_an_address_that_is_not_this_machines_is_named() -> None:
 
 
 def test_the_part_that_failed_and_why_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    traceback = (
-        "The deployment failed to start 3 times in a row. Error:\nTraceback\nInvalidRequestError: no such file\n"
-    )
+    traceback = "The deployment failed to start 3 times in a row. Error:\nTraceback\nOwnError: no such file\n"
     parts = {
         "Gatekeeper": Overview(DeploymentStatus.HEALTHY, Trigger.UNSPECIFIED, {}, ""),
         "GrpcIngress": Overview(DeploymentStatus.DEPLOY_FAILED, Trigger.UNSPECIFIED, {}, traceback),
@@ -71,7 +69,5 @@ def test_the_part_that_failed_and_why_is_what_is_told(monkeypatch: pytest.Monkey
     monkeypatch.setattr(cluster.serve, "status", lambda: status)
     deployed: Future[None] = Future()
     deployed.set_exception(RuntimeError("failed: ['GrpcIngress']"))
-    with pytest.raises(
-        cluster.StartError, match=r"could not be started: GrpcIngress: InvalidRequestError: no such file$"
-    ):
+    with pytest.raises(cluster.StartError, match=r"started: GrpcIngress: OwnError: no such file$"):
         cluster._watch(deployed, lambda _: None, timeout_s=1.0)
