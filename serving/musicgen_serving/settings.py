@@ -81,7 +81,7 @@ class ModelSettings(_Section):
     weights: WeightDtype | None = None
     kv_dtype: KVDtype | None = None
     kv_memory_bytes: int | None = Field(None, ge=1, description="budget of a replica's KV pages")
-    kv_memory_share: float = Field(0.25, gt=0, le=1, description="the same as a share of what is free")
+    kv_memory_share: float = Field(0.25, gt=0, le=1, description="the same as a share of what is free at its start")
     num_threads: int | None = Field(None, ge=1, description="threads of a step on the CPU; default: all cores but one")
     max_requests: Count = Field(32, description="pieces that a replica decodes at the same time")
     max_step_rows: int = Field(64, ge=3)
