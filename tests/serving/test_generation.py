@@ -257,7 +257,7 @@ def test_what_was_made_ahead_of_a_caller_that_leaves_is_billed(service: InProces
 
     service.run(leave())
     assert settled[0].progress.done_s < 1.0
-    assert settled[0].progress.billed_s == 40.0
+    assert settled[0].progress.billed_s == pytest.approx(40.0, abs=0.1)  # the last frames may be on their way yet
     service.run(at_rest(service))
 
 
