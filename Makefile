@@ -81,7 +81,7 @@ fuzz: $(INSTALLED) ## 20,000 broken requests over both protocols: no crash, no l
 autoscaling: $(INSTALLED) ## load up, replicas up, load off, replicas down; and a redeployment under load
 	$(BIN)/python -m benchmarks.autoscaling
 
-demo-model: $(INSTALLED) ## make the embedded model again, from nothing: hours; needs fluidsynth and fluid-soundfont-gm
+demo-model: $(INSTALLED) ## make the embedded model again, from nothing, in some 80 minutes on two cores; needs fluidsynth and fluid-soundfont-gm
 	$(BIN)/python -m musicgen.demo --out build/demo
 
 clean: ## remove what was built here (not .venv, and not the music in out/)

@@ -3,7 +3,7 @@
     python -m musicgen.demo --out build/demo
 
 ``--codec FOLDER`` takes a trained codec (an ``EncodecModel`` or a whole checkpoint) in place of training one.
-Fewer clips and steps make a quicker and worse model:
+The defaults are those of the embedded model; more clips and steps take longer and may do better, fewer the contrary:
 
     python -m musicgen.demo --out build/quick --clips 96 --grouped-clips 98 --codec-steps 1200 --lm-steps 800
 """
@@ -25,8 +25,8 @@ HELD_OUT_CLIPS = 80
 class Size:
     """How much is rendered and trained: clips of their own, clips of melodies in every style, updates of each model."""
 
-    clips: int = 512
-    grouped_clips: int = 700
+    clips: int = 256
+    grouped_clips: int = 392
     codec_steps: int = train_codec.NUM_STEPS
     lm_steps: int = train_lm.NUM_STEPS
 

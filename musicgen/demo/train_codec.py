@@ -25,7 +25,7 @@ from transformers import EncodecConfig, EncodecModel
 from musicgen.demo.style import mel_filter_bank
 
 CROP_SAMPLES = 640 * 32
-NUM_STEPS = 6900
+NUM_STEPS = 2400
 PEAK_RATE = 1e-3
 DECAY = 0.98
 """Of the running means that the codebooks follow."""

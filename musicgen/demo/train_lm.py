@@ -32,7 +32,7 @@ TEXT_RATE = 0.05
 """Learning rate of text encoder and text projection, relative to AdamW's.  The decoder normalises what it is given, so
 nothing bounds the text states: at the full rate they grew to ten times the positions, in one direction, and the words
 in them could no longer be told apart."""
-NUM_STEPS = 5250
+NUM_STEPS = 2000
 WARM_UP_STEPS = 60
 DECAY_FROM = 0.55
 """Share of the steps after which the learning rate falls linearly, to 2 % of its peak."""
