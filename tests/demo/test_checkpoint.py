@@ -8,7 +8,9 @@ from transformers import AutoTokenizer, MusicgenMelodyForConditionalGeneration
 
 from musicgen.demo import checkpoint_path
 from musicgen.demo.generate import generate_codes
+from musicgen.demo.model import load_codec
 from musicgen.demo.text import build_tokenizer
+from musicgen.demo.tokenise import decode, encode
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -46,3 +48,14 @@ def test_codes_depend_on_melody_and_text() -> None:
     assert torch.equal(first, codes("happy rock", low))
     assert not torch.equal(first, codes("sad jazz", low))
     assert not torch.equal(first, codes("happy rock", high))
+
+
+@pytest.mark.parametrize("hz", [466.2, 523.3, 830.6, 987.8])  # none of them a multiple of the 50 Hz frame rate
+def test_the_codec_keeps_a_tone_at_its_own_pitch(hz: float) -> None:
+    time = torch.arange(64000) / 32000
+    tone = sum(0.2 * torch.sin(2 * torch.pi * hz * n * time) / n for n in range(1, 8))
+    codec = load_codec(checkpoint_path())
+    decoded = decode(codec, encode(codec, tone[None]))[0]
+    middle = decoded[16000:48000] * torch.hann_window(32000)  # a second: bins of 1 Hz
+    near = torch.fft.rfft(middle).abs()[round(hz) - 40 : round(hz) + 41]
+    assert abs(int(near.argmax()) - 40) <= 2
