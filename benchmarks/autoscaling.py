@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from musicgen_serving.free_port import free_port
+
 from benchmarks.machine import load_average
-from benchmarks.ports import free_port
 from benchmarks.serving_load import Load, LoadProcess
 from benchmarks.serving_plan import Ask, plan
 from benchmarks.serving_report import Figures, Slo, aligned, by_protocol, table

@@ -15,10 +15,9 @@ from typing import Any
 
 import psutil
 from musicgen_serving import cluster
+from musicgen_serving.free_port import free_port
 from musicgen_serving.process import APP_NAME
 from musicgen_serving.settings import ServeSettings
-
-from benchmarks.ports import free_port
 
 MODEL = "demo"
 PARTS = {

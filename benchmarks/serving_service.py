@@ -22,8 +22,7 @@ from typing import Any
 
 import psutil
 import yaml
-
-from benchmarks.ports import free_port
+from musicgen_serving.free_port import free_port
 
 START_S = 300.0
 STOP_S = 60.0

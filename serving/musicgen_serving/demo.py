@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from musicgen.demo import check, tune
 from musicgen.plots import plot_audio
 from musicgen_serving import cluster
 from musicgen_serving.client import Chunk, MusicRequest, Start, connect
+from musicgen_serving.free_port import free_port
 from musicgen_serving.player import Player
 from musicgen_serving.settings import load_settings
 
@@ -159,7 +159,7 @@ def _run(takes: Sequence[Take]) -> None:
     """Start the service, stream the pieces, protocol by protocol, and stop it."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    http_port, grpc_port = _free_ports(2)
+    http_port, grpc_port = free_port(), free_port()
     settings = load_settings({"http": {"port": http_port}, "grpc": {"port": grpc_port}, "access": {"open": True}})
     began = time.monotonic()
     shown: set[str] = set()
@@ -180,17 +180,6 @@ def _run(takes: Sequence[Take]) -> None:
                 list(pool.map(lambda take, url=url: listen(url, take), chosen))
     finally:
         cluster.stop()
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 if __name__ == "__main__":

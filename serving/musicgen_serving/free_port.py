@@ -1,4 +1,6 @@
-"""Ports for services that are started to be measured or tried."""
+"""Ports for services that somebody starts to try or to measure them."""
+
+from __future__ import annotations
 
 import random
 import socket
