@@ -79,7 +79,7 @@ class EngineCore:
         self._sequences: dict[str, Sequence] = {}
         self._ended: dict[FinishReason, int] = dict.fromkeys(FinishReason, 0)
         self._num_accepted = 0
-        self._step_s = 0.0
+        self._step_s, self._is_cold = 0.0, True
         self._events: list[EngineEvent] = []
         self._fatal: str | None = None
 
@@ -246,6 +246,11 @@ class EngineCore:
                 chunk.sequence.is_open = True
 
     def _measure(self, step_s: float) -> None:
+        """Running mean without the first step, which pays for what happens once: a second of it would be a promise of
+        hours to whoever comes next."""
+        if self._is_cold:
+            self._is_cold = False
+            return
         memory = STEP_TIME_MEMORY if self._step_s else 0.0
         self._step_s = memory * self._step_s + (1 - memory) * step_s
 
