@@ -18,7 +18,7 @@ NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.map)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test test-long lint bench bench-kernels bench-engine bench-codec bench-serving simulate \
+.PHONY: help setup demo serve test test-long lint bench bench-kernels bench-engine bench-codec bench-start bench-serving simulate \
     soak cancellation chaos overload fuzz autoscaling demo-model clean
 
 help: ## show this list
@@ -62,6 +62,9 @@ simulate: $(INSTALLED) ## simulate 4 H100 replicas of melody at 80 % load with t
 soak: $(INSTALLED) ## ten minutes of requests and cancels: memory flat, ledger balanced
 	$(BIN)/python -m benchmarks.soak_engine --minutes 10
 
+bench-start: $(INSTALLED) ## what the service takes to start, at rest and to stop: time, processor, memory
+	$(BIN)/python -m benchmarks.bench_start
+
 bench-serving: $(INSTALLED) ## time the service under open-loop load beside the bare engine, with a plot
 	$(BIN)/python -m benchmarks.bench_serving
 
@@ -81,7 +84,7 @@ fuzz: $(INSTALLED) ## 20,000 broken requests over both protocols: no crash, no l
 autoscaling: $(INSTALLED) ## load up, replicas up, load off, replicas down; and a redeployment under load
 	$(BIN)/python -m benchmarks.autoscaling
 
-demo-model: $(INSTALLED) ## make the embedded model again, from nothing, in some 80 minutes on two cores; needs fluidsynth and fluid-soundfont-gm
+demo-model: $(INSTALLED) ## make the embedded model again, from nothing, in some 75 minutes on two cores; needs fluidsynth and fluid-soundfont-gm
 	$(BIN)/python -m musicgen.demo --out build/demo
 
 clean: ## remove what was built here (not .venv, and not the music in out/)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from musicgen_serving.free_port import free_port
+from musicgen_serving.free_ports import free_ports
 
 from benchmarks.machine import load_average
 from benchmarks.serving_load import Load, LoadProcess
@@ -287,8 +287,9 @@ def main() -> int:
     from musicgen_serving.settings import load_settings
 
     began, report = time.time(), Report()
-    ports = free_port(), free_port()
-    urls = f"http://127.0.0.1:{ports[0]}", f"grpc://127.0.0.1:{ports[1]}"
+    http_port, grpc_port = free_ports(2)
+    ports = http_port, grpc_port
+    urls = f"http://127.0.0.1:{http_port}", f"grpc://127.0.0.1:{grpc_port}"
     cluster.start(load_settings(settings(args, ports, max_waiting=256)))
     try:
         print(f"ready after {time.time() - began:.0f} s", file=sys.stderr, flush=True)

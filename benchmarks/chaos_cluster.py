@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 from musicgen_serving import cluster
-from musicgen_serving.free_port import free_port
+from musicgen_serving.free_ports import free_ports
 from musicgen_serving.process import APP_NAME
 from musicgen_serving.settings import ServeSettings
 
@@ -48,7 +48,8 @@ def settings(
     one = {"name": MODEL, "kv_memory_bytes": 256 * 2**20, "num_threads": 1}
     one |= {section: how(kind) for kind, section in PARTS.items()} | dict(model or {})
     sections: dict[str, Any] = {
-        section: {"port": free_port(), "ingress": how(kind)} for kind, section in INGRESSES.items()
+        section: {"port": port, "ingress": how(kind)}
+        for (kind, section), port in zip(INGRESSES.items(), free_ports(len(INGRESSES)), strict=True)
     }
     sections |= {
         "models": [one],

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 import yaml
-from musicgen_serving.free_port import free_port
+from musicgen_serving.free_ports import free_ports
 
 START_S = 300.0
 STOP_S = 60.0
@@ -83,7 +83,7 @@ def own_service(settings: Mapping[str, Any], environment: Mapping[str, str] | No
         RuntimeError: it did not become ready.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    http_port, grpc_port = free_port(), free_port()
+    http_port, grpc_port = free_ports(2)
     values = {
         "access": {"open": True},
         **settings,

@@ -30,7 +30,7 @@ from musicgen.demo.text import build_tokenizer
 from musicgen.demo.tokenise import HOP_LEN, decode, encode
 from musicgen.demo.train_lm import CONDITIONS
 from musicgen.demo.train_lm import evaluate as evaluate_losses
-from musicgen.metrics import chroma_cosine_similarity, chromagram, spectral_distance
+from musicgen.metrics import NUM_CHROMA, chroma_cosine_similarity, chromagram, spectral_distance
 from musicgen.model import Model
 from musicgen.weights import load_model
 
@@ -95,10 +95,18 @@ def codec_figures(codec: EncodecModel, wav: Tensor) -> dict[str, Any]:
     if len(wav) > 1:
         pairs = similarities(wav, decoded)
         result |= {name: round(getattr(pairs, name), 4) for name in Similarities.__slots__}
+        result |= {name: round(share, 4) for name, share in moved_classes(wav, decoded).items()}
     else:
         result["right"] = chroma_cosine_similarity(wav, decoded).mean().item()
         result["right_soft"] = chroma_cosine_similarity(wav, decoded, argmax=False).mean().item()
     return result
+
+
+def moved_classes(wav: Tensor, decoded: Tensor) -> dict[str, float]:
+    """Shares of frames whose strongest pitch class has moved by a semitone, and by a fourth or a fifth."""
+    steps = (chromagram(decoded).argmax(dim=-1) - chromagram(wav).argmax(dim=-1)) % NUM_CHROMA
+    moved = {"semitone": (1, 11), "fourth_or_fifth": (5, 7)}
+    return {name: torch.isin(steps, torch.tensor(by)).float().mean().item() for name, by in moved.items()}
 
 
 def collapse(wav: Tensor) -> dict[str, float]:

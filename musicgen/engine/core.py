@@ -246,8 +246,8 @@ class EngineCore:
                 chunk.sequence.is_open = True
 
     def _measure(self, step_s: float) -> None:
-        """Running mean without the first step, which pays for what happens once: a second of it would be a promise of
-        hours to whoever comes next."""
+        """Running mean without the first step, which pays for what happens once: it would count most, and whoever comes
+        next would be told of minutes and refused."""
         if self._is_cold:
             self._is_cold = False
             return

@@ -183,8 +183,9 @@ def _watch(deployed: Future[Any], on_state: OnState, timeout_s: float) -> None:
 def _reasons() -> str:
     """What each part that failed said last; Serve's own error only names them, and their messages are tracebacks."""
     application = serve.status().applications.get(APP_NAME)
-    failed = {} if application is None else {n: d for n, d in application.deployments.items() if d.status in _FAILED}
-    return "; ".join(f"{name}: {failure.message.strip().splitlines()[-1]}" for name, failure in failed.items())
+    parts = {} if application is None else application.deployments
+    last = {name: part.message.strip().rpartition("\n")[2] for name, part in parts.items() if part.status in _FAILED}
+    return "; ".join(f"{name}: {words}" for name, words in last.items() if words)
 
 
 def _state(replicas: Mapping[Any, int]) -> str:

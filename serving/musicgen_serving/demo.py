@@ -27,7 +27,7 @@ from musicgen.demo import check, tune
 from musicgen.plots import plot_audio
 from musicgen_serving import cluster
 from musicgen_serving.client import Chunk, MusicRequest, Start, connect
-from musicgen_serving.free_port import free_port
+from musicgen_serving.free_ports import free_ports
 from musicgen_serving.player import Player
 from musicgen_serving.settings import load_settings
 
@@ -159,7 +159,7 @@ def _run(takes: Sequence[Take]) -> None:
     """Start the service, stream the pieces, protocol by protocol, and stop it."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    http_port, grpc_port = free_port(), free_port()
+    http_port, grpc_port = free_ports(2)
     settings = load_settings({"http": {"port": http_port}, "grpc": {"port": grpc_port}, "access": {"open": True}})
     began = time.monotonic()
     shown: set[str] = set()

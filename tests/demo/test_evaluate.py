@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from musicgen.demo.evaluate import collapse, similarities
+from musicgen.demo.evaluate import collapse, moved_classes, similarities
 from musicgen.demo.plot import plot, plot_chroma
 from musicgen.demo.style import features, fit_classifier
 
@@ -28,6 +28,12 @@ def test_collapse() -> None:
     tune = torch.cat([tone(440.0), tone(523.25), tone(622.25)])
     wav = torch.stack([tune, tone(440.0, 6.0), 0.001 * tune, tune])
     assert collapse(wav) == {"silent": 0.25, "one_note": 0.25}
+
+
+def test_moved_classes() -> None:
+    wav = torch.stack([tone(440.0)] * 4)
+    decoded = torch.stack([tone(440.0), tone(466.16), tone(415.3), tone(659.26)])  # itself, up, down, a fifth up
+    assert moved_classes(wav, decoded) == {"semitone": 0.5, "fourth_or_fifth": 0.25}
 
 
 def test_classifier_separates_timbres() -> None:

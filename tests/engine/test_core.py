@@ -147,6 +147,19 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     assert core._clock() - began <= 1.5
 
 
+def test_a_slow_first_step_refuses_nobody() -> None:
+    clock = VirtualClock()
+    runner = FakeRunner(6, clock, step_s=5.0)  # threads start, memory is touched for the first time
+    core = new_core(6, runner, clock)
+    core.add(EngineRequest("warm-up", codes_request(8)))
+    core.step()
+    runner._step_s = 0.01
+    run_all(core)
+    assert core.stats().step_s == pytest.approx(0.01)
+    core.add(EngineRequest("resumed", codes_request(40), deadline_s=1.0))
+    assert run_all(core).ends.keys() == {"resumed"}
+
+
 def test_a_failed_step_reaches_everyone() -> None:
     """Also when the runner cannot even close what it had open; nothing is accepted afterwards."""
     core = new_core(40, max_requests=3)

@@ -58,16 +58,21 @@ def test_an_address_that_is_not_this_machines_is_named() -> None:
         cluster.check_ports(ServeSettings(http={"host": "192.0.2.1"}, grpc={"port": 0}))
 
 
-def test_the_part_that_failed_and_why_is_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    traceback = "The deployment failed to start 3 times in a row. Error:\nTraceback\nOwnError: no such file\n"
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [("OwnError: no such file\n", "GrpcIngress: OwnError: no such file"), ("", r"failed: \['GrpcIngress'\]")],
+    ids=["it says", "it says nothing"],
+)
+def test_the_part_that_failed_and_why_is_what_is_told(last: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = f"The deployment failed to start 3 times in a row. Error:\nTraceback\n{last}" if last else ""
     parts = {
         "Gatekeeper": Overview(DeploymentStatus.HEALTHY, Trigger.UNSPECIFIED, {}, ""),
-        "GrpcIngress": Overview(DeploymentStatus.DEPLOY_FAILED, Trigger.UNSPECIFIED, {}, traceback),
+        "GrpcIngress": Overview(DeploymentStatus.DEPLOY_FAILED, Trigger.UNSPECIFIED, {}, message),
     }
     application = ApplicationStatusOverview(ApplicationStatus.DEPLOY_FAILED, "failed: ['GrpcIngress']", 0.0, parts)
     status = ServeStatus(proxies={}, applications={cluster.APP_NAME: application})
     monkeypatch.setattr(cluster.serve, "status", lambda: status)
     deployed: Future[None] = Future()
     deployed.set_exception(RuntimeError("failed: ['GrpcIngress']"))
-    with pytest.raises(cluster.StartError, match=r"started: GrpcIngress: OwnError: no such file$"):
+    with pytest.raises(cluster.StartError, match=rf"could not be started: {told}$"):
         cluster._watch(deployed, lambda _: None, timeout_s=1.0)

@@ -33,7 +33,8 @@ class StreamDelivery:
         num_left = started.num_samples - self._request.first_sample
         format, rate = self._wish.response_format, started.sample_rate
         metadata = file_metadata(started, 0, self._wish)
-        encoder = stream_encoder(format, rate, started.channels, num_left, metadata)
+        # In a thread as well: the beginning of a file of known length takes some encoding already.
+        encoder = await asyncio.to_thread(stream_encoder, format, rate, started.channels, num_left, metadata)
         order = PieceOrder(self._request, started)
         kind = media_type(format, rate, started.channels)
         await out.start(common_headers(self._request, started, kind, file_rate(format, rate)))

@@ -68,16 +68,22 @@ def test_files_of_tls_that_cannot_be_used(certificates: Path, run: Run, certific
     run(check())
 
 
+@pytest.fixture
+def pair(certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Settings of TLS, with files that may be replaced and are looked at often."""
+    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
+    files = {"tls_certificate": tmp_path / "tls.crt", "tls_key": tmp_path / "tls.key"}
+    put(certificates / "server.pem", files["tls_certificate"])
+    put(certificates / "server.key", files["tls_key"])
+    return files
+
+
 @pytest.mark.parametrize("kind", [EC, RSA], ids=["of the same kind", "of another kind"])
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 def test_a_new_certificate_is_shown_to_new_connections(
-    certificates: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, kind: tuple[str, ...], host: str
+    certificates: Path, pair: dict[str, Path], run: Run, kind: tuple[str, ...], host: str
 ) -> None:
-    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
     make_certificate(certificates, "renewed", kind)
-    pair = {"tls_certificate": tmp_path / "tls.crt", "tls_key": tmp_path / "tls.key"}
-    put(certificates / "server.pem", pair["tls_certificate"])
-    put(certificates / "server.key", pair["tls_key"])
 
     async def check() -> None:
         trusts = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
@@ -95,12 +101,8 @@ def test_a_new_certificate_is_shown_to_new_connections(
 
 
 def test_a_pair_that_does_not_belong_together_is_not_shown(
-    certificates: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    certificates: Path, pair: dict[str, Path], run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
-    pair = {"tls_certificate": tmp_path / "tls.crt", "tls_key": tmp_path / "tls.key"}
-    put(certificates / "server.pem", pair["tls_certificate"])
-    put(certificates / "server.key", pair["tls_key"])
 
     async def check() -> None:
         trusts = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
