@@ -140,9 +140,9 @@ class SchedulerConfig:
     """How steps are filled."""
 
     max_requests: int = 32
-    """Requests that hold pages at the same time."""
+    """Requests that hold pages at the same time; `num_spare` more for tenants that have less than their share."""
     max_rows: int = 64
-    """Rows that hold pages at the same time."""
+    """Rows that hold pages at the same time; in proportion more of them where requests are."""
     max_step_rows: int = 64
     """Rows that one step can decode; if fewer than `max_rows`, playback decides who goes first."""
     prefill_tokens: int = 64
@@ -160,6 +160,16 @@ class SchedulerConfig:
             raise InvalidRequestError(
                 "at least 3, the rows of one request", str(self.max_step_rows), param="max_step_rows"
             )
+
+    @property
+    def num_spare(self) -> int:
+        """Places beyond `max_requests`, so that a tenant gets its share at once while another has more than its own."""
+        return self.max_requests // 2
+
+    @property
+    def num_slots(self) -> int:
+        """Requests that can be open at the same time."""
+        return self.max_requests + self.num_spare
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ class LeapingScheduler(Scheduler):
             return 0
         if sum(len(s.rows) for s in self.running) > self.config.max_step_rows:
             return 0
-        if self.places.some_exceed and any(s.times.first_chunk is None for s in self.running):
+        if self.places.some_flood and any(s.times.first_chunk is None for s in self.running):
             return 0  # whoever hears nothing yet may go before the others
         return max(0, self._steps_to_retry - 1) if self.waiting else UNLIMITED
 

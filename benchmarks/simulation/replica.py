@@ -79,7 +79,7 @@ class Replica:
         self._jobs: dict[int, Job] = {}
         self._leaving: list[tuple[float, int]] = []
         self._step_ends: array[float] = array("d")
-        self._step_s = 0.0
+        self._step_s, self._is_cold = 0.0, True
         self._leaps = leaps
         self._num_empty = 0
 
@@ -141,7 +141,7 @@ class Replica:
 
     def _step(self) -> None:
         num_running = len(self.scheduler.running)
-        batch = self.scheduler.schedule(self.now)
+        batch = self.scheduler.schedule(self.now, self._step_s)
         for sequence in self.scheduler.running[num_running:]:
             self.fairness.began(sequence.request.tenant, sequence.cost / sequence.request.weight)
         if not batch.chunks:
@@ -217,6 +217,10 @@ class Replica:
         use.stream_steps += num_streams * int(last - first)
         use.most_pages = max(use.most_pages, int(pages[-1]))
         self.now = float(ends[-1])
+        if self._is_cold:  # as the core, which does not count its first step
+            self._is_cold, seconds = False, seconds[1:]
+        if not len(seconds):
+            return
         fading = (1 - STEP_TIME_MEMORY) * STEP_TIME_MEMORY ** np.arange(len(seconds))[::-1]
         if not self._step_s:
             self._step_s = float(seconds[0])
@@ -230,9 +234,12 @@ class Replica:
         sequence = job.sequence
         computed = sequence.rows[0].num_computed
         if (complete := job.frames_base + computed) > sequence.num_frames:
-            sequence.num_frames = complete
             if sequence.times.first_chunk is None and complete >= job.first_due:
                 sequence.times.first_chunk = self._step_ends[job.first_due - complete - 1]
+            while sequence.due_frames <= complete:
+                sequence.num_frames = int(sequence.due_frames)
+                sequence.sent()
+            sequence.num_frames = complete
         if computed == job.ends_at:
             if sequence.window_index + 1 < len(sequence.windows):
                 self._open_next_window(job)

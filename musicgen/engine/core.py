@@ -164,7 +164,7 @@ class EngineCore:
         began = self._clock()
         try:
             self._expire(began)
-            batch = self.scheduler.schedule(began)
+            batch = self.scheduler.schedule(began, self._step_s)
             self._open_admitted(batch)
             if batch.chunks:
                 self._postprocess(*self._compute(batch))
@@ -262,8 +262,7 @@ class EngineCore:
                 self._end(sequence, FinishReason.CANCELLED, "its lease ran out: nobody renewed it")
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """The one place where a request ends."""
-        del self._sequences[sequence.request.request_id]
+        """The one place where a request ends. If it cannot be closed, it is still there to fail with the engine."""
         if self._fatal is None:
             if sequence.is_open:
                 self.runner.close(sequence.slot)
@@ -271,6 +270,7 @@ class EngineCore:
         else:  # whatever state the failure has left them in, everyone is told
             with contextlib.suppress(Exception):
                 self.scheduler.remove(sequence)
+        del self._sequences[sequence.request.request_id]
         self._ended[reason] += 1
         usage = sequence.usage(self._clock())
         self._events.append(EndOfRequest(sequence.request.request_id, reason, usage, error))

@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+BURST = 1.5
+"""Times its share of places a tenant may ask for: requests come in bursts."""
+
 
 class VirtualCounters:
     """The counters of all tenants."""
@@ -24,10 +27,6 @@ class VirtualCounters:
 
     def __getitem__(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
-
-    def knows_others(self, tenant: str) -> bool:
-        """Whether any other tenant has come so far; requests without one, such as a warm-up, are nobody's."""
-        return any(other not in ("", tenant) for other in self._served)
 
     def lift(self, tenant: str, waiting: Collection[str]) -> None:
         """A tenant without waiting requests brings one: its counter is raised."""
@@ -48,35 +47,70 @@ class VirtualCounters:
 
 
 class Places:
-    """How many requests each tenant runs, and how many of all places are its by weight.
+    """How many requests each tenant runs and asks for, and how many of all places are its share by weight.
 
-    Shares are among the tenants that run; one that runs alone is left half, because another may come.
+    Shares are among the tenants that ask; one that is alone is left half, because another may come. Whoever asks for
+    more than its share *floods*.
     """
 
     def __init__(self, num_places: int) -> None:
         self._num_places = num_places
-        self._held: Counter[str] = Counter()
+        self._asked: Counter[str] = Counter()
+        """Running and waiting."""
+        self._running: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
-        self.some_exceed = False
-        """Whether several tenants run, and one of them has more than its share."""
+        self._total = 0.0
+        """Of the weights."""
+        self._flooding: set[str] = set()
+        self._is_stale = False
 
-    def take(self, tenant: str, weight: float) -> None:
-        self._held[tenant] += 1
+    def ask(self, tenant: str, weight: float) -> None:
+        """A request has come."""
+        self._asked[tenant] += 1
         self._weights[tenant] = weight
-        self._look()
+        self._is_stale = True
 
-    def give_back(self, tenant: str) -> None:
-        self._held[tenant] -= 1
-        if not self._held[tenant]:
-            del self._held[tenant], self._weights[tenant]
-        self._look()
+    def take(self, tenant: str) -> None:
+        """One of those that asked runs."""
+        self._running[tenant] += 1
 
-    def has_room(self, tenant: str, weight: float, num_more: int = 0) -> bool:
-        """Whether the tenant has no more than its share, with `num_more` requests beside those that it runs."""
-        others = sum(of_other for other, of_other in self._weights.items() if other != tenant)
-        share = self._num_places * weight / (weight + (others or weight))
-        return self._held[tenant] + num_more <= max(1.0, share)
+    def leave(self, tenant: str, *, ran: bool) -> None:
+        """A request has ended."""
+        self._asked[tenant] -= 1
+        self._running[tenant] -= ran
+        if not self._asked[tenant]:
+            del self._asked[tenant], self._running[tenant], self._weights[tenant]
+        self._is_stale = True
 
-    def _look(self) -> None:
-        running = self._weights.items()
-        self.some_exceed = len(running) > 1 and not all(self.has_room(tenant, weight) for tenant, weight in running)
+    @property
+    def some_flood(self) -> bool:
+        """Whether there are several tenants, and one of them floods."""
+        return len(self._weights) > 1 and bool(self._who_floods())
+
+    def is_modest(self, tenant: str) -> bool:
+        """Whether others flood, and the tenant does not."""
+        return self.some_flood and tenant not in self._who_floods()
+
+    def is_owed(self, tenant: str, weight: float) -> bool:
+        """Whether others flood, and the tenant has less than its share of places, or, if it does not flood itself, runs
+        less than it may ask for."""
+        flooding = self._who_floods()
+        if not flooding - {tenant}:
+            return False
+        share = self._share(tenant, weight)
+        return self._running[tenant] + 1 <= (share if tenant in flooding else max(1.0, BURST * share))
+
+    def _share(self, tenant: str, weight: float) -> float:
+        others = self._total - self._weights.get(tenant, 0.0)
+        return self._num_places * weight / (weight + (others or weight))
+
+    def _who_floods(self) -> set[str]:
+        if self._is_stale:
+            self._is_stale = False
+            self._total = sum(self._weights.values())
+            self._flooding = {
+                tenant
+                for tenant, num in self._asked.items()
+                if num > max(1.0, BURST * self._share(tenant, self._weights[tenant]))
+            }
+        return self._flooding

@@ -72,7 +72,7 @@ class ModelRunner:
         self.weights = self._step.weights
         self.num_pages = num_pages(lm.config, config, self.device)
         self.pages = new_pages(lm.config, config, self.num_pages, self.device)
-        num_slots = config.scheduler.max_requests
+        num_slots = config.scheduler.num_slots
         self.text_pages = TextPages(self._step, self.pages.k.dtype, num_slots) if self.weights.has_cross else None
         window_len = lm.config.delay_pattern.num_steps(lm.config.num_frames(lm.config.max_duration_s))
         codes = (num_slots + 1, lm.config.decoder.num_codebooks, window_len)  # the last slot is nobody's

@@ -2,12 +2,12 @@
 
 Admission: a request is admitted when, letting everyone advance together to the end, pages and rows always suffice.
 So nothing is ever taken back for want of memory. A request that does not fit yet holds up only those that would
-delay it. Where several tenants come, one that has its share of places leaves the last one to those that have not, so
-that they need not wait for an end, whatever the others ask for.
+delay it. There are more places than `max_requests`: while others ask for more than their share of places, a tenant that
+has less than its own need not wait for an end.
 
 A step keeps that promise: either everyone advances, or some do and the forecast still fits, or a *round* begins, in
-which all take turns until each has advanced by one step. While a tenant has more than its share of places, a listener
-of another that hears nothing yet goes before all that have sound in hand.
+which all take turns until each has advanced by one step. While a tenant asks for more than its share, the listeners of
+others who hear nothing yet go before all that can wait.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ MAX_QUOTED = 64
 """Waiting requests that a quoted start looks through."""
 MAX_SLIP_STEPS = 64
 """If the start of the first in turn slips by more than so many steps, nobody passes it any more."""
-MIN_TO_SPARE = 4
-"""With fewer places none is kept free: it would cost too much."""
 RETRY_STEPS = 16
 """Admission is tried again after so many steps, even if nothing began or ended."""
 
@@ -59,12 +57,15 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, allocator: PageAllocator, frame_rate_hz: float) -> None:
         self.config, self.allocator, self.pages = config, allocator, PageTables(allocator)
+        num_slots, num_rows = config.num_slots, config.max_rows * config.num_slots // config.max_requests
         self.capacity = Capacity(allocator.num_pages, config.max_rows, config.max_requests)
+        self.whole_capacity = Capacity(allocator.num_pages, num_rows, num_slots)
+        """With the places for tenants that have less than their share."""
         self.counters, self.places = VirtualCounters(), Places(config.max_requests)
         self.waiting = WaitingQueue(self.counters)
         self.running: list[Sequence] = []
         self._turns = Turns(config.max_step_rows, self.places, frame_rate_hz)
-        self._free_slots = list(range(config.max_requests))[::-1]
+        self._free_slots = list(range(num_slots))[::-1]
         self._round: set[int] = set()
         self._steps_to_retry = 0
         self._num_steps = 0
@@ -73,17 +74,20 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
+        self.places.ask(sequence.request.tenant, sequence.request.weight)
         self._steps_to_retry = 0
 
     def remove(self, sequence: Sequence) -> None:
         """End a sequence, waiting or running: its pages and slot are free afterwards."""
+        if sequence.phase is Phase.ENDED:
+            return
+        self.places.leave(sequence.request.tenant, ran=sequence.phase is not Phase.WAITING)
         if sequence.phase is Phase.WAITING:
             self.waiting.remove(sequence)
-        elif sequence.phase is not Phase.ENDED:
+        else:
             self.counters.charge(sequence.request.tenant, -sequence.cost, sequence.request.weight)
             self.pages.release(sequence)
             self.running.remove(sequence)
-            self.places.give_back(sequence.request.tenant)
             self._free_slots.append(sequence.slot)
         sequence.phase = Phase.ENDED
         self._steps_to_retry = 0
@@ -129,19 +133,34 @@ class Scheduler:
 
     # --- one step ---
 
-    def schedule(self, now: float) -> ScheduledBatch:
-        """Decide what the next step computes. Page tables are ready for it afterwards."""
+    def schedule(self, now: float, step_s: float = 0.0) -> ScheduledBatch:
+        """Decide what the next step computes. Page tables are ready for it afterwards.
+
+        Args:
+            step_s: what a step takes, as far as is known.
+        """
         self._steps_to_retry -= 1
         if self.waiting and self._steps_to_retry <= 0 and not self._round:
             self._admit(now)
             self._steps_to_retry = RETRY_STEPS
-        decoding = [s for s in self.running if s.phase is Phase.DECODE]
-        prefills = self._prefill(self.config.prefill_tokens if decoding else self.config.idle_prefill_tokens)
-        ready = [p.sequence for p in prefills if p.is_ready]
-        chosen = self._who_advances(decoding, ready, len(ready) < len(prefills), now)
+        hurried = [] if self._round else self._turns.hurried(self.running, now, step_s)
+        if hurried:
+            decoding, prefills, ready = self._who_could(hurried)
+            chosen = self._turns.fill([*ready, *decoding] if ready else decoding)
+            if self._is_safe_after(chosen):
+                return self._new_batch(chosen, prefills)
+        decoding, prefills, ready = self._who_could(self.running)
+        chosen = self._who_advances(decoding, ready, len(ready) < len(prefills))
         if decoding and not chosen:  # they wait for those behind, so the step is all theirs
-            prefills = self._prefill(self.config.idle_prefill_tokens)
+            prefills = self._prefill(self.running, self.config.idle_prefill_tokens)
         return self._new_batch(chosen, prefills)
+
+    def _who_could(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[_Prefill], list[Sequence]]:
+        """Of `sequences` those that decode, what is computed of those in prefill, and who of these could decode too."""
+        decoding = [s for s in sequences if s.phase is Phase.DECODE]
+        budget = self.config.prefill_tokens if decoding else self.config.idle_prefill_tokens
+        prefills = self._prefill(sequences, budget)
+        return decoding, prefills, [p.sequence for p in prefills if p.is_ready]
 
     def _new_batch(self, chosen: list[Sequence], prefills: list[_Prefill]) -> ScheduledBatch:
         """The batch in which `chosen` decide a step, with pages for the positions that they feed."""
@@ -162,14 +181,14 @@ class Scheduler:
             self._num_steps += 1
         return batch
 
-    def _prefill(self, budget: int) -> list[_Prefill]:
+    def _prefill(self, sequences: list[Sequence], budget: int) -> list[_Prefill]:
         """Whose prompts advance within `budget` positions. The nearest to silence go first.
 
         A sequence is ready for its first decode step when it has nothing left to prefill, or when the budget has
         room for that step too.
         """
         prefills = []
-        prefilling = [s for s in self.running if s.phase is Phase.PREFILL]
+        prefilling = [s for s in sequences if s.phase is Phase.PREFILL]
         for sequence in sorted(prefilling, key=self._turns.need):
             behind = [sequence.prefill_len - row.num_computed for row in sequence.rows]
             num_new = []
@@ -182,9 +201,7 @@ class Scheduler:
             prefills.append(_Prefill(sequence, tuple(num_new), is_ready))
         return prefills
 
-    def _who_advances(
-        self, decoding: list[Sequence], ready: list[Sequence], some_behind: bool, now: float
-    ) -> list[Sequence]:
+    def _who_advances(self, decoding: list[Sequence], ready: list[Sequence], some_behind: bool) -> list[Sequence]:
         """Everyone, if nobody is behind and the step holds all; else those whose listeners are nearest to silence.
 
         Args:
@@ -194,9 +211,6 @@ class Scheduler:
         everyone = decoding + ready
         self._round &= {id(s) for s in everyone}
         if not self._round:
-            hurried = self._turns.hurried(everyone, now)
-            if hurried and self._is_safe_after(hurried):
-                return hurried
             if not some_behind and sum(s.num_rows for s in everyone) <= self.config.max_step_rows:
                 return everyone
             for candidates in (everyone, decoding):
@@ -234,14 +248,16 @@ class Scheduler:
         """Admit in turn; behind one that does not fit yet, only those that do not delay it.
 
         How long others take is known, but for how their prefills fall into steps. So that a stream of small requests
-        does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`.
+        does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`. A tenant's
+        share is no such stream: it is owed.
         """
         reserved: Demand | None = None
-        num_tried = 0
+        num_tried, has_slipped = 0, False
         for sequence in self._candidates():
             if not self._free_slots or num_tried > MAX_BACKFILL:
                 return
             waits = self.pages.is_being_computed(sequence, self.running)
+            waits |= has_slipped and not self._is_owed(sequence)
             if not waits and self._take(sequence, reserved, now):
                 continue
             num_tried += 1
@@ -251,16 +267,13 @@ class Scheduler:
                 reserved = demand.at(forecast.earliest_start(demand) or 0)
                 start = self._num_steps + reserved.start
                 sequence.promised_step = min(start, sequence.promised_step or start)
-                if start > sequence.promised_step + MAX_SLIP_STEPS:
-                    return
+                has_slipped = start > sequence.promised_step + MAX_SLIP_STEPS
 
     def _room_for(self, sequence: Sequence) -> Capacity:
-        """All of it, or all but the last place."""
-        request, num_requests = sequence.request, self.capacity.num_requests
-        has_room = self.places.has_room(request.tenant, request.weight, num_more=1)
-        if num_requests < MIN_TO_SPARE or has_room or not self.counters.knows_others(request.tenant):
-            return self.capacity
-        return replace(self.capacity, num_requests=num_requests - 1)
+        return self.whole_capacity if self._is_owed(sequence) else self.capacity
+
+    def _is_owed(self, sequence: Sequence) -> bool:
+        return self.places.is_owed(sequence.request.tenant, sequence.request.weight)
 
     def _candidates(self) -> Iterator[Sequence]:
         """Waiting sequences in turn; the order follows the counters as they change."""
@@ -275,7 +288,7 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         self.counters.charge(sequence.request.tenant, sequence.cost, sequence.request.weight)
-        self.places.take(sequence.request.tenant, sequence.request.weight)
+        self.places.take(sequence.request.tenant)
         sequence.slot = self._free_slots.pop()
         sequence.phase = Phase.PREFILL
         sequence.times.admitted = now

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from musicgen.engine.fairness import Places
 from musicgen.engine.sequence import Sequence
 
-IN_HAND_S = 0.5
-"""Whoever has so much sound in hand can wait for a listener that has none."""
+SLACK_S = 0.1
+"""Whoever would be late by less than so much, if it were passed now, is not passed."""
+PATIENCE_S = 1.0
+"""For so long whoever is heard by nobody yet can be passed."""
 
 
 class Turns:
@@ -16,7 +18,7 @@ class Turns:
 
     Args:
         max_rows: that one step can decode.
-        places: who runs how many.
+        places: who asks for how many.
         frame_rate_hz: for playback deadlines.
     """
 
@@ -44,26 +46,41 @@ class Turns:
                 rows_left -= sequence.num_rows
         return chosen
 
-    def hurried(self, everyone: list[Sequence], now: float) -> list[Sequence]:
-        """Those that wait for their first sound, of tenants that have no more than their share, and whoever else
-        would soon be silent; nobody, if none waits so."""
-        if not self._places.some_exceed:
-            return []
-        most = min((s.request.priority for s in everyone), default=0)
-        hurried: list[Sequence] = []
-        needy: list[Sequence] = []
-        for sequence in everyone:
-            request = sequence.request
-            if not self._is_listened_to(sequence):
-                continue
-            if sequence.times.first_chunk is not None:
-                if self.need(sequence)[1] < now + IN_HAND_S:
-                    needy.append(sequence)
-            elif request.priority == most and self._places.has_room(request.tenant, request.weight):
-                hurried.append(sequence)
-        return self.fill([*hurried, *needy]) if hurried else []
+    def hurried(self, running: Iterable[Sequence], now: float, step_s: float) -> list[Sequence]:
+        """Those whose listeners hear nothing yet, of tenants that ask for no more than their share while others do; and
+        whoever else cannot wait for them. Nobody, if there are none of the first.
 
-    def _is_listened_to(self, sequence: Sequence) -> bool:
-        """Whether somebody is likely to listen while it is made: its first chunk is no longer than a second."""
-        chunks = sequence.request.chunks
-        return chunks is not None and chunks.first_frames <= self._frame_rate_hz
+        Args:
+            step_s: what a step takes.
+        """
+        if not self._places.some_flood:
+            return []
+        most = min((s.request.priority for s in running), default=0)
+        first: list[Sequence] = []
+        needy: list[Sequence] = []
+        for sequence in running:
+            request = sequence.request
+            is_unheard = sequence.times.first_chunk is None and _is_listened_to(sequence, self._frame_rate_hz)
+            if is_unheard and request.priority == most and self._places.is_modest(request.tenant):
+                first.append(sequence)
+            elif self._slack_s(sequence, now, step_s) < SLACK_S:
+                needy.append(sequence)
+        return [*first, *needy] if first else []
+
+    def _slack_s(self, sequence: Sequence, now: float, step_s: float) -> float:
+        """For how long a sequence can be passed: until its listener would fall silent, because the next chunk still
+        takes its steps. Where nobody listens yet, as long as it keeps ahead of one who listens from `PATIENCE_S` on."""
+        times, codes = sequence.times, sequence.request.codes
+        assert times.admitted is not None
+        if times.first_chunk is None or not _is_listened_to(sequence, self._frame_rate_hz):
+            num_made = sequence.num_frames - codes.num_known_frames
+            return times.admitted + PATIENCE_S + num_made / self._frame_rate_hz - now
+        num_left = min(sequence.due_frames, codes.num_frames) - sequence.num_frames
+        silent_at = times.first_chunk + (sequence.num_sent_frames - codes.num_known_frames) / self._frame_rate_hz
+        return silent_at - num_left * step_s - now
+
+
+def _is_listened_to(sequence: Sequence, frame_rate_hz: float) -> bool:
+    """Whether somebody is likely to listen while it is made: its first chunk is no longer than a second."""
+    chunks = sequence.request.chunks
+    return chunks is not None and chunks.first_frames <= frame_rate_hz

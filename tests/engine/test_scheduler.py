@@ -8,6 +8,7 @@ import pytest
 from engine.fakes import FakeRunner, codes_request, new_core, run_all
 
 from musicgen.engine.core import EngineCore
+from musicgen.engine.fairness import BURST
 from musicgen.engine.sequence import Phase
 from musicgen.types import ChunkPolicy, EngineRequest, FinishReason
 
@@ -82,41 +83,48 @@ def test_a_pause_earns_no_credit() -> None:
     assert core.scheduler.counters["a"] == 6 * 80
 
 
-@pytest.mark.parametrize("max_requests", [3, 4, 8])
-def test_a_tenant_that_floods_leaves_the_last_place_to_others(max_requests: int) -> None:
-    """From the moment on in which there are others; whoever has nothing there begins at once."""
+@pytest.mark.parametrize("max_requests", [2, 4, 8])
+def test_whoever_has_less_than_its_share_begins_at_once(max_requests: int) -> None:
+    """In places beyond those that a flood can have; they are nobody's for long."""
     core = new_core(1000, max_requests=max_requests)
+    burst = int(BURST * max_requests / 2)
 
-    def running() -> set[str]:
-        core.step()
-        return {s.request.request_id for s in core.scheduler.running}
-
-    def begins(tenant: str) -> tuple[set[str], set[str]]:
-        """Who ran when a request of the tenant came, and when it began."""
-        before = running()
-        core.add(EngineRequest(f"{tenant}0", codes_request(20, text=99), tenant=tenant))
-        core.add(EngineRequest(f"{tenant}1", codes_request(20, text=98), tenant=tenant))
-        now = running()
-        while f"{tenant}0" not in now:
-            now = running()
-        return before, now
+    def running(tenant: str = "") -> int:
+        return sum(s.request.request_id.startswith(tenant) for s in core.scheduler.running)
 
     for i in range(9 * max_requests):
         core.add(EngineRequest(f"a{i}", codes_request(40, text=i), tenant="a"))
     for _ in range(20):
-        assert len(running()) <= max_requests
-    before, now = begins("b")
-    assert len(before) == max_requests
-    assert not before <= now, "it waited until somebody had ended"
-    while any(name.startswith("b") for name in running()):
-        pass
-    num_places = max_requests - (max_requests >= 4)
-    assert max(len(running()) for _ in range(100)) == num_places
-    while len(running()) < num_places:
-        pass
-    before, now = begins("c")
-    assert (before <= now) is (max_requests >= 4)
-    assert run_all(core).ends.keys() >= {"c0", "c1"}
+        core.step()
+        assert running() <= max_requests
+    assert running() == max_requests
+    for i in range(burst):
+        core.add(EngineRequest(f"b{i}", codes_request(20, text=90 + i), tenant="b"))
+    core.step()
+    assert running("a") == max_requests
+    assert running("b") == min(burst, max_requests // 2), "all places are taken, or all that a burst may have"
+    while running("a") == max_requests:
+        core.step()
+    while running("b"):
+        core.step()
+        assert running() <= max_requests + max_requests // 2
+        assert running("a") <= max_requests
+    for _ in range(100):
+        core.step()
+    assert running("a") == max_requests, "the flood has its places again"
+
+
+def test_whoever_floods_too_gets_its_share_and_no_more() -> None:
+    core = new_core(1000, max_requests=6)
+    for tenant, weight in {"a": 1.0, "b": 2.0}.items():
+        for i in range(40):
+            request = codes_request(40, text=i)
+            core.add(EngineRequest(f"{tenant}{i}", request, tenant=tenant, weight=weight))
+            core.step()
+    for _ in range(200):
+        core.step()
+    held = [sum(s.request.tenant == tenant for s in core.scheduler.running) for tenant in "ab"]
+    assert held == [2, 4], "six places by weight"
 
 
 def test_what_was_not_made_is_given_back() -> None:

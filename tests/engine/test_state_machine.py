@@ -156,8 +156,9 @@ class Life(RuleBasedStateMachine):
         stats, running = self.core.stats(), self.core.scheduler.running
         ends = len(self.listener.ends)
         assert stats.num_accepted == len(self.requests) == stats.num_waiting + stats.num_running + ends
-        assert sum(s.num_rows for s in running) <= self.core.config.scheduler.max_rows
-        assert len(running) <= self.core.config.scheduler.max_requests
+        whole = self.core.scheduler.whole_capacity
+        assert sum(s.num_rows for s in running) <= whole.num_rows
+        assert len(running) <= whole.num_requests
         counted["steps"] += 1
         counted["waited"] += bool(stats.num_waiting)
         held = sum(len(row.pages) for s in running for row in s.rows)

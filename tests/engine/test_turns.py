@@ -3,54 +3,79 @@
 from __future__ import annotations
 
 import pytest
-from engine.fakes import codes_request, new_core, run_all
+from engine.fakes import Listener, codes_request, new_core
 
 from musicgen.engine.core import EngineCore
 from musicgen.engine.fairness import Places
 from musicgen.engine.sequence import Sequence
+from musicgen.engine.turns import PATIENCE_S
 from musicgen.types import ChunkPolicy, EngineRequest
 
 STREAM = ChunkPolicy(first_frames=6, max_frames=6)
 
 
-def test_shares_of_places_follow_the_weights() -> None:
+def asked(**tenants: tuple[int, int, float]) -> Places:
+    """Eight places, and tenants that ask for so many, run so many of them, and have a weight."""
     places = Places(8)
-    assert places.has_room("a", 1.0, num_more=4)
-    assert not places.has_room("a", 1.0, num_more=5), "whoever runs alone is left half"
-    for _ in range(5):
-        places.take("a", 1.0)
-    assert not places.some_exceed, "nobody else runs"
-    places.take("b", 3.0)
-    assert places.some_exceed
-    assert places.has_room("b", 3.0, num_more=5)
-    assert not places.has_room("b", 3.0, num_more=6)
-    for _ in range(3):
-        places.give_back("a")
-    assert not places.some_exceed
-    places.give_back("b")
-    assert places.has_room("a", 1.0, num_more=2)
+    for tenant, (num_asked, num_running, weight) in tenants.items():
+        for _ in range(num_asked):
+            places.ask(tenant, weight)
+        for _ in range(num_running):
+            places.take(tenant)
+    return places
 
 
-def test_one_request_is_everyones_share() -> None:
-    places = Places(2)
-    for tenant in "abcd":
-        places.take(tenant, 1.0)
-    assert not places.some_exceed
-    assert places.has_room("a", 1.0)
-    assert not places.has_room("a", 1.0, num_more=1)
+def test_whoever_asks_for_much_more_than_its_share_floods() -> None:
+    assert not asked(a=(6, 6, 1.0), b=(6, 0, 1.0)).some_flood
+    places = asked(a=(7, 6, 1.0), b=(6, 0, 1.0))
+    assert places.some_flood
+    assert places.is_modest("b")
+    assert not places.is_modest("a")
+    places.leave("a", ran=True)
+    assert not places.some_flood
+    assert not asked(a=(9, 0, 3.0), b=(3, 0, 1.0)).some_flood
+    assert asked(a=(9, 0, 3.0), b=(4, 0, 1.0)).is_modest("a")
+
+
+def test_a_tenant_by_itself_floods_nobody() -> None:
+    places = asked(a=(40, 8, 1.0))
+    assert not places.some_flood
+    assert not places.is_owed("a", 1.0)
+    assert places.is_owed("b", 1.0), "whoever comes now is owed a place"
+    places.ask("b", 1.0)
+    assert places.is_modest("b")
+
+
+def test_who_floods_is_owed_its_share_and_who_does_not_what_it_asks_for() -> None:
+    places = asked(a=(40, 8, 1.0), b=(40, 3, 1.0))
+    assert places.is_owed("b", 1.0), "though it floods too"
+    places.take("b")
+    assert not places.is_owed("b", 1.0)
+    assert not places.is_owed("a", 1.0)
+    modest = asked(a=(40, 8, 1.0), b=(6, 5, 1.0))
+    assert modest.is_owed("b", 1.0)
+    modest.take("b")
+    assert not modest.is_owed("b", 1.0)
+
+
+def test_one_place_is_owed_to_whoever_does_not_flood() -> None:
+    """However small its share."""
+    places = asked(a=(40, 8, 98.0), b=(1, 0, 1.0), c=(2, 0, 1.0))
+    assert places.is_owed("b", 1.0)
+    assert not places.is_owed("c", 1.0)
+    places.take("b")
+    assert not places.is_owed("b", 1.0)
 
 
 def flooded(max_requests: int = 4) -> EngineCore:
-    """An engine all of whose places but the last are `flood`'s streams, one a frame ahead of the other, and all well
-    ahead of their listeners."""
+    """An engine all of whose places are `flood`'s streams, one a frame ahead of the other, and all well ahead of their
+    listeners."""
     core = new_core(1000, max_requests=max_requests)
-    core.add(EngineRequest("known", codes_request(2, text=50), tenant="steady"))
-    run_all(core)
     for i in range(9 * max_requests):
         core.add(EngineRequest(f"flood{i}", codes_request(30 + i % 10, text=i), tenant="flood", chunks=STREAM))
     while not core.scheduler.running or min(s.num_frames for s in core.scheduler.running) < 20:
         core.step()
-    assert len(core.scheduler.running) == max_requests - 1
+    assert len(core.scheduler.running) == max_requests
     for sequence in core.scheduler.running:
         assert sequence.times.first_chunk is not None
         sequence.times.first_chunk += 1.0
@@ -61,20 +86,6 @@ def running(core: EngineCore) -> dict[str, Sequence]:
     return {s.request.request_id: s for s in core.scheduler.running}
 
 
-def test_a_tenant_below_its_share_gets_the_next_place() -> None:
-    """Although it runs one already, and more of the flood waited before it came."""
-    core = flooded(max_requests=6)
-    flood = set(running(core))
-    for i in range(2):
-        core.add(EngineRequest(f"steady{i}", codes_request(40, text=60 + i), tenant="steady", chunks=STREAM))
-    core.step()
-    assert set(running(core)) == flood | {"steady0"}, "the place that was left is taken at once"
-    while "steady1" not in running(core):
-        core.step()
-        assert set(running(core)) <= flood | {"steady0", "steady1"}, "another went before"
-    assert flood & set(running(core)), "it waited for more ends than one"
-
-
 @pytest.mark.parametrize("stream", [STREAM, None], ids=["a stream", "nobody listens"])
 def test_who_hears_nothing_goes_before_those_with_sound_in_hand(stream: ChunkPolicy | None) -> None:
     core = flooded()
@@ -83,20 +94,19 @@ def test_who_hears_nothing_goes_before_those_with_sound_in_hand(stream: ChunkPol
     before = {name: s.num_frames for name, s in running(core).items()}
     while running(core)["steady"].num_frames < 6:
         core.step()
-    others = [s.num_frames - before[name] for name, s in running(core).items() if name.startswith("flood")]
-    assert others == ([0] * 3 if stream is not None else [6] * 3)
+    others = {s.num_frames - before[name] for name, s in running(core).items() if name.startswith("flood")}
+    assert others == ({0} if stream is not None else {6})
     core.step()
     core.step()
-    assert [s.num_frames - before[name] - others[0] for name, s in running(core).items() if name in before][:3] == [
-        2
-    ] * 3
+    more = {s.num_frames - before[name] for name, s in running(core).items() if name.startswith("flood")}
+    assert more == ({2} if stream is not None else {8})
 
 
 def test_who_would_fall_silent_is_not_passed() -> None:
     core = flooded()
     silent = min(core.scheduler.running, key=lambda s: s.num_frames)
     assert silent.times.first_chunk is not None
-    silent.times.first_chunk -= 1.0
+    silent.times.first_chunk -= 1.2
     core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=STREAM))
     core.step()
     before = {name: s.num_frames for name, s in running(core).items()}
@@ -105,6 +115,38 @@ def test_who_would_fall_silent_is_not_passed() -> None:
     advanced = {name: s.num_frames - before[name] for name, s in running(core).items()}
     assert advanced.pop("steady") == advanced.pop(silent.request.request_id) == 4
     assert set(advanced.values()) == {0}
+
+
+def test_nobody_prefills_beside_whoever_hears_nothing() -> None:
+    core = flooded()
+    ending = min(core.scheduler.running, key=lambda s: s.num_steps_left)
+    core.abort(ending.request.request_id)  # another of the flood comes in its place
+    core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=STREAM))
+    core.step()
+    (new,) = [s for s in core.scheduler.running if s.request.tenant == "flood" and s.num_frames == 0]
+    num_computed = new.num_computed
+    while running(core)["steady"].times.first_chunk is None:
+        assert new.num_computed == num_computed
+        core.step()
+    core.step()
+    assert new.num_computed > num_computed
+
+
+def test_the_flood_is_not_put_off_for_ever() -> None:
+    """Whoever is passed waits for `PATIENCE_S`, and keeps its pace then, however short the others' pieces are."""
+    core = new_core(1000, max_requests=4)
+    for i in range(40):
+        chunks = None if i % 2 else STREAM
+        core.add(EngineRequest(f"flood{i}", codes_request(40, text=i), tenant="flood", chunks=chunks))
+    listener = Listener()
+    for i in range(400):
+        if "steady" not in {s.request.tenant for s in core.scheduler.running}:
+            core.add(EngineRequest(f"steady{i}", codes_request(5, text=60), tenant="steady", chunks=STREAM))
+        listener.take(core.step())
+    longest_s = PATIENCE_S + 40 / 50
+    made = sum(s.num_frames for s in core.scheduler.running if s.request.tenant == "flood")
+    made += 40 * sum(name.startswith("flood") for name in listener.ends)
+    assert made >= 0.8 * 4 * 40 * (400 * 0.01) / longest_s
 
 
 def test_two_that_share_fairly_advance_together() -> None:
