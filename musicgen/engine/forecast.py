@@ -7,7 +7,7 @@ advance together to the end never runs out of pages; the scheduler keeps that tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,6 +52,11 @@ class Capacity:
     num_rows: int
     num_requests: int
 
+    @property
+    def limits(self) -> np.ndarray:
+        """`[3]`"""
+        return np.array([self.num_pages, self.num_rows, self.num_requests])
+
 
 class Forecast:
     """The future of a set of demands.
@@ -61,25 +66,27 @@ class Forecast:
         demands: all requests that hold pages, and any that are to be tried.
     """
 
-    def __init__(self, capacity: Capacity, num_held: int, demands: Sequence[Demand]) -> None:
-        self._capacity, self._num_held, self._demands = capacity, num_held, list(demands)
+    def __init__(self, num_held: int, demands: Iterable[Demand]) -> None:
+        self._num_held, self._fields = num_held, _fields(demands)
 
-    def fits(self, *more: Demand) -> bool:
-        """Whether pages, rows and requests suffice at every moment, with `more` demands on top."""
-        demands = [*self._demands, *more]
-        if not demands:
-            return self._num_held <= self._capacity.num_pages
-        most = self._held_at(np.array([d.end for d in demands]), demands).max(1)
-        return bool((most <= self._limits).all())
+    def add(self, demand: Demand) -> None:
+        """One more."""
+        self._fields = np.concatenate([self._fields, _fields([demand])])
 
-    def earliest_start(self, demand: Demand) -> int | None:
+    def fits(self, capacity: Capacity) -> bool:
+        """Whether pages, rows and requests suffice at every moment."""
+        if not len(self._fields):
+            return self._num_held <= capacity.num_pages
+        return bool((self._held_at(self._ends).max(1) <= capacity.limits).all())
+
+    def earliest_start(self, demand: Demand, capacity: Capacity) -> int | None:
         """The first step at which `demand` could begin, of now and the ends of others; None if it never fits."""
-        if not Forecast(self._capacity, 0, [demand]).fits():
+        if demand.num_rows > capacity.num_rows or demand.most_pages > capacity.num_pages:
             return None
-        ends = np.array([d.end for d in self._demands], dtype=np.int64)
-        starts = np.unique([0, *(ends + 1)])
+        ends = self._ends
+        starts = np.unique(np.concatenate([[0], ends + 1]))
         moments = np.concatenate([ends, starts + demand.num_steps])
-        free = self._limits[:, None] - self._held_at(moments, self._demands)
+        free = capacity.limits[:, None] - self._held_at(moments)
         since = moments - starts[:, None]
         pages = demand.num_rows * -(-(demand.length + demand.growth * since) // PAGE_LEN) - demand.num_held
         fits = (pages <= free[0]) & (demand.num_rows <= free[1]) & (free[2] >= 1)
@@ -88,19 +95,25 @@ class Forecast:
         return int(starts[can_start.argmax() if can_start.any() else -1])
 
     @property
-    def _limits(self) -> np.ndarray:
-        capacity = self._capacity
-        return np.array([capacity.num_pages, capacity.num_rows, capacity.num_requests])
+    def _ends(self) -> np.ndarray:
+        """Steps from now until each demand ends."""
+        ends: np.ndarray = self._fields[:, _END]
+        return ends
 
-    def _held_at(self, moments: np.ndarray, demands: Sequence[Demand]) -> np.ndarray:
+    def _held_at(self, moments: np.ndarray) -> np.ndarray:
         """`[3, moments]` pages, rows and requests that are held at each of `moments`, in steps from now."""
-        fields = np.array(
-            [(d.num_rows, d.length, d.end, d.growth, d.num_held, d.num_freed, d.start) for d in demands],
-            dtype=np.int64,
-        ).reshape(-1, 7)
-        rows, length, end, growth, num_held, num_freed, start = fields.T
+        rows, length, end, growth, num_held, num_freed, start = self._fields.T
         moments = moments[:, None]
         is_active = (moments >= start) & (moments <= end)
         pages = rows * -(-(length + growth * (moments - start)) // PAGE_LEN) - num_held
         pages = np.where(is_active, pages, np.where(moments > end, -num_freed, 0))
         return np.stack([self._num_held + pages.sum(1), (is_active * rows).sum(1), is_active.sum(1)])
+
+
+_END = 2
+
+
+def _fields(demands: Iterable[Demand]) -> np.ndarray:
+    """`[demands, 7]`"""
+    fields = [(d.num_rows, d.length, d.end, d.growth, d.num_held, d.num_freed, d.start) for d in demands]
+    return np.array(fields, dtype=np.int64).reshape(-1, 7)

@@ -107,18 +107,20 @@ class Scheduler:
 
     def fits_alone(self, sequence: Sequence) -> bool:
         """Whether the sequence could ever be admitted."""
-        return Forecast(self.capacity, 0, [sequence.demand()]).fits()
+        return Forecast(0, [sequence.demand()]).fits(self.capacity)
 
     def steps_to_start(self, sequence: Sequence) -> int:
-        """Decode steps until a sequence about to be added could begin, everyone before it in turn considered."""
+        """Decode steps until a sequence about to be added could begin, everyone before it in turn considered; one that
+        is owed a place that is free waits for nobody."""
+        forecast = Forecast(self.allocator.num_held, self._demands().values())
+        if self._is_owed(sequence) and not forecast.earliest_start(sequence.demand(), self.whole_capacity):
+            return 0
         ahead = self.waiting.in_turn(before=sequence)
-        demands = list(self._demands().values())
         start = 0
         for other in [*itertools.islice(ahead, MAX_QUOTED), sequence]:
             demand = other.demand()
-            found = Forecast(self._room_for(other), self.allocator.num_held, demands).earliest_start(demand)
-            start = found or 0
-            demands.append(demand.at(start))
+            start = forecast.earliest_start(demand, self._room_for(other)) or 0
+            forecast.add(demand.at(start))
         return start + int(sum(other.cost for other in ahead) / self.capacity.num_rows)
 
     def _demands(self, *more: Sequence) -> dict[int, Demand]:
@@ -240,7 +242,7 @@ class Scheduler:
                 num_held=demand.num_held + pages,
                 num_freed=demand.num_freed + pages,
             )
-        return Forecast(self.capacity, self.allocator.num_held + num_new, list(demands.values())).fits()
+        return Forecast(self.allocator.num_held + num_new, demands.values()).fits(self.capacity)
 
     # --- admission ---
 
@@ -251,23 +253,30 @@ class Scheduler:
         does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`. A tenant's
         share is no such stream: it is owed.
         """
+        first: Sequence | None = None
         reserved: Demand | None = None
         num_tried, has_slipped = 0, False
         for sequence in self._candidates():
             if not self._free_slots or num_tried > MAX_BACKFILL:
                 return
-            waits = self.pages.is_being_computed(sequence, self.running)
-            waits |= has_slipped and not self._is_owed(sequence)
-            if not waits and self._take(sequence, reserved, now):
-                continue
+            if len(self.running) < self._room_for(sequence).num_requests:  # else it need not be tried
+                if first is not None and reserved is None:
+                    reserved, has_slipped = self._reserve(first)
+                waits = self.pages.is_being_computed(sequence, self.running)
+                waits |= has_slipped and not self._is_owed(sequence)
+                if not waits and self._take(sequence, reserved, now):
+                    continue
             num_tried += 1
-            if reserved is None:
-                demand = sequence.demand()
-                forecast = Forecast(self._room_for(sequence), self.allocator.num_held, list(self._demands().values()))
-                reserved = demand.at(forecast.earliest_start(demand) or 0)
-                start = self._num_steps + reserved.start
-                sequence.promised_step = min(start, sequence.promised_step or start)
-                has_slipped = start > sequence.promised_step + MAX_SLIP_STEPS
+            first = first or sequence
+
+    def _reserve(self, sequence: Sequence) -> tuple[Demand, bool]:
+        """What the first in turn will take when it can, and whether that has slipped too far."""
+        demand = sequence.demand()
+        forecast = Forecast(self.allocator.num_held, self._demands().values())
+        reserved = demand.at(forecast.earliest_start(demand, self._room_for(sequence)) or 0)
+        start = self._num_steps + reserved.start
+        sequence.promised_step = min(start, sequence.promised_step or start)
+        return reserved, start > sequence.promised_step + MAX_SLIP_STEPS
 
     def _room_for(self, sequence: Sequence) -> Capacity:
         return self.whole_capacity if self._is_owed(sequence) else self.capacity
@@ -299,7 +308,7 @@ class Scheduler:
         """Share what others have computed, allocate the rest; all or nothing."""
         self.pages.share_prefix(sequence)
         demands = [*self._demands(sequence).values(), *([] if reserved is None else [reserved])]
-        if not Forecast(self._room_for(sequence), self.allocator.num_held, demands).fits():
+        if not Forecast(self.allocator.num_held, demands).fits(self._room_for(sequence)):
             self.pages.release(sequence)
             return False
         self.pages.allocate_prefill(sequence)

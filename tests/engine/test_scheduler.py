@@ -240,3 +240,16 @@ def test_a_lower_number_goes_first_in_steps_that_do_not_hold_all() -> None:
         assert low.num_frames == num_frames
         core.step()
     assert list(run_all(core).ends) == ["low"]
+
+
+def test_whoever_is_owed_a_place_is_quoted_no_wait() -> None:
+    core = new_core(1000, max_requests=4)
+    for i in range(20):
+        core.add(EngineRequest(f"a{i}", codes_request(40, text=i), tenant="a"))
+    for _ in range(5):
+        core.step()
+    quotes = [core.add(EngineRequest(f"{name}", codes_request(40, text=50), tenant=name[0])) for name in ("b0", "a20")]
+    assert quotes[0] == 0.0
+    assert quotes[1] > 0.0
+    core.step()
+    assert "b0" in {s.request.request_id for s in core.scheduler.running}
