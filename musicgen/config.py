@@ -135,12 +135,16 @@ class CacheConfig:
             raise InvalidRequestError("a share in (0, 1]", repr(self.memory_share), param="memory_share")
 
 
+BURST = 1.5
+"""Times its share of places a tenant may ask for before it counts as one that floods: requests come in bursts."""
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """How steps are filled."""
 
     max_requests: int = 32
-    """Requests that hold pages at the same time; `num_spare` more for tenants that have less than their share."""
+    """Requests that hold pages at the same time; up to `num_slots` while there are tenants that ask for little."""
     max_rows: int = 64
     """Rows that hold pages at the same time; in proportion more of them where requests are."""
     max_step_rows: int = 64
@@ -162,14 +166,10 @@ class SchedulerConfig:
             )
 
     @property
-    def num_spare(self) -> int:
-        """Places beyond `max_requests`, so that a tenant gets its share at once while another has more than its own."""
-        return self.max_requests // 2
-
-    @property
     def num_slots(self) -> int:
-        """Requests that can be open at the same time."""
-        return self.max_requests + self.num_spare
+        """Requests that can be open at the same time: beyond `max_requests` those of tenants that ask for little, so
+        that they begin at once while others flood."""
+        return int(BURST * self.max_requests)
 
 
 @dataclass(frozen=True, slots=True)

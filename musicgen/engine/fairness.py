@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
-BURST = 1.5
-"""Times its share of places a tenant may ask for: requests come in bursts."""
+from musicgen.config import BURST
 
 
 class VirtualCounters:

@@ -242,7 +242,7 @@ class Scheduler:
                 num_held=demand.num_held + pages,
                 num_freed=demand.num_freed + pages,
             )
-        return Forecast(self.allocator.num_held + num_new, demands.values()).fits(self.capacity)
+        return Forecast(self.allocator.num_held + num_new, demands.values()).fits(self.whole_capacity)
 
     # --- admission ---
 
@@ -250,35 +250,38 @@ class Scheduler:
         """Admit in turn; behind one that does not fit yet, only those that do not delay it.
 
         How long others take is known, but for how their prefills fall into steps. So that a stream of small requests
-        does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`. A tenant's
-        share is no such stream: it is owed.
+        does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`. If places are
+        all that it waits for, those that are owed one go on.
         """
         first: Sequence | None = None
         reserved: Demand | None = None
-        num_tried, has_slipped = 0, False
+        num_tried, is_late = 0, False
         for sequence in self._candidates():
             if not self._free_slots or num_tried > MAX_BACKFILL:
                 return
             if len(self.running) < self._room_for(sequence).num_requests:  # else it need not be tried
                 if first is not None and reserved is None:
-                    reserved, has_slipped = self._reserve(first)
+                    forecast = Forecast(self.allocator.num_held, self._demands().values())
+                    reserved, is_late = self._reserve(first, forecast)
+                    if is_late and forecast.earliest_start(first.demand(), self.whole_capacity):
+                        return
                 waits = self.pages.is_being_computed(sequence, self.running)
-                waits |= has_slipped and not self._is_owed(sequence)
+                waits |= is_late and not self._is_owed(sequence)
                 if not waits and self._take(sequence, reserved, now):
                     continue
             num_tried += 1
             first = first or sequence
 
-    def _reserve(self, sequence: Sequence) -> tuple[Demand, bool]:
+    def _reserve(self, sequence: Sequence, forecast: Forecast) -> tuple[Demand, bool]:
         """What the first in turn will take when it can, and whether that has slipped too far."""
         demand = sequence.demand()
-        forecast = Forecast(self.allocator.num_held, self._demands().values())
         reserved = demand.at(forecast.earliest_start(demand, self._room_for(sequence)) or 0)
         start = self._num_steps + reserved.start
         sequence.promised_step = min(start, sequence.promised_step or start)
         return reserved, start > sequence.promised_step + MAX_SLIP_STEPS
 
     def _room_for(self, sequence: Sequence) -> Capacity:
+        """Those that are owed a place find more of them."""
         return self.whole_capacity if self._is_owed(sequence) else self.capacity
 
     def _is_owed(self, sequence: Sequence) -> bool:

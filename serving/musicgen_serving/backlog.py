@@ -16,7 +16,9 @@ meantime: those that begin within its first `W_t · w_u / w_t` seconds, hence al
 A tenant that floods the service waits for itself; another waits for one request of the flood.
 
 **Who is not refused.** A tenant whose next piece is still within its share of the slots, by weight, is taken in however
-long it would wait: it is others that are too many. All shares together are the slots, so this cannot pile up.
+long it would wait: it is others that are too many. All shares together are the slots, so this cannot pile up. While
+others ask for more than `BURST` times theirs, so many times its own counts: requests come in bursts, and the engines
+have places beyond the slots for it.
 
 **The speed** `v` is seconds of audio given out per second, as a ratio of two sums that forget with a time constant, so
 that audio which comes in lumps counts as what it is over time. There are two such ratios. One counts all time with
@@ -32,9 +34,11 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from musicgen.config import BURST
 from musicgen.errors import OverloadedError
 
 MEMORY_S = 30.0
@@ -151,8 +155,13 @@ class Backlog:
         if any(work.priority < priority for work in self._works.values()):
             return False
         rivals = {w.tenant: w.weight for w in self._works.values() if w.priority == priority and w.tenant != tenant}
-        num_own = sum(work.num_pieces for work in self._works.values() if work.tenant == tenant)
-        return bool(rivals) and num_own + 1 <= self._slots * weight / (weight + math.fsum(rivals.values()))
+        num_pieces: Counter[str] = Counter()
+        for work in self._works.values():
+            num_pieces[work.tenant] += work.num_pieces
+        per_weight = self._slots / (weight + math.fsum(rivals.values()))
+        some_flood = any(num_pieces[rival] > BURST * per_weight * rivals[rival] for rival in rivals)
+        share = (BURST if some_flood else 1.0) * per_weight * weight
+        return bool(rivals) and num_pieces[tenant] + 1 <= share
 
     def quote(self, tenant: str, weight: float, priority: int) -> float:
         """Seconds that a request would wait until its decoding starts."""

@@ -83,7 +83,9 @@ class ModelSettings(_Section):
     kv_memory_bytes: int | None = Field(None, ge=1, description="budget of a replica's KV pages")
     kv_memory_share: float = Field(0.25, gt=0, le=1, description="the same as a share of what is free at its start")
     num_threads: int | None = Field(None, ge=1, description="threads of a step on the CPU; default: all cores but one")
-    max_requests: Count = Field(32, description="pieces that a replica decodes at the same time")
+    max_requests: Count = Field(
+        32, description="pieces decoded at the same time; up to half as many more for others if a tenant floods"
+    )
     max_step_rows: int = Field(64, ge=3)
     max_waiting: Count = Field(256, description="pieces that may wait at a replica")
     language_model: LanguageModelReplicas = LanguageModelReplicas()

@@ -7,8 +7,8 @@ import random
 import pytest
 from engine.fakes import FakeRunner, codes_request, new_core, run_all
 
+from musicgen.config import BURST
 from musicgen.engine.core import EngineCore
-from musicgen.engine.fairness import BURST
 from musicgen.engine.sequence import Phase
 from musicgen.types import ChunkPolicy, EngineRequest, FinishReason
 

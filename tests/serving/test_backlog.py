@@ -275,11 +275,24 @@ def test_a_tenant_below_its_share_is_not_refused_because_another_floods() -> Non
         add(queue, f"flood {number}", 10.0, tenant="flood")
     with pytest.raises(OverloadedError):
         queue.check("flood", 1.0, 0)
-    for number in range(2):  # half of the slots, at equal weights
+    for number in range(3):  # half of the slots, at equal weights, and half as many again
         assert queue.check("steady", 1.0, 0) > 20.0
         add(queue, f"steady {number}", 10.0, tenant="steady")
     with pytest.raises(OverloadedError):
         queue.check("steady", 1.0, 0)
-    assert queue.check("steady", 4.0, 0) > 20.0  # three are fewer than four fifths of four
+    assert queue.check("steady", 4.0, 0) > 20.0  # four are fewer than four fifths of six
     with pytest.raises(OverloadedError):
         queue.check("light", 0.1, 1)  # others go before it
+
+
+def test_bursts_are_for_those_whom_a_flood_keeps_waiting() -> None:
+    """Two that share the slots fairly are refused beyond their shares."""
+    queue = backlog(Clock(), num_slots=4, speed=0.1)
+    for number in range(2):
+        for tenant in ("one", "other"):
+            add(queue, f"{tenant} {number}", 10.0, tenant=tenant)
+    with pytest.raises(OverloadedError):
+        queue.check("one", 1.0, 0)
+    for number in range(2, 4):
+        add(queue, f"other {number}", 10.0, tenant="other")
+    assert queue.check("one", 1.0, 0) > 20.0
