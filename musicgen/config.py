@@ -171,6 +171,11 @@ class SchedulerConfig:
         that they begin at once while others flood."""
         return int(BURST * self.max_requests)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of so many requests."""
+        return self.max_rows * self.num_slots // self.max_requests
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:

@@ -145,7 +145,7 @@ class ModelRunner:
         if reason := why_not(self.device):
             logger.warning("decode steps run without CUDA graphs: %s", reason)
             return None
-        return graph_sizes(min(self.config.scheduler.max_step_rows, self.config.scheduler.max_rows))
+        return graph_sizes(min(self.config.scheduler.max_step_rows, self.config.scheduler.num_rows))
 
     def _new_decode_steps(self) -> DecodeSteps:
         decoder = self.model_config.decoder

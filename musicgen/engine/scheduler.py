@@ -57,15 +57,14 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, allocator: PageAllocator, frame_rate_hz: float) -> None:
         self.config, self.allocator, self.pages = config, allocator, PageTables(allocator)
-        num_slots, num_rows = config.num_slots, config.max_rows * config.num_slots // config.max_requests
         self.capacity = Capacity(allocator.num_pages, config.max_rows, config.max_requests)
-        self.whole_capacity = Capacity(allocator.num_pages, num_rows, num_slots)
+        self.whole_capacity = Capacity(allocator.num_pages, config.num_rows, config.num_slots)
         """With the places for tenants that have less than their share."""
         self.counters, self.places = VirtualCounters(), Places(config.max_requests)
         self.waiting = WaitingQueue(self.counters)
         self.running: list[Sequence] = []
         self._turns = Turns(config.max_step_rows, self.places, frame_rate_hz)
-        self._free_slots = list(range(num_slots))[::-1]
+        self._free_slots = list(range(config.num_slots))[::-1]
         self._round: set[int] = set()
         self._steps_to_retry = 0
         self._num_steps = 0
@@ -148,7 +147,7 @@ class Scheduler:
         hurried = [] if self._round else self._turns.hurried(self.running, now, step_s)
         if hurried:
             decoding, prefills, ready = self._who_could(hurried)
-            chosen = self._turns.fill([*ready, *decoding] if ready else decoding)
+            chosen = self._turns.fill([*ready, *decoding])
             if self._is_safe_after(chosen):
                 return self._new_batch(chosen, prefills)
         decoding, prefills, ready = self._who_could(self.running)

@@ -8,9 +8,9 @@ from musicgen.engine.fairness import Places
 from musicgen.engine.sequence import Sequence
 
 SLACK_S = 0.1
-"""Whoever would be late by less than so much, if it were passed now, is not passed."""
+"""Whoever could be passed for less than so long is not passed."""
 PATIENCE_S = 1.0
-"""For so long whoever is heard by nobody yet can be passed."""
+"""For so long after its admission whoever nobody hears yet can be passed."""
 
 
 class Turns:

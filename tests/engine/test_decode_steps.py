@@ -118,6 +118,21 @@ def test_any_number_of_rows_with_the_reference(models: dict[str, Model], monkeyp
         equal([listener.codes(str(i)) for i in range(num_rows)], expected[:num_rows])
 
 
+def test_there_are_graphs_for_the_rows_beyond_those_of_a_flood(models: dict[str, Model]) -> None:
+    requests = [new_request(models["text"], PROMPTS[i % 3], 20, SamplingParams(seed=i)) for i in range(5)]
+    expected = each_alone(new_core(models["text"], graphs=False), requests)
+    core = new_core(models["text"], max_requests=2, max_rows=4)
+    watched, listener = Watched(core), Listener()
+    for i in range(4):
+        core.add(EngineRequest(str(i), requests[i], tenant="flood"))
+    while len(core.scheduler.running) < 2:
+        listener.take(core.step())
+    core.add(EngineRequest("4", requests[4], tenant="other"))
+    run_all(core, listener)
+    assert max(watched.num_rows) == 6
+    equal([listener.codes(str(i)) for i in range(5)], expected)
+
+
 @pytest.mark.parametrize(("weights", "kv"), [("float32", "float32"), ("int4", "int8")])
 @pytest.mark.parametrize("kind", ["text", "melody"])
 def test_in_a_crowd_the_codes_of_an_engine_without(
