@@ -61,8 +61,6 @@ class Job:
     num_rows: int
     load_left: int
     """Row-steps still to be decoded in the current window and those after it, for the balancer."""
-    first_due: int
-    """Frames of the piece when its first chunk is handed out."""
     steps: list[list[int]] = field(default_factory=list)
     """Ranges [first, count] of the replica's steps in which it decoded."""
     ends_at: int = 0

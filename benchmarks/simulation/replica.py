@@ -94,8 +94,7 @@ class Replica:
             self.outcomes.append(Outcome(request, self.index, End.REJECTED, math.inf, math.inf, 0.0, 0, 0.0, 0))
             return
         num_rows = sequence.num_rows
-        first_due = request.num_known + min(self.config.chunks.next_frames(0), request.num_new)
-        job = Job(request, sequence, num_rows, sequence.num_steps_left * num_rows, first_due)
+        job = Job(request, sequence, num_rows, sequence.num_steps_left * num_rows)
         job.open_window()
         if sequence.inputs.text is not None:
             job.kv_extra = request.text_len * (num_rows - 1)
@@ -234,11 +233,11 @@ class Replica:
         sequence = job.sequence
         computed = sequence.rows[0].num_computed
         if (complete := job.frames_base + computed) > sequence.num_frames:
-            if sequence.times.first_chunk is None and complete >= job.first_due:
-                sequence.times.first_chunk = self._step_ends[job.first_due - complete - 1]
             while sequence.due_frames <= complete:
                 sequence.num_frames = int(sequence.due_frames)
                 sequence.sent()
+                if sequence.times.first_chunk is None:
+                    sequence.times.first_chunk = self._step_ends[sequence.num_frames - complete - 1]
             sequence.num_frames = complete
         if computed == job.ends_at:
             if sequence.window_index + 1 < len(sequence.windows):

@@ -45,6 +45,11 @@ class VirtualCounters:
             self._last = tenant
 
 
+def burst(share: float) -> float:
+    """How many requests a tenant may ask for, of so large a share of places, before it counts as one that floods."""
+    return max(1.0, BURST * share)
+
+
 class Places:
     """How many requests each tenant runs and asks for, and how many of all places are its share by weight.
 
@@ -97,7 +102,7 @@ class Places:
         if not flooding - {tenant}:
             return False
         share = self._share(tenant, weight)
-        return self._running[tenant] + 1 <= (share if tenant in flooding else max(1.0, BURST * share))
+        return self._running[tenant] + 1 <= (share if tenant in flooding else burst(share))
 
     def _share(self, tenant: str, weight: float) -> float:
         others = self._total - self._weights.get(tenant, 0.0)
@@ -108,8 +113,6 @@ class Places:
             self._is_stale = False
             self._total = sum(self._weights.values())
             self._flooding = {
-                tenant
-                for tenant, num in self._asked.items()
-                if num > max(1.0, BURST * self._share(tenant, self._weights[tenant]))
+                tenant for tenant, num in self._asked.items() if num > burst(self._share(tenant, self._weights[tenant]))
             }
         return self._flooding

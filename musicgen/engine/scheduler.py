@@ -31,7 +31,9 @@ MAX_BACKFILL = 8
 MAX_QUOTED = 64
 """Waiting requests that a quoted start looks through."""
 MAX_SLIP_STEPS = 64
-"""If the start of the first in turn slips by more than so many steps, nobody passes it any more."""
+"""If the start of the first in turn slips by more than so many steps, only those that are owed a place pass it."""
+MAX_OWED_SLIP_STEPS = 512
+"""If it slips by more than so many, nobody does."""
 RETRY_STEPS = 16
 """Admission is tried again after so many steps, even if nothing began or ended."""
 
@@ -112,7 +114,7 @@ class Scheduler:
         """Decode steps until a sequence about to be added could begin, everyone before it in turn considered; one that
         is owed a place that is free waits for nobody."""
         forecast = Forecast(self.allocator.num_held, self._demands().values())
-        if self._is_owed(sequence) and not forecast.earliest_start(sequence.demand(), self.whole_capacity):
+        if self._is_owed(sequence) and forecast.earliest_start(sequence.demand(), self.whole_capacity) == 0:
             return 0
         ahead = self.waiting.in_turn(before=sequence)
         start = 0
@@ -134,7 +136,7 @@ class Scheduler:
 
     # --- one step ---
 
-    def schedule(self, now: float, step_s: float = 0.0) -> ScheduledBatch:
+    def schedule(self, now: float, step_s: float) -> ScheduledBatch:
         """Decide what the next step computes. Page tables are ready for it afterwards.
 
         Args:
@@ -249,35 +251,35 @@ class Scheduler:
         """Admit in turn; behind one that does not fit yet, only those that do not delay it.
 
         How long others take is known, but for how their prefills fall into steps. So that a stream of small requests
-        does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`. If places are
-        all that it waits for, those that are owed one go on.
+        does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`; those that are
+        owed a place when it has by `MAX_OWED_SLIP_STEPS`.
         """
         first: Sequence | None = None
         reserved: Demand | None = None
-        num_tried, is_late = 0, False
+        num_tried = slip = 0
         for sequence in self._candidates():
             if not self._free_slots or num_tried > MAX_BACKFILL:
                 return
             if len(self.running) < self._room_for(sequence).num_requests:  # else it need not be tried
                 if first is not None and reserved is None:
-                    forecast = Forecast(self.allocator.num_held, self._demands().values())
-                    reserved, is_late = self._reserve(first, forecast)
-                    if is_late and forecast.earliest_start(first.demand(), self.whole_capacity):
+                    reserved, slip = self._reserve(first)
+                    if slip > MAX_OWED_SLIP_STEPS:
                         return
                 waits = self.pages.is_being_computed(sequence, self.running)
-                waits |= is_late and not self._is_owed(sequence)
+                waits |= slip > MAX_SLIP_STEPS and not self._is_owed(sequence)
                 if not waits and self._take(sequence, reserved, now):
                     continue
             num_tried += 1
             first = first or sequence
 
-    def _reserve(self, sequence: Sequence, forecast: Forecast) -> tuple[Demand, bool]:
-        """What the first in turn will take when it can, and whether that has slipped too far."""
+    def _reserve(self, sequence: Sequence) -> tuple[Demand, int]:
+        """What the first in turn will take when it can, and by how many steps that has slipped."""
         demand = sequence.demand()
+        forecast = Forecast(self.allocator.num_held, self._demands().values())
         reserved = demand.at(forecast.earliest_start(demand, self._room_for(sequence)) or 0)
         start = self._num_steps + reserved.start
         sequence.promised_step = min(start, sequence.promised_step or start)
-        return reserved, start > sequence.promised_step + MAX_SLIP_STEPS
+        return reserved, start - sequence.promised_step
 
     def _room_for(self, sequence: Sequence) -> Capacity:
         """Those that are owed a place find more of them."""

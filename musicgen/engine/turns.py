@@ -46,7 +46,7 @@ class Turns:
                 rows_left -= sequence.num_rows
         return chosen
 
-    def hurried(self, running: Iterable[Sequence], now: float, step_s: float) -> list[Sequence]:
+    def hurried(self, running: list[Sequence], now: float, step_s: float) -> list[Sequence]:
         """Those whose listeners hear nothing yet, of tenants that ask for no more than their share while others do; and
         whoever else cannot wait for them. Nobody, if there are none of the first.
 

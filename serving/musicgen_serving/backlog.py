@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from musicgen.config import BURST
+from musicgen.engine.fairness import burst
 from musicgen.errors import OverloadedError
 
 MEMORY_S = 30.0
@@ -159,7 +160,7 @@ class Backlog:
         for work in self._works.values():
             num_pieces[work.tenant] += work.num_pieces
         per_weight = self._slots / (weight + math.fsum(rivals.values()))
-        some_flood = any(num_pieces[rival] > BURST * per_weight * rivals[rival] for rival in rivals)
+        some_flood = any(num_pieces[rival] > burst(per_weight * rivals[rival]) for rival in rivals)
         share = (BURST if some_flood else 1.0) * per_weight * weight
         return bool(rivals) and num_pieces[tenant] + 1 <= share
 

@@ -160,6 +160,18 @@ def test_a_slow_first_step_refuses_nobody() -> None:
     assert run_all(core).ends.keys() == {"resumed"}
 
 
+def test_one_that_cannot_be_closed_has_its_end_too() -> None:
+    core = new_core(clock=(clock := VirtualClock()), runner=(runner := FakeRunner(40, clock)))
+    core.add(EngineRequest("leased", codes_request(40), lease_s=1.0))
+    core.step()
+    runner.fail = True
+    clock.now += 2.0
+    with pytest.raises(EngineDeadError):
+        core.step()
+    (end,) = [event for event in core.take_events() if isinstance(event, EndOfRequest)]
+    assert (end.request_id, end.reason) == ("leased", FinishReason.FAILED)
+
+
 def test_a_failed_step_reaches_everyone() -> None:
     """Also when the runner cannot even close what it had open; nothing is accepted afterwards."""
     core = new_core(40, max_requests=3)

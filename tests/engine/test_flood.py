@@ -114,12 +114,12 @@ def play(base_s: float, request_s: float, *, flood: bool) -> dict[str, Heard]:
 @pytest.mark.parametrize(
     ("base_s", "request_s"), [(1.2e-3, 0.75e-3), (6e-3, 0.1e-3)], ids=["steps grow", "steps are much the same"]
 )
-def test_a_flood_moves_the_first_sound_of_another_tenant_by_less_than_half(base_s: float, request_s: float) -> None:
+def test_a_flood_moves_the_first_sound_of_another_tenant_by_less_than_a_tenth(base_s: float, request_s: float) -> None:
     alone = play(base_s, request_s, flood=False)["steady"]
     beside = play(base_s, request_s, flood=True)
     steady, flood = beside["steady"], beside["flood"]
     assert len(steady.first_s) == len(alone.first_s) > 60
-    assert steady.percentile(95) <= 1.5 * alone.percentile(95)
+    assert steady.percentile(95) <= 1.1 * alone.percentile(95)
     assert flood.percentile(50) > 5 * steady.percentile(50), "it was no flood"
     most_s = SECONDS * capacity(base_s, request_s) / 50
     assert steady.audio_s + flood.audio_s > 0.85 * most_s, "the engine did less than it can"

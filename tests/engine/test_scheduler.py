@@ -9,6 +9,7 @@ from engine.fakes import FakeRunner, codes_request, new_core, run_all
 
 from musicgen.config import BURST
 from musicgen.engine.core import EngineCore
+from musicgen.engine.scheduler import MAX_OWED_SLIP_STEPS, MAX_SLIP_STEPS
 from musicgen.engine.sequence import Phase
 from musicgen.types import ChunkPolicy, EngineRequest, FinishReason
 
@@ -161,6 +162,22 @@ def test_a_large_request_is_not_put_off_by_a_stream_of_small_ones() -> None:
         assert num_steps < 400, "it starves"
 
 
+@pytest.mark.parametrize(("slip", "passes"), [(0, True), (MAX_SLIP_STEPS + 1, False)])
+def test_nobody_passes_one_that_is_late_for_want_of_pages(slip: int, passes: bool) -> None:
+    core = new_core(11, max_requests=8)
+    for i in range(2):
+        core.add(EngineRequest(f"first{i}", codes_request(20, num_rows=1, text=i + 1, text_len=20)))
+    core.step()
+    core.add(EngineRequest("large", codes_request(40, num_rows=3, text=9, text_len=1)))
+    core.step()
+    large = core.scheduler.waiting.next()
+    assert large is not None
+    large.promised_step = core.scheduler._num_steps + core.scheduler._reserve(large)[0].start - slip
+    core.add(EngineRequest("small", codes_request(4, num_rows=1, text=10, text_len=20)))
+    core.step()
+    assert ("small" in {s.request.request_id for s in core.scheduler.running}) is passes
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_quoted_start_is_not_missed(seed: int) -> None:
     """If nobody comes later, requests of one size start by the step that they were quoted, but for prefills.
@@ -248,8 +265,23 @@ def test_whoever_is_owed_a_place_is_quoted_no_wait() -> None:
         core.add(EngineRequest(f"a{i}", codes_request(40, text=i), tenant="a"))
     for _ in range(5):
         core.step()
-    quotes = [core.add(EngineRequest(f"{name}", codes_request(40, text=50), tenant=name[0])) for name in ("b0", "a20")]
+    quotes = [core.add(EngineRequest(name, codes_request(40, text=50), tenant=name[0])) for name in ("b0", "a20")]
     assert quotes[0] == 0.0
     assert quotes[1] > 0.0
     core.step()
     assert "b0" in {s.request.request_id for s in core.scheduler.running}
+
+
+@pytest.mark.parametrize(("slip", "passes"), [(MAX_SLIP_STEPS + 1, True), (MAX_OWED_SLIP_STEPS + 1, False)])
+def test_whoever_is_owed_a_place_passes_one_that_is_late_but_not_for_ever(slip: int, passes: bool) -> None:
+    core = new_core(1000, max_requests=4)
+    for i in range(20):
+        core.add(EngineRequest(f"a{i}", codes_request(40, text=i), tenant="a"))
+    while len(core.scheduler.running) < 4:
+        core.step()
+    first = core.scheduler.waiting.next()
+    assert first is not None
+    first.promised_step = core.scheduler._num_steps + min(s.num_steps_left for s in core.scheduler.running) - slip
+    core.add(EngineRequest("b", codes_request(40, text=50), tenant="b"))
+    core.step()
+    assert ("b" in {s.request.request_id for s in core.scheduler.running}) is passes

@@ -67,10 +67,10 @@ def test_one_place_is_owed_to_whoever_does_not_flood() -> None:
     assert not places.is_owed("b", 1.0)
 
 
-def flooded(max_requests: int = 4) -> EngineCore:
+def flooded(max_requests: int = 4, num_pages: int = 1000) -> EngineCore:
     """An engine all of whose places are `flood`'s streams, one a frame ahead of the other, and all well ahead of their
     listeners."""
-    core = new_core(1000, max_requests=max_requests)
+    core = new_core(num_pages, max_requests=max_requests)
     for i in range(9 * max_requests):
         core.add(EngineRequest(f"flood{i}", codes_request(30 + i % 10, text=i), tenant="flood", chunks=STREAM))
     while not core.scheduler.running or min(s.num_frames for s in core.scheduler.running) < 20:
@@ -100,6 +100,19 @@ def test_who_hears_nothing_goes_before_those_with_sound_in_hand(stream: ChunkPol
     core.step()
     more = {s.num_frames - before[name] for name, s in running(core).items() if name.startswith("flood")}
     assert more == ({2} if stream is not None else {8})
+
+
+def test_it_goes_first_beyond_the_places_of_the_flood_when_pages_are_short() -> None:
+    core = flooded(num_pages=28)
+    core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=STREAM))
+    core.step()
+    assert sum(s.demand().most_pages for s in core.scheduler.running) > 28, "a forecast must say whether it may"
+    before = {name: s.num_frames for name, s in running(core).items()}
+    for _ in range(4):
+        core.step()
+    advanced = {name: s.num_frames - before[name] for name, s in running(core).items()}
+    assert advanced.pop("steady") == 4
+    assert set(advanced.values()) == {0}
 
 
 def test_who_would_fall_silent_is_not_passed() -> None:
