@@ -10,6 +10,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.schema import LoggingConfig
 
 from musicgen_serving import gatekeeper_replica, ingress, replicas
 from musicgen_serving.autoscaling import ByLoad
@@ -20,6 +21,8 @@ LOOK_BACK_S = 11.0
 """Serve averages loads over this before the delays begin; by default over 30 s. It warns below its own 10 s."""
 ONE_LOOP = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 """Nothing blocks a replica's loop, so Serve's part of it needs no thread of its own, and no passing to and fro."""
+LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+"""Of Serve's own part of a replica, which would write a line for each call between two of them."""
 MAX_ONGOING = 10_000
 """Serve's own limits would queue silently; the gatekeeper and the engine say no instead."""
 
@@ -96,6 +99,7 @@ def _deployment(cls: type, name: str, how: ReplicaSettings, settings: ServeSetti
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
+        logging_config=LOGGING,
         **options,
     )(cls)
     assert isinstance(deployment, serve.Deployment)

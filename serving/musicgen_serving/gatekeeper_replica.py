@@ -8,11 +8,15 @@ from musicgen_serving import process
 from musicgen_serving.changing_files import keep_looking
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.metrics import RayRecorder
+from musicgen_serving.refusals import told
 from musicgen_serving.settings import ServeSettings
 
 
 class GatekeeperReplica(LocalGatekeeper):
     """The one gatekeeper."""
+
+    find_tenant, admit = told(LocalGatekeeper.find_tenant), told(LocalGatekeeper.admit)
+    cancel, status = told(LocalGatekeeper.cancel), told(LocalGatekeeper.status)
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
         process.set_up("gatekeeper", settings.observability)

@@ -28,6 +28,7 @@ from musicgen_serving.deployments.chroma import Recording
 from musicgen_serving.deployments.language_model import LanguageModelEvent, ModelCard
 from musicgen_serving.errors import ReplicaLostError
 from musicgen_serving.patience import Repetition
+from musicgen_serving.refusals import answer
 from musicgen_serving.spokes import BrokenError, LostError
 from musicgen_serving.tenancy import hash_key
 from musicgen_serving.types import GenerationStatus
@@ -86,7 +87,7 @@ async def call(method: Any, *arguments: object, **named: object) -> Any:
     response = method.remote(*arguments, **named)
     try:
         with _translating():
-            return await response
+            return answer(await response)
     finally:
         response.cancel()
 
@@ -172,7 +173,7 @@ class RaySpokes:
         try:
             while True:
                 with _translating():
-                    event = await anext(stream, None)
+                    event = answer(await anext(stream, None))
                 if event is None:
                     return
                 yield event

@@ -23,6 +23,7 @@ from musicgen_serving.deployments.codec import CodecDecoder
 from musicgen_serving.deployments.language_model import LanguageModel, LanguageModelEvent
 from musicgen_serving.deployments.text_encoder import TextEncoder
 from musicgen_serving.metrics import RayRecorder
+from musicgen_serving.refusals import told, told_in_stream
 from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings
 
 COMPUTING_NICENESS = 5
@@ -61,6 +62,7 @@ class LanguageModelReplica(LanguageModel):
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 
+    @told_in_stream
     async def generate(
         self, request: EngineRequest, trace: str | None = None
     ) -> AsyncGenerator[LanguageModelEvent, None]:
@@ -101,11 +103,13 @@ class CodecReplica(CodecDecoder):
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 
+    @told
     async def decode(self, piece: StreamPiece, trace: str | None = None) -> tuple[Tensor, StreamState]:
         """As `CodecDecoder.decode`, in a span under `trace`."""
         with tracing.span("codec.decode", trace, frames=piece.codes.shape[-1]):
             return await super().decode(piece)
 
+    @told
     async def encode(self, content: bytes, duration_s: float, trace: str | None = None) -> Tensor:
         """As `CodecDecoder.encode`, in a span under `trace`."""
         with tracing.span("codec.encode", trace):
@@ -125,11 +129,14 @@ class CodecReplica(CodecDecoder):
 class TextEncoderReplica(TextEncoder):
     """The text encoder of one replica."""
 
+    check_prompt = told(TextEncoder.check_prompt)
+
     async def __init__(self, settings: ModelSettings, observability: ObservabilitySettings) -> None:  # type: ignore[misc]
         set_up("text-encoder", observability, SAME_EVERYWHERE)
         super().__init__(settings)
         await self.warm_up()
 
+    @told
     async def encode(self, prompt: str, trace: str | None = None) -> Tensor:
         """As `TextEncoder.encode`, in a span under `trace`."""
         with tracing.span("text_encoder.encode", trace):
@@ -143,6 +150,8 @@ class TextEncoderReplica(TextEncoder):
 class ChromaReplica(ChromaExtractor):
     """The melody features of one replica."""
 
+    check_stems = told(ChromaExtractor.check_stems)
+
     async def __init__(  # type: ignore[misc]
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
     ) -> None:
@@ -150,6 +159,7 @@ class ChromaReplica(ChromaExtractor):
         super().__init__(settings, limits)
         await self.warm_up()
 
+    @told
     async def extract(self, recording: Recording, trace: str | None = None) -> list[Tensor]:
         """As `ChromaExtractor.extract`, in a span under `trace`."""
         with tracing.span("chroma.extract", trace):

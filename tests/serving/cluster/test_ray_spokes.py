@@ -13,12 +13,13 @@ from musicgen_serving.admission import Tenant
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.errors import UnauthenticatedError
 from musicgen_serving.ray_spokes import RayGatekeeper, RaySpokes, call, translated
+from musicgen_serving.refusals import Refusal
 from musicgen_serving.settings import load_settings
 from musicgen_serving.spokes import BrokenError, LostError
 from musicgen_serving.tenancy import hash_key
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from musicgen.errors import EngineDeadError, InvalidRequestError, MusicGenError, OverloadedError
 from musicgen.types import CodesRequest, Conditioning, EngineRequest, SamplingParams, Window
 
 REFUSED = OverloadedError("full", retry_after_s=2.0)
@@ -68,20 +69,22 @@ def test_what_the_replicas_code_raised_is_told_from_what_befell_it(error: BaseEx
 
 
 class Response:
-    """What a handle gives: fails when it is awaited, and when it is iterated."""
+    """What a handle gives, to be awaited or iterated: an error is raised, for None one waits."""
 
-    def __init__(self, fail: Callable[[], BaseException | None]) -> None:
-        self._fail = fail
+    def __init__(self, give: Callable[[], object]) -> None:
+        self._give = give
         self.num_cancels = 0
 
     def cancel(self) -> None:
         self.num_cancels += 1
 
     async def __anext__(self) -> object:
-        if (error := self._fail()) is not None:
-            raise error
-        await asyncio.sleep(3600)
-        raise StopAsyncIteration
+        given = self._give()
+        if isinstance(given, BaseException):
+            raise given
+        if given is None:
+            await asyncio.sleep(3600)
+        return given
 
     def __aiter__(self) -> Response:
         return self
@@ -93,8 +96,8 @@ class Response:
 class Handle:
     """One whose every method answers so."""
 
-    def __init__(self, fail: Callable[[], BaseException | None]) -> None:
-        self.response = Response(fail)
+    def __init__(self, give: Callable[[], object]) -> None:
+        self.response = Response(give)
 
     def options(self, **_: object) -> Handle:
         return self
@@ -138,6 +141,14 @@ def test_a_caller_that_is_cancelled_cancels_the_call(streamed: bool) -> None:
 
     asyncio.run(run())
     assert handle.response.num_cancels == 1
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["call", "stream"])
+@pytest.mark.parametrize("error", [REFUSED, BAD], ids=["overloaded", "invalid"])
+def test_a_refusal_that_is_answered_is_raised(error: MusicGenError, streamed: bool) -> None:
+    with pytest.raises(type(error)) as caught:
+        asyncio.run(ask(Handle(lambda: Refusal(error)), streamed=streamed))
+    assert caught.value is error
 
 
 class Keys(RayGatekeeper):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
 import json
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx2
 import numpy as np
 import pytest
+import ray
 import soundfile
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -107,6 +110,23 @@ def test_a_request_can_be_watched_and_cancelled(service: Running, protocol: str)
     lines = [json.loads(line) for line in service.usage_file.read_text().splitlines()]
     (mine,) = (line for line in lines if line["request_id"] == f"watched-{protocol}")
     assert mine["reason"] == "cancelled"
+
+
+def test_what_a_part_refuses_is_no_failure_in_its_log(service: Running) -> None:
+    """The chroma extractor, the codec, the gatekeeper."""
+    broken = base64.b64encode(b"fLaC" + bytes(400)).decode()
+    bodies = [{"prompt": PROMPT, "melody": broken}, {"prompt": PROMPT, "prompt_audio": broken}]
+    before = num_tracebacks()
+    answers = [httpx2.post(service.endpoints.http + GENERATIONS, json=body, timeout=30) for body in bodies]
+    answers.append(httpx2.get(f"{service.endpoints.http}{GENERATIONS}/no-such-request", timeout=30))
+    assert [answer.status_code for answer in answers] == [400, 400, 404], [answer.text for answer in answers]
+    assert num_tracebacks() == before
+
+
+def num_tracebacks() -> int:
+    """In whatever any process of the cluster has written so far."""
+    folder = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    return sum(path.read_text(errors="replace").count("Traceback") for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
