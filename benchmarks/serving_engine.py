@@ -85,7 +85,7 @@ class _Parts:
         async for new in self.codes(ask, text):
             buffer.add(new)
             if (piece := buffer.take(state)) is not None:
-                samples, state = await self.codec.decode(piece)
+                samples, state = await self.codec.decode(piece, urgent=num_samples == 0)
                 num_samples += samples.shape[-1]
         return num_samples
 

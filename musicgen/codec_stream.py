@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -105,30 +105,15 @@ def decode_on_grid(codec: StreamingCodec, piece: StreamPiece) -> tuple[Tensor, S
     Raises:
         InvalidRequestError: as `StreamingCodec.decode`, or codes off the grid.
     """
-    return decode_all_on_grid(codec, [piece])[0]
+    samples, state = [], piece.state
+    for codes, last in grid_cells(piece):
+        out, state = codec.decode(codes, state, last=last)
+        samples.append(out)
+    return torch.cat(samples, dim=-1), state
 
 
-def decode_all_on_grid(codec: StreamingCodec, pieces: Sequence[StreamPiece]) -> list[tuple[Tensor, StreamState]]:
-    """As `decode_on_grid` for pieces of several streams, cells of one length in one pass.
-
-    More than one piece: not to the bit what each would be alone.
-    """
-    cells = [deque(_cells(piece)) for piece in pieces]
-    states = [piece.state for piece in pieces]
-    samples: list[list[Tensor]] = [[] for _ in pieces]
-    while going := [i for i in range(len(pieces)) if cells[i]]:
-        parts = []
-        for i in going:
-            codes, last = cells[i].popleft()
-            parts.append(StreamPiece(codes, states[i], last))
-        for i, (out, state) in zip(going, codec.decode_batch(parts), strict=True):
-            samples[i].append(out)
-            states[i] = state
-    return [(torch.cat(own, dim=-1), state) for own, state in zip(samples, states, strict=True)]
-
-
-def _cells(piece: StreamPiece) -> Iterator[tuple[Tensor, bool]]:
-    """The codes of each cell, and whether nothing follows. Raises: InvalidRequestError: codes off the grid."""
+def grid_cells(piece: StreamPiece) -> Iterator[tuple[Tensor, bool]]:
+    """The codes of each cell, and whether nothing follows it. Raises: InvalidRequestError: codes off the grid."""
     start, end = piece.state.num_frames, piece.state.num_frames + piece.codes.shape[-1]
     if grid_floor(start) != start or not (piece.last or grid_floor(end) == end):
         raise InvalidRequestError("codes between boundaries of the grid", f"frames {start} to {end}", param="codes")

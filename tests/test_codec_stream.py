@@ -13,7 +13,6 @@ from musicgen.codec_stream import (
     StreamingCodec,
     StreamPiece,
     StreamState,
-    decode_all_on_grid,
     decode_audio,
     decode_on_grid,
     split_channels,
@@ -233,17 +232,6 @@ def test_on_the_grid_any_chunking_gives_the_whole_to_the_bit(num_frames: int, si
             parts.append(samples)
     assert state.finished
     assert torch.equal(torch.cat(parts, dim=-1), decode_audio(codec.decoder, codes[None], 1)[0])
-
-
-def test_on_the_grid_streams_share_passes() -> None:
-    codec = StreamingCodec(DECODERS["reflect"], 1)
-    lengths = [7, 12, 30, 30, 130]
-    pieces = [StreamPiece(draw_codes(4, n, seed=n), codec.initial_state(), last=True) for n in lengths]
-    for piece, (samples, state) in zip(pieces, decode_all_on_grid(codec, pieces), strict=True):
-        alone, alone_state = decode_on_grid(codec, piece)
-        assert samples.shape == alone.shape
-        assert (samples - alone).abs().max() <= 1e-5
-        assert (state.finished, state.num_samples) == (True, alone_state.num_samples)
 
 
 def test_off_the_grid_is_refused() -> None:

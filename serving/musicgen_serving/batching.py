@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -19,24 +20,25 @@ class Batcher(Generic[Item, Result]):
 
     Args:
         compute: a result, or an error, for each item, in order. What it raises is every item's error.
+        executor: of the thread; None: the event loop's own.
     """
 
-    def __init__(self, compute: Callable[[Sequence[Item]], Sequence[Result | Exception]], max_batch: int) -> None:
-        self._compute, self._max_batch = compute, max_batch
-        self._urgent: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+    def __init__(
+        self,
+        compute: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        max_batch: int,
+        executor: Executor | None = None,
+    ) -> None:
+        self._compute, self._max_batch, self._executor = compute, max_batch, executor
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self.num_calls = 0
         """Waiting and under way."""
 
-    async def __call__(self, item: Item, *, urgent: bool = False) -> Result:
-        """The result of one item. Raises: what `compute` gave for it.
-
-        Args:
-            urgent: before all that are not.
-        """
+    async def __call__(self, item: Item) -> Result:
+        """The result of one item. Raises: what `compute` gave for it."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        (self._urgent if urgent else self._waiting).append((item, future))
+        self._waiting.append((item, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         self.num_calls += 1
@@ -55,12 +57,13 @@ class Batcher(Generic[Item, Result]):
         return results
 
     async def _work(self) -> None:
-        while num_waiting := len(self._urgent) + len(self._waiting):
-            batch = [(self._urgent or self._waiting).popleft() for _ in range(min(self._max_batch, num_waiting))]
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
             wanted = [(item, future) for item, future in batch if not future.cancelled()]
             if not wanted:
                 continue
-            results = await asyncio.to_thread(self._results, [item for item, _ in wanted])
+            results = await loop.run_in_executor(self._executor, self._results, [item for item, _ in wanted])
             for (_, future), result in zip(wanted, results, strict=True):
                 if future.cancelled():
                     continue

@@ -133,6 +133,7 @@ class Pipeline:
             buffer.add(codes.known_codes)
         sound = Sound(prepared.num_samples, request.first_sample)
         state, num_failovers = await self._first_state(request), 0
+        urgent = request.chunks is not None  # until its listener hears something
         async with aclosing(ahead(stream.events())) as events:
             async for batch in events:
                 if isinstance(batch[0], CodesStarted):
@@ -145,11 +146,12 @@ class Pipeline:
                     (samples, state), lost = await self._insist_on(
                         request,
                         "codec",
-                        lambda part=part: self.spokes.decode(part),  # type: ignore[misc]
+                        lambda part=part, urgent=urgent: self.spokes.decode(part, urgent=urgent),  # type: ignore[misc]
                     )
                     num_failovers += lost
                     audio = sound.take(piece, samples)
                     if audio is not None:
+                        urgent = False
                         yield audio
                 if isinstance(batch[-1], CodesEnd):
                     yield sound.report(piece, batch[-1], num_failovers + prepared.num_failovers)

@@ -153,8 +153,8 @@ class RaySpokes:
         assert isinstance(state, StreamState)
         return state
 
-    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
-        result: tuple[Tensor, StreamState] = await call(self._codec.decode, piece, **_traced())
+    async def decode(self, piece: StreamPiece, *, urgent: bool) -> tuple[Tensor, StreamState]:
+        result: tuple[Tensor, StreamState] = await call(self._codec.decode, piece, urgent=urgent, **_traced())
         return result
 
     @asynccontextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 import torch
@@ -98,16 +99,20 @@ class CodecReplica(CodecDecoder):
     async def __init__(  # type: ignore[misc]
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
     ) -> None:
+        urgent_thread = ThreadPoolExecutor(1)
+        urgent_thread.submit(int).result()  # it runs from now on, and does not step back with those that come after it
         set_up("codec", observability, SAME_EVERYWHERE)
-        super().__init__(settings, limits)
+        super().__init__(settings, limits, urgent_thread)
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 
     @told
-    async def decode(self, piece: StreamPiece, trace: str | None = None) -> tuple[Tensor, StreamState]:
+    async def decode(
+        self, piece: StreamPiece, *, urgent: bool = False, trace: str | None = None
+    ) -> tuple[Tensor, StreamState]:
         """As `CodecDecoder.decode`, in a span under `trace`."""
         with tracing.span("codec.decode", trace, frames=piece.codes.shape[-1]):
-            return await super().decode(piece)
+            return await super().decode(piece, urgent=urgent)
 
     @told
     async def encode(self, content: bytes, duration_s: float, trace: str | None = None) -> Tensor:

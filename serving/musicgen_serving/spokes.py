@@ -57,8 +57,8 @@ class Spokes(Protocol):
     async def initial_state(self) -> StreamState:
         """Raises: LostError."""
 
-    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
-        """Raises: InvalidRequestError, LostError."""
+    async def decode(self, piece: StreamPiece, *, urgent: bool) -> tuple[Tensor, StreamState]:
+        """As `CodecDecoder.decode`. Raises: InvalidRequestError, LostError."""
 
     def generate(self, request: EngineRequest) -> AbstractAsyncContextManager[AsyncIterator[LanguageModelEvent]]:
         """The events of one request to a language model. Leaving the context cancels it.
@@ -104,8 +104,8 @@ class LocalSpokes:
     async def initial_state(self) -> StreamState:
         return await self.codec.initial_state()
 
-    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
-        return await self.codec.decode(piece)
+    async def decode(self, piece: StreamPiece, *, urgent: bool) -> tuple[Tensor, StreamState]:
+        return await self.codec.decode(piece, urgent=urgent)
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[AsyncIterator[LanguageModelEvent]]:

@@ -60,21 +60,6 @@ def test_a_caller_that_left_costs_nothing_and_harms_nobody() -> None:
     asyncio.run(body())
 
 
-def test_what_is_urgent_goes_first() -> None:
-    async def body() -> None:
-        compute = Doubling()
-        batcher = Batcher(compute, max_batch=2)
-        calls = [asyncio.create_task(batcher(0))]
-        await asyncio.sleep(0.01)
-        calls += [asyncio.create_task(batcher(number, urgent=number > 10)) for number in (1, 2, 11, 3, 12, 13)]
-        await asyncio.sleep(0.01)
-        compute.go.set()
-        assert await asyncio.gather(*calls) == [0, 2, 4, 22, 6, 24, 26]
-        assert compute.batches == [[0], [11, 12], [13, 1], [2, 3]]
-
-    asyncio.run(body())
-
-
 def test_what_a_batch_raises_is_every_callers_error_and_the_next_batch_goes_on() -> None:
     batches: list[list[int]] = []
 

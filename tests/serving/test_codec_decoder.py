@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,13 +33,15 @@ def pieces(codec: CodecDecoder, num_frames: list[int]) -> list[StreamPiece]:
 
 
 @pytest.mark.parametrize("max_batch", [1, 16])
-def test_a_piece_that_cannot_be_decoded_harms_no_other(codec: CodecDecoder, max_batch: int) -> None:
+def test_a_piece_that_cannot_be_decoded_harms_no_other(
+    codec: CodecDecoder, max_batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a CPU, and together as on a GPU."""
     good, other = pieces(codec, [9, 30])
     bad = replace(good, codes=good.codes + 4096)
 
     async def run() -> list[Any]:
-        codec._decode = Batcher(codec._decode_all, max_batch)
+        monkeypatch.setattr(codec, "_decode", Batcher(codec._decode_all, max_batch))
         return await asyncio.gather(*(codec.decode(piece) for piece in (good, bad, other)), return_exceptions=True)
 
     first, error, second = asyncio.run(run())
@@ -49,24 +52,40 @@ def test_a_piece_that_cannot_be_decoded_harms_no_other(codec: CodecDecoder, max_
         assert (samples - asyncio.run(codec.decode(piece))[0]).abs().max() <= 1e-5
 
 
-def test_streams_that_begin_go_first(codec: CodecDecoder) -> None:
-    begins, other = pieces(codec, [12, 12])
-    goes_on = asyncio.run(codec.decode(replace(other, last=False)))[1]
-    order: list[int] = []
+def test_calls_take_turns_cell_by_cell_and_what_is_urgent_waits_for_none(
+    codec: CodecDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the cells that are not urgent wait until what is urgent has been decoded."""
+    long, short, first = pieces(codec, [130, 40, 12])
+    wanted = [asyncio.run(codec.decode(piece))[0] for piece in (long, short, first)]
+    order: list[tuple[str, int]] = []
+    decoded = threading.Event()
+    decode_all = codec._decode_all
 
-    async def run() -> None:
-        decode = codec._decode_all
+    def noted(name: str) -> Batcher[StreamPiece, tuple[Tensor, StreamState]]:
+        def decode(cells: Sequence[StreamPiece]) -> Sequence[tuple[Tensor, StreamState] | Exception]:
+            assert name == "urgent" or decoded.wait(10)
+            order.extend((name, cell.codes.shape[-1]) for cell in cells)
+            results = decode_all(cells)
+            decoded.set()
+            return results
 
-        def noted(given: list[StreamPiece]) -> list[tuple[Tensor, StreamState] | Exception]:
-            order.extend(piece.state.num_frames for piece in given)
-            return list(decode(given))
+        return Batcher(decode, max_batch=1)
 
-        codec._decode = Batcher(noted, max_batch=1)
-        later = replace(other, state=goes_on, codes=other.codes[:, :6])
-        await asyncio.gather(*(codec.decode(piece) for piece in (later, later, later, begins)))
+    async def run() -> list[tuple[Tensor, StreamState]]:
+        monkeypatch.setattr(codec, "_decode", noted("other"))
+        monkeypatch.setattr(codec, "_decode_urgently", noted("urgent"))
+        others = asyncio.gather(codec.decode(long), codec.decode(short))
+        await asyncio.sleep(0.02)
+        assert await codec.num_calls() == 2
+        urgent = await codec.decode(first, urgent=True)
+        return [*await others, urgent]
 
-    asyncio.run(run())
-    assert order == [0, 12, 12, 12]
+    results = asyncio.run(run())
+    assert order == [("urgent", 12), *(("other", n) for n in (12, 12, 18, 18, 27, 10, 41, 32))]
+    for (samples, state), samples_alone in zip(results, wanted, strict=True):
+        assert state.finished
+        assert torch.equal(samples, samples_alone)
 
 
 def test_recordings_are_encoded_one_after_the_other(codec: CodecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:

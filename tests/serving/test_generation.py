@@ -61,6 +61,8 @@ class Lossy:
         self.is_lost = False
         self.lost_after_events: list[int] = []
         """For each coming attempt of the language model: events until it is lost."""
+        self.urgent_frames: list[int] = []
+        """Of each call of the codec that was urgent, up to which frame."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parts, name)
@@ -84,11 +86,13 @@ class Lossy:
         assert len(prompt) > 500
         raise InvalidRequestError("a prompt of at most 512 tokens", "more", param="prompt")
 
-    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
+    async def decode(self, piece: StreamPiece, *, urgent: bool) -> tuple[Tensor, StreamState]:
         if self.num_codec_losses:
             self.num_codec_losses -= 1
             raise LostError("planned")
-        return await self._parts.decode(piece)
+        if urgent:
+            self.urgent_frames.append(piece.state.num_frames + piece.codes.shape[-1])
+        return await self._parts.decode(piece, urgent=urgent)
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[AsyncIterator[LanguageModelEvent]]:
@@ -202,6 +206,23 @@ def test_a_resumed_request_begins_where_it_was_cut(service: InProcess, wanted: T
     _, made, end = service.run(collect(service, request("resumed", first_sample=first)))
     assert all(torch.equal(piece, want[:, first:]) for piece, want in zip(made, wanted, strict=True))
     assert [report.num_samples for report in end.pieces] == [wanted.shape[-1] - first] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "urgent_frames"),
+    [
+        ({}, [12]),
+        ({"first_sample": 40_001}, [12, 30, 57, 98]),
+        ({"chunks": None}, []),
+    ],
+    ids=["stream", "resumed", "whole"],
+)
+def test_audio_is_urgent_until_its_listener_hears_some(
+    service: InProcess, lossy: list[Lossy], fields: dict[str, Any], urgent_frames: list[int]
+) -> None:
+    lossy[0].urgent_frames.clear()
+    service.run(collect(service, request(f"urgent-{fields}", pieces=(Piece("x", 1),), **fields)))
+    assert lossy[0].urgent_frames == urgent_frames
 
 
 @pytest.fixture

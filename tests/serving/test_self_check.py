@@ -109,7 +109,7 @@ def test_every_part_notices_that_it_is_broken(
             monkeypatch.setattr(part, "_extract_one", broken)
             monkeypatch.setattr(part, inner, broken)
         elif inner == "_codec":
-            monkeypatch.setattr("musicgen_serving.deployments.codec.decode_all_on_grid", broken)
+            monkeypatch.setattr(part._codec, "decode_batch", broken)
         else:
             monkeypatch.setattr(part._encoder, "encode", broken)
         for _ in range(MAX_IN_A_ROW):

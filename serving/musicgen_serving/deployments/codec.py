@@ -1,20 +1,21 @@
 """The codec of one replica: codes to samples for any stream of any replica, and recordings to codes.
 
-Holds no stream: its state travels with each call. On a CPU calls are decoded one after the other, each by itself on the
-codec's grid, so that a stream sounds the same to the bit whatever else is decoded, and where. A GPU takes what waits
-together. Streams that begin go first: their listeners hear nothing yet.
+Holds no stream: its state travels with each call. Calls take turns, a cell of the codec's grid at a time. On a CPU each
+cell is decoded by itself, so that a stream sounds the same to the bit whatever else is decoded, and where; a GPU takes
+what waits together. What is urgent has a thread of its own, and waits for nothing that is not.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
 
 from musicgen.audio import load_audio
-from musicgen.codec_stream import StreamingCodec, StreamPiece, StreamState, decode_all_on_grid
+from musicgen.codec_stream import StreamingCodec, StreamPiece, StreamState, grid_cells
 from musicgen.inputs import checked_prompt
 from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
@@ -22,30 +23,34 @@ from musicgen_serving.deployments.self_check import SelfCheck
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
 MAX_BATCH = 16
-"""Calls that a GPU takes together at most; more would only make each wait longer."""
+"""Cells that a GPU takes together at most; more would only make each wait longer."""
 
 
 class CodecDecoder:
     """Decodes chunks of streams.
 
+    Args:
+        urgent_thread: of what is urgent; None: the event loop's, as for all else.
     Raises:
         InvalidRequestError, WeightsError: the settings' model cannot be loaded.
     """
 
-    def __init__(self, settings: ModelSettings, limits: LimitSettings) -> None:
+    def __init__(self, settings: ModelSettings, limits: LimitSettings, urgent_thread: Executor | None = None) -> None:
         checkpoint = open_checkpoint(settings.checkpoint, settings.device)
         self._config, self._limits = checkpoint.config, limits
         decoder, self._encoder = checkpoint.codec()
         self._codec = StreamingCodec(decoder, self._config.audio_channels)
-        on_cpu = decoder.codebooks.device.type == "cpu"
-        self._decode = Batcher(self._decode_all, max_batch=1 if on_cpu else MAX_BATCH)
+        max_batch = 1 if decoder.codebooks.device.type == "cpu" else MAX_BATCH
+        self._decode = Batcher(self._decode_all, max_batch)
+        self._decode_urgently = Batcher(self._decode_all, max_batch, urgent_thread)
         self._encode = Batcher(self._encode_all, max_batch=1)
         self._self_check = SelfCheck("codec", self._prove)
 
     async def warm_up(self) -> None:
         """Decode a little silence."""
         codes = torch.zeros(self._config.decoder.num_codebooks, 8, dtype=torch.int32)
-        await self.decode(StreamPiece(codes, self._codec.initial_state(), last=True))
+        for urgent in (True, False):
+            await self.decode(StreamPiece(codes, self._codec.initial_state(), last=True), urgent=urgent)
 
     async def _prove(self) -> None:
         """Decode and encode a little silence."""
@@ -57,23 +62,30 @@ class CodecDecoder:
         """The state of a stream before its first codes."""
         return self._codec.initial_state()
 
-    async def decode(self, piece: StreamPiece) -> tuple[Tensor, StreamState]:
+    async def decode(self, piece: StreamPiece, *, urgent: bool = False) -> tuple[Tensor, StreamState]:
         """The next samples `[C, N]` of a stream, and its state after them.
 
+        Args:
+            urgent: a listener waits for them who hears nothing yet.
         Raises:
             InvalidRequestError: codes or a state that do not fit the codec.
         """
+        decode = self._decode_urgently if urgent else self._decode
+        samples, state = [], piece.state
         with self._self_check.watching():
-            return await self._decode(piece, urgent=piece.state.num_frames == 0)
+            for codes, last in grid_cells(piece):
+                out, state = await decode(StreamPiece(codes, state, last))
+                samples.append(out)
+        return torch.cat(samples, dim=-1), state
 
     @torch.inference_mode()
-    def _decode_all(self, pieces: Sequence[StreamPiece]) -> Sequence[tuple[Tensor, StreamState] | Exception]:
+    def _decode_all(self, cells: Sequence[StreamPiece]) -> Sequence[tuple[Tensor, StreamState] | Exception]:
         try:
-            return [_on_host(*result) for result in decode_all_on_grid(self._codec, pieces)]
+            return [_on_host(*result) for result in self._codec.decode_batch(cells)]
         except Exception as error:  # somebody's; whose, only each alone can tell
-            if len(pieces) == 1:
+            if len(cells) == 1:
                 return [error]
-        return [result for piece in pieces for result in self._decode_all([piece])]
+        return [result for cell in cells for result in self._decode_all([cell])]
 
     async def encode(self, content: bytes, duration_s: float) -> Tensor:
         """A recording to go on from → codes `[K, P]`.
@@ -102,7 +114,7 @@ class CodecDecoder:
 
     async def num_calls(self) -> int:
         """Decode calls under way: the load."""
-        return self._decode.num_calls
+        return self._decode.num_calls + self._decode_urgently.num_calls
 
     async def check_health(self) -> None:
         """Raises: RuntimeError: it fails again and again; the replica must be replaced."""
