@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.machine import load_average
 from benchmarks.serving_engine import Bare, measure
 from benchmarks.serving_load import Load, run_load
+from benchmarks.serving_model import add_model_options, model_settings
 from benchmarks.serving_plan import Ask, Protocol, plan
-from benchmarks.serving_random import random_folder
 from benchmarks.serving_report import Figures, Slo, aligned, by_protocol, plot, table
 from benchmarks.serving_service import Service, own_service
 
@@ -75,10 +75,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="demo", help="short name or folder")
-    add("--random", choices=("small",), help="random weights of this model's true sizes in place of --model")
-    add("--weights", choices=("int8", "int4"), default="int4", help="of --random")
-    add("--folder", type=Path, default=Path("build"), help="where --random writes its checkpoint")
+    add_model_options(parser)
     add("--url", nargs="*", help="http:// and grpc:// of a running service; no bare engine then")
     add("--protocol", choices=("http", "grpc", "both"), default="both")
     add("--requests", type=int, default=24, help="of the part with all at once")
@@ -102,15 +99,10 @@ def _parse() -> argparse.Namespace:
 
 def _model_settings(args: argparse.Namespace) -> dict[str, Any]:
     """As in the service's settings; the bare engine takes the same."""
-    common = {
-        "kv_memory_bytes": args.kv_memory_mb * 2**20,
-        "max_requests": args.max_requests,
-        "num_threads": args.threads,
-    }
-    if args.random:
-        folder = random_folder(args.random, args.weights, args.folder).absolute()
-        return {"name": f"random-{args.random}", "source": str(folder), "kv_dtype": "int8", **common}
-    return {"name": args.model.rstrip("/").rpartition("/")[2], "source": args.model, **common}
+    kv_memory_bytes = args.kv_memory_mb * 2**20
+    return model_settings(
+        args, kv_memory_bytes=kv_memory_bytes, max_requests=args.max_requests, num_threads=args.threads
+    )
 
 
 def _plan(args: argparse.Namespace, rate_hz: float, name: str, model: str, num: int) -> list[Ask]:

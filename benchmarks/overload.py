@@ -24,6 +24,7 @@ from musicgen_serving.tenancy import hash_key, new_key
 
 from benchmarks.machine import load_average
 from benchmarks.serving_load import Load, percentile, run_load
+from benchmarks.serving_model import add_model_options, model_settings
 from benchmarks.serving_plan import Ask, Outcome, plan
 from benchmarks.serving_report import Figures, Slo, aligned, by_protocol, figures, table
 from benchmarks.serving_service import MemoryWatch, Service, own_service
@@ -59,6 +60,7 @@ class Overload:
     def __init__(self, args: argparse.Namespace, service: Service, keys: dict[str, str]) -> None:
         self.args, self.service, self.keys = args, service, keys
         self.slo = Slo(args.slo_first_audio, 0.5)
+        self.model = model_settings(args)["name"]
         self.report = Report()
 
     def run(self) -> Report:
@@ -149,7 +151,7 @@ class Overload:
                     args.readers,
                     args.stalled_s,
                     args.reader_watch_s,
-                    args.model,
+                    self.model,
                     self.keys["steady"],
                 )
             )
@@ -171,7 +173,7 @@ class Overload:
 
     def _plan(self, name: str, rate_hz: float, num: int, tenant: str, seed: int = 0) -> list[Ask]:
         options: dict[str, Any] = {
-            "model": self.args.model,
+            "model": self.model,
             "seed": self.args.seed + seed,
             "name": re.sub("[^a-z0-9]+", "-", name).strip("-"),  # request ids are plain
         }
@@ -212,7 +214,7 @@ def _ms(value: float | None) -> str:
 def settings(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
     """Of the service: two tenants of the same weight, a short patience of admission and with readers."""
     return {
-        "models": [{"name": args.model, "kv_memory_bytes": 256 * 2**20, "max_requests": args.max_requests}],
+        "models": [model_settings(args, kv_memory_bytes=args.kv_memory_mb * 2**20, max_requests=args.max_requests)],
         "admission": {"max_wait_s": args.max_wait_s},
         "limits": {"reader_stall_s": args.reader_stall_s},
         "access": {
@@ -258,7 +260,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--model", default="demo")
+    add_model_options(parser)
     add("--url", nargs=2, metavar=("HTTP", "GRPC"), help="a running service; with --keys")
     add("--keys", nargs=2, metavar=("STEADY", "FLOOD"), help="API keys of its two tenants")
     add("--factor", type=float, default=3.0)
@@ -269,6 +271,7 @@ def _parse() -> argparse.Namespace:
     add("--saturate-s", type=float, default=12.0)
     add("--steady-share", type=float, default=0.25, help="of the capacity: what the steady tenant asks for")
     add("--max-requests", type=int, default=8)
+    add("--kv-memory-mb", type=int, default=256)
     add("--max-wait-s", type=float, default=2.0)
     add("--readers", type=int, default=20)
     add("--stalled-s", type=float, default=60.0, help="length of the pieces that nobody reads")
@@ -308,7 +311,7 @@ def main() -> None:
         "checks": report.checks,
         "stalled": None if report.stalled is None else asdict(report.stalled),
     }
-    print(json.dumps(result))
+    print(json.dumps(result, default=str))
 
 
 if __name__ == "__main__":

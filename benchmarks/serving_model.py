@@ -1,0 +1,30 @@
+"""Which model a benchmark of the service serves: options of its command, and the settings that follow from them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving_random import random_folder
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """`--model`, or random weights in place of it."""
+    add = parser.add_argument
+    add("--model", default="demo", help="short name or folder")
+    add("--random", choices=("small",), help="random weights of this model's true sizes in place of --model")
+    add("--weights", choices=("int8", "int4"), default="int4", help="of --random")
+    add("--folder", type=Path, default=Path("build"), help="where --random writes its checkpoint")
+
+
+def model_settings(args: argparse.Namespace, **others: Any) -> dict[str, Any]:
+    """As in the service's settings.
+
+    Args:
+        others: of the model's settings.
+    """
+    if args.random:
+        folder = random_folder(args.random, args.weights, args.folder).absolute()
+        return {"name": f"random-{args.random}", "source": str(folder), "kv_dtype": "int8", **others}
+    return {"name": args.model.rstrip("/").rpartition("/")[2], "source": args.model, **others}
