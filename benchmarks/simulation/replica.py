@@ -21,9 +21,9 @@ from benchmarks.simulation.step_time import Floats, StepLoad, StepTime
 from benchmarks.simulation.workload import Request, new_sequence
 from musicgen.config import ModelConfig, SchedulerConfig
 from musicgen.engine.batch import ScheduledBatch
-from musicgen.engine.core import STEP_TIME_MEMORY
 from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.sequence import Phase, Sequence
+from musicgen.engine.step_times import StepTimes
 from musicgen.types import ChunkPolicy
 
 LONGEST_LEAP = 512
@@ -79,7 +79,7 @@ class Replica:
         self._jobs: dict[int, Job] = {}
         self._leaving: list[tuple[float, int]] = []
         self._step_ends: array[float] = array("d")
-        self._step_s, self._is_cold = 0.0, True
+        self._step_times = StepTimes()
         self._leaps = leaps
         self._num_empty = 0
 
@@ -115,7 +115,7 @@ class Replica:
             return False
         deadline_s = self.config.deadline_factor * sequence.request.codes.num_frames / self.config.model.frame_rate_hz
         num_steps = self.scheduler.steps_to_start(sequence) + sequence.num_steps_left
-        return num_steps * self._step_s > deadline_s
+        return num_steps * self._step_times.mean_s > deadline_s
 
     def advance(self, until: float) -> None:
         """Take every step that begins before `until`."""
@@ -140,7 +140,7 @@ class Replica:
 
     def _step(self) -> None:
         num_running = len(self.scheduler.running)
-        batch = self.scheduler.schedule(self.now, self._step_s)
+        batch = self.scheduler.schedule(self.now, self._step_times)
         for sequence in self.scheduler.running[num_running:]:
             self.fairness.began(sequence.request.tenant, sequence.cost / sequence.request.weight)
         if not batch.chunks:
@@ -151,7 +151,9 @@ class Replica:
         num_rows = sum(s.num_rows for s in batch.deciding)
         pages = np.array([self.allocator.num_held], dtype=np.float64)
         first_step = len(self._step_ends)
-        self._pass(self.config.step_time.seconds(self._load_of(batch)), pages, num_rows, len(batch.deciding))
+        seconds = self.config.step_time.seconds(self._load_of(batch))
+        self._pass(seconds, pages, num_rows, len(batch.deciding))
+        self._step_times.add(seconds, batch.num_decoded_rows)
         for chunk in batch.chunks:
             chunk.row.num_computed += chunk.num_new
             self.scheduler.pages.publish(chunk.sequence, chunk.row)
@@ -197,6 +199,7 @@ class Replica:
         self.scheduler.leap(num_steps)
         first_step = len(self._step_ends)
         self._pass(seconds[:num_steps], pages, num_rows, len(running))
+        self._step_times.add(seconds[:num_steps], num_rows)
         for job in jobs:
             self._decoded(job, first_step, num_steps)
         return True
@@ -216,14 +219,6 @@ class Replica:
         use.stream_steps += num_streams * int(last - first)
         use.most_pages = max(use.most_pages, int(pages[-1]))
         self.now = float(ends[-1])
-        if self._is_cold:  # as the core, which does not count its first step
-            self._is_cold, seconds = False, seconds[1:]
-        if not len(seconds):
-            return
-        fading = (1 - STEP_TIME_MEMORY) * STEP_TIME_MEMORY ** np.arange(len(seconds))[::-1]
-        if not self._step_s:
-            self._step_s = float(seconds[0])
-        self._step_s = self._step_s * STEP_TIME_MEMORY ** len(seconds) + float(fading @ seconds)
 
     def _decoded(self, job: Job, first_step: int, num_steps: int) -> None:
         """A job has decoded `num_steps` steps; what follows is what `EngineCore._advance` does."""

@@ -39,6 +39,12 @@ class ScheduledBatch:
         return sum(chunk.num_new for chunk in self.chunks)
 
     @property
+    def num_decoded_rows(self) -> int | None:
+        """Rows of a step that does nothing but decode; None: it computes prompts too."""
+        num_rows = sum(sequence.num_rows for sequence in self.deciding)
+        return num_rows if num_rows == len(self.chunks) == self.num_tokens else None
+
+    @property
     def sequence(self) -> Sequence:
         """Whose it is, where it has one."""
         return self.chunks[0].sequence

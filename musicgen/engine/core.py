@@ -23,14 +23,12 @@ from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.scheduler import Scheduler
 from musicgen.engine.sequence import Phase, Sequence
+from musicgen.engine.step_times import StepTimes
 from musicgen.errors import DeadlineTooShortError, EngineDeadError, InvalidRequestError, OverloadedError
 from musicgen.models.language_model import LanguageModel
 from musicgen.types import CodeChunk, EndOfRequest, EngineEvent, EngineRequest, FinishReason
 
 logger = logging.getLogger(__name__)
-
-STEP_TIME_MEMORY = 0.9
-"""How much of the running mean of step times each new step keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +77,7 @@ class EngineCore:
         self._sequences: dict[str, Sequence] = {}
         self._ended: dict[FinishReason, int] = dict.fromkeys(FinishReason, 0)
         self._num_accepted = 0
-        self._step_s, self._is_cold = 0.0, True
+        self._step_times = StepTimes()
         self._events: list[EngineEvent] = []
         self._fatal: str | None = None
 
@@ -106,7 +104,7 @@ class EngineCore:
         if not self.scheduler.fits_alone(sequence):
             raise self._too_large(sequence.demand())
         quoted_steps = self.scheduler.steps_to_start(sequence)
-        total_s = (quoted_steps + sequence.num_steps_left) * self._step_s
+        total_s = (quoted_steps + sequence.num_steps_left) * self._step_times.mean_s
         if request.deadline_s is not None and total_s > request.deadline_s:
             raise DeadlineTooShortError(
                 f"expected to finish within {request.deadline_s:.1f} s, would take about {total_s:.1f} s; retry later"
@@ -114,7 +112,7 @@ class EngineCore:
         self._sequences[request.request_id] = sequence
         self._num_accepted += 1
         self.scheduler.add(sequence)
-        return quoted_steps * self._step_s
+        return quoted_steps * self._step_times.mean_s
 
     def abort(self, request_id: str) -> bool:
         """Cancel a request; its pages are free at once. False if it has ended, or never was."""
@@ -148,7 +146,7 @@ class EngineCore:
             pages_total=self.allocator.num_pages,
             waiting_frames=sum(s.cost for s in waiting),
             running_frames=sum(s.num_steps_left * s.num_rows for s in self.scheduler.running),
-            step_s=self._step_s,
+            step_s=self._step_times.mean_s,
         )
 
     # --- a step ---
@@ -164,11 +162,12 @@ class EngineCore:
         began = self._clock()
         try:
             self._expire(began)
-            batch = self.scheduler.schedule(began, self._step_s)
+            batch = self.scheduler.schedule(began, self._step_times)
             self._open_admitted(batch)
             if batch.chunks:
+                num_rows = batch.num_decoded_rows
                 self._postprocess(*self._compute(batch))
-                self._measure(self._clock() - began)
+                self._step_times.add((self._clock() - began,), num_rows)
         except Exception as error:
             raise self.die(error) from error
         return self.take_events()
@@ -244,15 +243,6 @@ class EngineCore:
             if not chunk.sequence.is_open:
                 self.runner.open(chunk.sequence)
                 chunk.sequence.is_open = True
-
-    def _measure(self, step_s: float) -> None:
-        """Running mean without the first step, which pays for what happens once: it would count most, and whoever comes
-        next would be told of minutes and refused."""
-        if self._is_cold:
-            self._is_cold = False
-            return
-        memory = STEP_TIME_MEMORY if self._step_s else 0.0
-        self._step_s = memory * self._step_s + (1 - memory) * step_s
 
     # --- ends ---
 

@@ -24,6 +24,7 @@ from musicgen.engine.kv_cache import PageAllocator
 from musicgen.engine.page_tables import PageTables
 from musicgen.engine.queue import WaitingQueue
 from musicgen.engine.sequence import Phase, Sequence
+from musicgen.engine.step_times import StepTimes
 from musicgen.engine.turns import Turns
 
 MAX_BACKFILL = 8
@@ -136,17 +137,17 @@ class Scheduler:
 
     # --- one step ---
 
-    def schedule(self, now: float, step_s: float) -> ScheduledBatch:
+    def schedule(self, now: float, step_times: StepTimes) -> ScheduledBatch:
         """Decide what the next step computes. Page tables are ready for it afterwards.
 
         Args:
-            step_s: what a step takes, as far as is known.
+            step_times: what steps took.
         """
         self._steps_to_retry -= 1
         if self.waiting and self._steps_to_retry <= 0 and not self._round:
             self._admit(now)
             self._steps_to_retry = RETRY_STEPS
-        hurried = [] if self._round else self._turns.hurried(self.running, now, step_s)
+        hurried = [] if self._round else self._turns.hurried(self.running, now, step_times)
         if hurried:
             decoding, prefills, ready = self._who_could(hurried)
             chosen = self._turns.fill([*ready, *decoding])

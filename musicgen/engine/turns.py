@@ -6,11 +6,16 @@ from collections.abc import Iterable
 
 from musicgen.engine.fairness import Places
 from musicgen.engine.sequence import Sequence
+from musicgen.engine.step_times import StepTimes
 
 SLACK_S = 0.1
 """Whoever could be passed for less than so long is not passed."""
 PATIENCE_S = 1.0
 """For so long after its admission whoever nobody hears yet can be passed."""
+WORTH = 0.8
+"""Some are passed only if the step takes no more than this part of one with all of them."""
+MAX_HURRIED = 8
+"""Steps in a row in which somebody is passed whose listener is silent."""
 
 
 class Turns:
@@ -24,6 +29,7 @@ class Turns:
 
     def __init__(self, max_rows: int, places: Places, frame_rate_hz: float) -> None:
         self._max_rows, self._places, self._frame_rate_hz = max_rows, places, frame_rate_hz
+        self._num_hurried = 0
 
     def need(self, sequence: Sequence) -> tuple[int, float]:
         """Sorts by priority, then by when the listener needs the next frame.
@@ -46,26 +52,48 @@ class Turns:
                 rows_left -= sequence.num_rows
         return chosen
 
-    def hurried(self, running: list[Sequence], now: float, step_s: float) -> list[Sequence]:
-        """Those whose listeners hear nothing yet, of tenants that ask for no more than their share while others do; and
-        whoever else cannot wait for them. Nobody, if there are none of the first.
+    def hurried(self, running: list[Sequence], now: float, times: StepTimes) -> list[Sequence]:
+        """Those who go before the others: of tenants that ask for no more than their share while others do, whoever
+        hears nothing yet, and, where steps with all are slower than playback, whoever would fall silent; beside them
+        whoever else would. Nobody, if there are none of the first, or if a step without the others is hardly shorter.
 
-        Args:
-            step_s: what a step takes.
+        Who is silent already can wait like one who hears nothing, but not in every step.
         """
         if not self._places.some_flood:
             return []
-        most = min((s.request.priority for s in running), default=0)
-        first: list[Sequence] = []
+        step_s = self._step_s(running, times) or times.mean_s
+        unheard: list[Sequence] = []
+        heard: list[Sequence] = []
         needy: list[Sequence] = []
+        some_silent = False
+        most = min((s.request.priority for s in running), default=0)
         for sequence in running:
             request = sequence.request
-            is_unheard = sequence.times.first_chunk is None and _is_listened_to(sequence, self._frame_rate_hz)
-            if is_unheard and request.priority == most and self._places.is_modest(request.tenant):
-                first.append(sequence)
-            elif self._slack_s(sequence, now, step_s) < SLACK_S:
+            is_modest = request.priority == most and self._places.is_modest(request.tenant)
+            is_modest = is_modest and _is_listened_to(sequence, self._frame_rate_hz)
+            slack_s = self._slack_s(sequence, now, times.mean_s)
+            if is_modest and sequence.times.first_chunk is None:
+                unheard.append(sequence)
+            elif is_modest and slack_s < SLACK_S and step_s * self._frame_rate_hz > 1:
+                heard.append(sequence)
+            elif 0 <= slack_s < SLACK_S:
                 needy.append(sequence)
-        return [*first, *needy] if first else []
+            some_silent |= slack_s < 0
+        if not unheard and (self._step_s(heard, times) or 0.0) * self._frame_rate_hz > 1:
+            return []  # they would fall silent all the same
+        first = [*unheard, *heard, *needy]
+        if not unheard + heard or not self._is_worth(first, step_s, times) or self._num_hurried == MAX_HURRIED:
+            self._num_hurried = 0
+            return []
+        self._num_hurried += some_silent
+        return first
+
+    def _is_worth(self, some: list[Sequence], step_s: float, times: StepTimes) -> bool:
+        alone_s = self._step_s(some, times)
+        return alone_s is None or alone_s <= WORTH * step_s
+
+    def _step_s(self, sequences: list[Sequence], times: StepTimes) -> float | None:
+        return times.of(sum(s.num_rows for s in sequences))
 
     def _slack_s(self, sequence: Sequence, now: float, step_s: float) -> float:
         """For how long a sequence can be passed: until its listener would fall silent, because the next chunk still

@@ -18,7 +18,8 @@ from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.core import EngineCore
 from musicgen.types import ChunkPolicy, EndOfRequest, EngineRequest, Window
 
-SECONDS = 50.0
+NUM_PIECES = 80
+"""Of the steady tenant, about."""
 PLACES = 8
 TOKEN_S = 0.02e-3
 """Of a step's time for each position."""
@@ -68,6 +69,11 @@ def capacity(base_s: float, request_s: float) -> float:
     return PLACES / (base_s + PLACES * (request_s + 2 * TOKEN_S))
 
 
+def span_s(base_s: float, request_s: float) -> float:
+    """For how long requests come."""
+    return NUM_PIECES * 6 * 100 / capacity(base_s, request_s)
+
+
 def play(base_s: float, request_s: float, *, flood: bool) -> dict[str, Heard]:
     """Two tenants: Poisson arrivals at a sixth of what the engine can do; and, if wanted, three times all of it."""
     clock = VirtualClock()
@@ -75,11 +81,12 @@ def play(base_s: float, request_s: float, *, flood: bool) -> dict[str, Heard]:
     runner = CostlyRunner(clock, base_s, request_s)
     core = EngineCore(LongLanguageModel(), config, runner=runner, clock=clock)  # type: ignore[arg-type]
     capacity_hz = capacity(base_s, request_s) / 100
+    seconds = span_s(base_s, request_s)
     rng = random.Random(5)
     arrivals = []
     for tenant, rate in (("steady", capacity_hz / 6), ("flood", 3 * capacity_hz * flood)):
-        at = rng.expovariate(rate) if rate else SECONDS
-        while at < SECONDS:
+        at = rng.expovariate(rate) if rate else seconds
+        while at < seconds:
             arrivals.append((at, tenant))
             at += rng.expovariate(rate)
     arrivals.sort()
@@ -111,17 +118,27 @@ def play(base_s: float, request_s: float, *, flood: bool) -> dict[str, Heard]:
     return heard
 
 
-@pytest.mark.parametrize(
-    ("base_s", "request_s"), [(1.2e-3, 0.75e-3), (6e-3, 0.1e-3)], ids=["steps grow", "steps are much the same"]
-)
-def test_a_flood_moves_the_first_sound_of_another_tenant_by_less_than_a_tenth(base_s: float, request_s: float) -> None:
+STEPS = {
+    "steps grow": (1.2e-3, 0.75e-3),
+    "steps are much the same": (6e-3, 0.1e-3),
+    "all are slower than playback, one is not": (5e-3, 2.5e-3),
+    "so is one": (20e-3, 0.5e-3),
+}
+"""Of an engine: what a step takes, and what for each request more."""
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_flood_moves_the_first_sound_of_another_tenant_by_less_than_a_quarter(steps: str) -> None:
+    base_s, request_s = STEPS[steps]
     alone = play(base_s, request_s, flood=False)["steady"]
     beside = play(base_s, request_s, flood=True)
     steady, flood = beside["steady"], beside["flood"]
     assert len(steady.first_s) == len(alone.first_s) > 60
-    assert steady.percentile(95) <= 1.1 * alone.percentile(95)
+    assert steady.percentile(95) <= 1.25 * alone.percentile(95)
     assert flood.percentile(50) > 5 * steady.percentile(50), "it was no flood"
-    most_s = SECONDS * capacity(base_s, request_s) / 50
+    most_s = span_s(base_s, request_s) * capacity(base_s, request_s) / 50
     assert steady.audio_s + flood.audio_s > 0.85 * most_s, "the engine did less than it can"
-    assert steady.silent_s == 0
-    assert flood.silent_s < 0.01 * flood.audio_s
+    if alone.silent_s == 0:
+        assert steady.silent_s == 0
+    if capacity(base_s, request_s) > 50 * PLACES:
+        assert flood.silent_s < 0.01 * flood.audio_s

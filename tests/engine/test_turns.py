@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from engine.fakes import Listener, codes_request, new_core
+from engine.fakes import FakeRunner, Listener, VirtualClock, codes_request, new_core
 
 from musicgen.engine.core import EngineCore
 from musicgen.engine.fairness import Places
 from musicgen.engine.sequence import Sequence
-from musicgen.engine.turns import PATIENCE_S
+from musicgen.engine.turns import MAX_HURRIED, PATIENCE_S
 from musicgen.types import ChunkPolicy, EngineRequest
 
 STREAM = ChunkPolicy(first_frames=6, max_frames=6)
@@ -67,10 +67,16 @@ def test_one_place_is_owed_to_whoever_does_not_flood() -> None:
     assert not places.is_owed("b", 1.0)
 
 
-def flooded(max_requests: int = 4, num_pages: int = 1000) -> EngineCore:
+def costly_core(num_pages: int = 1000, max_requests: int = 4, row_s: float = 1e-3) -> EngineCore:
+    """An engine whose steps take longer the more rows they have."""
+    clock = VirtualClock()
+    return new_core(runner=FakeRunner(num_pages, clock, 2e-3, row_s), clock=clock, max_requests=max_requests)
+
+
+def flooded(max_requests: int = 4, num_pages: int = 1000, row_s: float = 1e-3) -> EngineCore:
     """An engine all of whose places are `flood`'s streams, one a frame ahead of the other, and all well ahead of their
     listeners."""
-    core = new_core(num_pages, max_requests=max_requests)
+    core = costly_core(num_pages, max_requests, row_s)
     for i in range(9 * max_requests):
         core.add(EngineRequest(f"flood{i}", codes_request(30 + i % 10, text=i), tenant="flood", chunks=STREAM))
     while not core.scheduler.running or min(s.num_frames for s in core.scheduler.running) < 20:
@@ -115,19 +121,71 @@ def test_it_goes_first_beyond_the_places_of_the_flood_when_pages_are_short() -> 
     assert set(advanced.values()) == {0}
 
 
+def let_slack(core: EngineCore, sequence: Sequence, slack_s: float) -> None:
+    """Let the listener be so near to silence."""
+    turns, times = core.scheduler._turns, sequence.times
+    assert times.first_chunk is not None
+    times.first_chunk += slack_s - turns._slack_s(sequence, core._clock(), core._step_times.mean_s)
+
+
+def advance(core: EngineCore, num_steps: int) -> dict[str, int]:
+    """By how many frames each of those that run has advanced."""
+    before = {name: s.num_frames for name, s in running(core).items()}
+    for _ in range(num_steps):
+        core.step()
+    return {name: s.num_frames - before[name] for name, s in running(core).items() if name in before}
+
+
 def test_who_would_fall_silent_is_not_passed() -> None:
     core = flooded()
-    silent = min(core.scheduler.running, key=lambda s: s.num_frames)
-    assert silent.times.first_chunk is not None
-    silent.times.first_chunk -= 1.2
+    near = min(core.scheduler.running, key=lambda s: s.num_frames)
     core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=STREAM))
     core.step()
-    before = {name: s.num_frames for name, s in running(core).items()}
-    for _ in range(4):
-        core.step()
-    advanced = {name: s.num_frames - before[name] for name, s in running(core).items()}
-    assert advanced.pop("steady") == advanced.pop(silent.request.request_id) == 4
+    let_slack(core, near, 0.02)
+    advanced = advance(core, 4)
+    assert advanced.pop("steady") == advanced.pop(near.request.request_id) == 4
     assert set(advanced.values()) == {0}
+
+
+def test_who_is_silent_is_passed_but_not_in_every_step() -> None:
+    """Its listener is no worse off than one who hears nothing yet, whose tenant asks for less."""
+    core = flooded()
+    silent = min(core.scheduler.running, key=lambda s: s.num_frames)
+    chunks = ChunkPolicy(first_frames=40, max_frames=40)
+    core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=chunks))
+    core.step()
+    let_slack(core, silent, -3.0)
+    advanced = advance(core, 3 * (MAX_HURRIED + 1))
+    assert advanced.pop("steady") == 3 * (MAX_HURRIED + 1)
+    assert set(advanced.values()) == {3}
+
+
+def test_a_tenant_within_its_share_is_not_left_to_fall_silent() -> None:
+    """Where all together are slower than their listeners, and it alone is not."""
+    core = flooded(row_s=4e-3)
+    core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=STREAM))
+    while "steady" not in running(core) or running(core)["steady"].times.first_chunk is None:
+        core.step()
+    steady = running(core)["steady"]
+    for sequence in core.scheduler.running:
+        let_slack(core, sequence, -0.1 if sequence is steady else -1.0)
+    advanced = advance(core, 2 * (MAX_HURRIED + 1))
+    assert advanced.pop("steady") == 2 * (MAX_HURRIED + 1)
+    assert set(advanced.values()) == {2}
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["unheard", "heard"])
+def test_nobody_is_passed_for_nothing(heard: bool) -> None:
+    """Where steps are much the same without them; or where even so it would fall silent."""
+    core = flooded(row_s=10e-3) if heard else flooded(row_s=1e-5)
+    core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=STREAM))
+    while "steady" not in running(core) or (heard and running(core)["steady"].times.first_chunk is None):
+        core.step()
+    for sequence in core.scheduler.running:
+        if sequence.times.first_chunk is not None:
+            let_slack(core, sequence, -1.0 if heard else 1.0)
+    advance(core, 1)  # what a step takes without them may be found out
+    assert set(advance(core, 4).values()) == {4}
 
 
 def test_nobody_prefills_beside_whoever_hears_nothing() -> None:
@@ -147,7 +205,7 @@ def test_nobody_prefills_beside_whoever_hears_nothing() -> None:
 
 def test_the_flood_is_not_put_off_for_ever() -> None:
     """Whoever is passed waits for `PATIENCE_S`, and keeps its pace then, however short the others' pieces are."""
-    core = new_core(1000, max_requests=4)
+    core = costly_core()
     for i in range(40):
         chunks = None if i % 2 else STREAM
         core.add(EngineRequest(f"flood{i}", codes_request(40, text=i), tenant="flood", chunks=chunks))
@@ -159,7 +217,7 @@ def test_the_flood_is_not_put_off_for_ever() -> None:
     longest_s = PATIENCE_S + 40 / 50
     made = sum(s.num_frames for s in core.scheduler.running if s.request.tenant == "flood")
     made += 40 * sum(name.startswith("flood") for name in listener.ends)
-    assert made >= 0.8 * 4 * 40 * (400 * 0.01) / longest_s
+    assert made >= 0.8 * 4 * 40 * core._clock() / longest_s
 
 
 def test_two_that_share_fairly_advance_together() -> None:

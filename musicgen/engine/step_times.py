@@ -1,0 +1,50 @@
+"""What steps take, as measured: over all, and by how many rows they decode. Knows no sequence and no clock."""
+
+from __future__ import annotations
+
+import numpy as np
+
+MEMORY = 0.9
+"""How much of a running mean each new step keeps."""
+
+
+class StepTimes:
+    """Running means of the time of a step."""
+
+    def __init__(self) -> None:
+        self.mean_s = 0.0
+        """Of all steps; 0: none yet."""
+        self._by_rows: dict[int, float] = {}
+        self._is_cold = True
+
+    def add(self, seconds: np.ndarray | tuple[float, ...], num_rows: int | None) -> None:
+        """Steps have been taken, one after the other.
+
+        The very first does not count: it pays for what happens once, and whoever comes next would be told of minutes
+        and refused.
+
+        Args:
+            seconds: of each.
+            num_rows: that each decoded; None: they computed prompts too.
+        """
+        if self._is_cold:
+            self._is_cold, seconds = False, seconds[1:]
+        if len(seconds) == 0:
+            return
+        self.mean_s = _faded(self.mean_s or None, seconds)
+        if num_rows is not None:
+            self._by_rows[num_rows] = _faded(self._by_rows.get(num_rows), seconds)
+
+    def of(self, num_rows: int) -> float | None:
+        """Of a step that decodes so many rows and does nothing else; None: there was none yet."""
+        return self._by_rows.get(num_rows)
+
+
+def _faded(mean: float | None, seconds: np.ndarray | tuple[float, ...]) -> float:
+    """The running mean after some steps more."""
+    value = float(seconds[0]) if mean is None else mean
+    if len(seconds) == 1:
+        return MEMORY * value + (1 - MEMORY) * float(seconds[0])
+    fading = MEMORY ** np.arange(len(seconds), -1, -1)
+    fading[1:] *= 1 - MEMORY
+    return float(fading @ np.concatenate(([value], seconds)))
