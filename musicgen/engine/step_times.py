@@ -6,6 +6,8 @@ import numpy as np
 
 MEMORY = 0.9
 """How much of a running mean each new step keeps."""
+FORGET_STEPS = 1000
+"""After so many steps a number of rows is as if it had never been seen: its last step may have been an odd one."""
 
 
 class StepTimes:
@@ -14,7 +16,9 @@ class StepTimes:
     def __init__(self) -> None:
         self.mean_s = 0.0
         """Of all steps; 0: none yet."""
-        self._by_rows: dict[int, float] = {}
+        self._by_rows: dict[int, tuple[float, int]] = {}
+        """A mean, and the number of its last step."""
+        self._num_steps = 0
         self._is_cold = True
 
     def add(self, seconds: np.ndarray | tuple[float, ...], num_rows: int | None) -> None:
@@ -32,12 +36,14 @@ class StepTimes:
         if len(seconds) == 0:
             return
         self.mean_s = _faded(self.mean_s or None, seconds)
+        self._num_steps += len(seconds)
         if num_rows is not None:
-            self._by_rows[num_rows] = _faded(self._by_rows.get(num_rows), seconds)
+            self._by_rows[num_rows] = _faded(self.of(num_rows), seconds), self._num_steps
 
     def of(self, num_rows: int) -> float | None:
-        """Of a step that decodes so many rows and does nothing else; None: there was none yet."""
-        return self._by_rows.get(num_rows)
+        """Of a step that decodes so many rows and does nothing else; None: there was none lately."""
+        mean_s, last_step = self._by_rows.get(num_rows, (None, 0))
+        return mean_s if self._num_steps - last_step < FORGET_STEPS else None
 
 
 def _faded(mean: float | None, seconds: np.ndarray | tuple[float, ...]) -> float:

@@ -14,7 +14,7 @@ PATIENCE_S = 1.0
 """For so long after its admission whoever nobody hears yet can be passed."""
 WORTH = 0.8
 """Some are passed only if the step takes no more than this part of one with all of them."""
-MAX_HURRIED = 8
+MAX_HURRIED = 12
 """Steps in a row in which somebody is passed whose listener is silent."""
 
 
@@ -28,7 +28,7 @@ class Turns:
     """
 
     def __init__(self, max_rows: int, places: Places, frame_rate_hz: float) -> None:
-        self._max_rows, self._places, self._frame_rate_hz = max_rows, places, frame_rate_hz
+        self._max_rows, self._places, self._frame_s = max_rows, places, 1 / frame_rate_hz
         self._num_hurried = 0
 
     def need(self, sequence: Sequence) -> tuple[int, float]:
@@ -41,7 +41,7 @@ class Turns:
         if began is None:
             return sequence.request.priority, times.arrived
         heard = sequence.num_frames - sequence.request.codes.num_known_frames
-        return sequence.request.priority, began + heard / self._frame_rate_hz
+        return sequence.request.priority, began + heard * self._frame_s
 
     def fill(self, sequences: Iterable[Sequence]) -> list[Sequence]:
         """Those that a step holds, the first ones first."""
@@ -68,25 +68,28 @@ class Turns:
         some_silent = False
         most = min((s.request.priority for s in running), default=0)
         for sequence in running:
-            request = sequence.request
-            is_modest = request.priority == most and self._places.is_modest(request.tenant)
-            is_modest = is_modest and _is_listened_to(sequence, self._frame_rate_hz)
+            is_preferred = self._is_preferred(sequence, most)
             slack_s = self._slack_s(sequence, now, times.mean_s)
-            if is_modest and sequence.times.first_chunk is None:
+            some_silent |= slack_s < 0
+            if is_preferred and sequence.times.first_chunk is None:
                 unheard.append(sequence)
-            elif is_modest and slack_s < SLACK_S and step_s * self._frame_rate_hz > 1:
+            elif is_preferred and slack_s < SLACK_S and step_s > self._frame_s:
                 heard.append(sequence)
             elif 0 <= slack_s < SLACK_S:
                 needy.append(sequence)
-            some_silent |= slack_s < 0
-        if not unheard and (self._step_s(heard, times) or 0.0) * self._frame_rate_hz > 1:
-            return []  # they would fall silent all the same
         first = [*unheard, *heard, *needy]
-        if not unheard + heard or not self._is_worth(first, step_s, times) or self._num_hurried == MAX_HURRIED:
+        keeps_up = (self._step_s(heard, times) or 0.0) <= self._frame_s  # else they fall silent all the same
+        is_useful = bool(unheard or (heard and keeps_up)) and self._is_worth(first, step_s, times)
+        if not is_useful or self._num_hurried == MAX_HURRIED:
             self._num_hurried = 0
             return []
         self._num_hurried += some_silent
         return first
+
+    def _is_preferred(self, sequence: Sequence, most: int) -> bool:
+        """Whether somebody listens, whose tenant asks for no more than its share. `most`: the priority of the first."""
+        request = sequence.request
+        return request.priority == most and self._places.is_modest(request.tenant) and self._is_listened_to(sequence)
 
     def _is_worth(self, some: list[Sequence], step_s: float, times: StepTimes) -> bool:
         alone_s = self._step_s(some, times)
@@ -100,15 +103,14 @@ class Turns:
         takes its steps. Where nobody listens yet, as long as it keeps ahead of one who listens from `PATIENCE_S` on."""
         times, codes = sequence.times, sequence.request.codes
         assert times.admitted is not None
-        if times.first_chunk is None or not _is_listened_to(sequence, self._frame_rate_hz):
+        if times.first_chunk is None or not self._is_listened_to(sequence):
             num_made = sequence.num_frames - codes.num_known_frames
-            return times.admitted + PATIENCE_S + num_made / self._frame_rate_hz - now
+            return times.admitted + PATIENCE_S + num_made * self._frame_s - now
         num_left = min(sequence.due_frames, codes.num_frames) - sequence.num_frames
-        silent_at = times.first_chunk + (sequence.num_sent_frames - codes.num_known_frames) / self._frame_rate_hz
+        silent_at = times.first_chunk + (sequence.num_sent_frames - codes.num_known_frames) * self._frame_s
         return silent_at - num_left * step_s - now
 
-
-def _is_listened_to(sequence: Sequence, frame_rate_hz: float) -> bool:
-    """Whether somebody is likely to listen while it is made: its first chunk is no longer than a second."""
-    chunks = sequence.request.chunks
-    return chunks is not None and chunks.first_frames <= frame_rate_hz
+    def _is_listened_to(self, sequence: Sequence) -> bool:
+        """Whether somebody is likely to listen while it is made: its first chunk is no longer than a second."""
+        chunks = sequence.request.chunks
+        return chunks is not None and chunks.first_frames * self._frame_s <= 1

@@ -168,7 +168,7 @@ def test_a_tenant_within_its_share_is_not_left_to_fall_silent() -> None:
         core.step()
     steady = running(core)["steady"]
     for sequence in core.scheduler.running:
-        let_slack(core, sequence, -0.1 if sequence is steady else -1.0)
+        let_slack(core, sequence, -0.3 if sequence is steady else -1.0)
     advanced = advance(core, 2 * (MAX_HURRIED + 1))
     assert advanced.pop("steady") == 2 * (MAX_HURRIED + 1)
     assert set(advanced.values()) == {2}
