@@ -326,3 +326,16 @@ def test_the_engine_has_ended_before_the_interpreter_does(folders: dict[str, Pat
     command = [sys.executable, "-W", "ignore", "-c", script, str(folders["text"])]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_script_that_loads_and_generates_prints_nothing() -> None:
+    """Libraries' chatter would be the first that a new user sees."""
+    script = """
+from musicgen import MusicGen
+model = MusicGen.get_pretrained("demo")
+model.set_generation_params(duration=0.2)
+model.generate(["happy rock"], seed=[1])
+model.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -6,6 +6,9 @@ transformers is imported when an encoder is made: it takes seconds, and few proc
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -106,15 +109,29 @@ def _check_text(prompt: str) -> None:
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
+    transformers (5.23) looks at the checkpoint's configuration on the way, and warns of MusicGen's padding, which is no
+    code of a codebook; that is as it must be, and not told.
+
     Raises:
         WeightsError: there is none.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+        with _only_errors(logging.getLogger("transformers.configuration_utils")):
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{name_or_path}: expected a tokenizer (tokenizer.json or spiece.model), got none that loads: {error}"
         ) from error
     return tokenizer
+
+
+@contextmanager
+def _only_errors(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
