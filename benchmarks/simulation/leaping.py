@@ -22,7 +22,8 @@ class LeapingScheduler(Scheduler):
     """`Scheduler`, with nothing overridden."""
 
     def quiet_steps(self) -> int:
-        """Steps from now in which everyone running decodes one position, if nobody comes, leaves or ends."""
+        """Steps from now in which everyone running decodes one position, if nobody comes, leaves or ends; and, while
+        `some_modest`, if no step is slower than playback."""
         if self.pages.has_copies or self._round or not self.running:
             return 0
         if any(s.phase is not Phase.DECODE for s in self.running):
@@ -32,6 +33,11 @@ class LeapingScheduler(Scheduler):
         if self.places.some_flood and any(s.times.first_chunk is None for s in self.running):
             return 0  # whoever hears nothing yet may go before the others
         return max(0, self._steps_to_retry - 1) if self.waiting else UNLIMITED
+
+    @property
+    def some_modest(self) -> bool:
+        """Whether others flood, and somebody who runs does not."""
+        return any(self.places.is_modest(s.request.tenant) for s in self.running)
 
     def pages_after(self) -> list[int]:
         """`[16]` pages that the running rows take in quiet step j (and again in steps j + 16, j + 32 …)."""

@@ -194,6 +194,9 @@ class Replica:
         seconds = self.config.step_time.seconds(StepLoad(num_rows, kv_positions, kv_positions))
         begins = np.cumsum(np.concatenate([[self.now], seconds]))[:-1]
         num_steps = int(np.searchsorted(begins, limit, "left"))
+        slowest_s = max(float(seconds[num_steps - 1]), self._step_times.mean_s, self._step_times.of(num_rows) or 0.0)
+        if slowest_s * self.config.model.frame_rate_hz > 1 and self.scheduler.some_modest:
+            return False
         taken = np.array(self.scheduler.pages_after(), dtype=np.float64)
         pages = self.allocator.num_held + np.cumsum(np.resize(taken, num_steps))
         self.scheduler.leap(num_steps)

@@ -216,14 +216,15 @@ FLOOD = (Tenant("flood", 0.9), Tenant("steady", 0.1))
 
 
 @pytest.mark.parametrize(
-    ("num", "rate_hz", "durations_s", "num_pages", "max_requests", "tenants"),
+    ("num", "rate_hz", "durations_s", "num_pages", "max_requests", "tenants", "gpu"),
     [
-        (24, 12.0, (1.0, 4.0), 4000, 64, TENANTS),
-        (24, 400.0, (1.0, 4.0), 300, 64, TENANTS),  # pages are short: requests wait and are tried again every 16 steps
-        (6, 12.0, (25.0, 40.0), 1500, 64, TENANTS),  # several windows
-        (40, 12.0, (6.0, 12.0), 4000, 8, FLOOD),  # one has more than its share: not everyone advances in each step
+        (24, 12.0, (1.0, 4.0), 4000, 64, TENANTS, "H100"),
+        (24, 400.0, (1.0, 4.0), 300, 64, TENANTS, "H100"),  # pages are short: some wait and are tried every 16 steps
+        (6, 12.0, (25.0, 40.0), 1500, 64, TENANTS, "H100"),  # several windows
+        (40, 12.0, (6.0, 12.0), 4000, 8, FLOOD, "H100"),  # one has more than its share: not all advance in each step
+        (40, 4.0, (6.0, 12.0), 4000, 16, FLOOD, "L4"),  # and all together are slower than playback
     ],
-    ids=["room", "pressure", "windows", "flood"],
+    ids=["room", "pressure", "windows", "flood", "slow flood"],
 )
 def test_leaps_give_what_the_core_gives_step_by_step(
     num: int,
@@ -232,8 +233,10 @@ def test_leaps_give_what_the_core_gives_step_by_step(
     num_pages: int,
     max_requests: int,
     tenants: tuple[Tenant, ...],
+    gpu: str,
 ) -> None:
-    config = replica_config(num_pages=num_pages, max_requests=max_requests)
+    slow = Roofline(GPUS[gpu], MELODY, overhead_s=0.5e-3)
+    config = replace(replica_config(num_pages=num_pages, max_requests=max_requests), step_time=slow)
     requests = requests_at(rate_hz, num, config, leave_share=0.0, durations_s=durations_s, tenants=tenants)
     chunks, ends = serve_by_core(requests, config)
     outcomes = run(requests, 1, config).outcomes
