@@ -45,7 +45,13 @@ def set_up(part: str, observability: ObservabilitySettings, num_threads: int | N
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(num_threads or 1)
     if num_threads is not None:
-        os.nice(COMPUTING_NICENESS)  # this thread, and those that it will start
+        # Not the loop: its work is short, and whoever calls this replica waits for it.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=_step_back))
+
+
+def _step_back() -> None:
+    """This thread, and those that it will start."""
+    os.nice(COMPUTING_NICENESS)
 
 
 def _labels(model: str) -> dict[str, str]:
@@ -59,7 +65,7 @@ class LanguageModelReplica(LanguageModel):
         # One core is left to the codec and the edges: threads of a step that wait for each other must not be held up.
         num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
         set_up("language-model", observability, num_threads)
-        super().__init__(settings)
+        await asyncio.to_thread(LanguageModel.__init__, self, settings)  # the engine's threads step back like this one
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 
@@ -99,10 +105,8 @@ class CodecReplica(CodecDecoder):
     async def __init__(  # type: ignore[misc]
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
     ) -> None:
-        urgent_thread = ThreadPoolExecutor(1)
-        urgent_thread.submit(int).result()  # it runs from now on, and does not step back with those that come after it
         set_up("codec", observability, SAME_EVERYWHERE)
-        super().__init__(settings, limits, urgent_thread)
+        super().__init__(settings, limits, urgent_thread=ThreadPoolExecutor(1))  # which does not step back
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 

@@ -30,7 +30,7 @@ class CodecDecoder:
     """Decodes chunks of streams.
 
     Args:
-        urgent_thread: of what is urgent; None: the event loop's, as for all else.
+        urgent_thread: of what is urgent; None: one of the event loop's, as for all else.
     Raises:
         InvalidRequestError, WeightsError: the settings' model cannot be loaded.
     """
