@@ -24,7 +24,7 @@ from musicgen_serving.tenancy import hash_key, new_key
 
 from benchmarks.machine import load_average
 from benchmarks.serving_load import Load, percentile, run_load
-from benchmarks.serving_model import add_model_options, model_settings
+from benchmarks.serving_model import add_model_options, model_name, model_settings
 from benchmarks.serving_plan import Ask, Outcome, plan
 from benchmarks.serving_report import Figures, Slo, aligned, by_protocol, figures, table
 from benchmarks.serving_service import MemoryWatch, Service, own_service
@@ -60,7 +60,7 @@ class Overload:
     def __init__(self, args: argparse.Namespace, service: Service, keys: dict[str, str]) -> None:
         self.args, self.service, self.keys = args, service, keys
         self.slo = Slo(args.slo_first_audio, 0.5)
-        self.model = model_settings(args)["name"]
+        self.model = model_name(args)
         self.report = Report()
 
     def run(self) -> Report:

@@ -18,13 +18,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--folder", type=Path, default=Path("build"), help="where --random writes its checkpoint")
 
 
+def model_name(args: argparse.Namespace) -> str:
+    """Under which it is served."""
+    return f"random-{args.random}" if args.random else args.model.rstrip("/").rpartition("/")[2]
+
+
 def model_settings(args: argparse.Namespace, **others: Any) -> dict[str, Any]:
-    """As in the service's settings.
+    """As in the service's settings. Random weights are written first, unless they are there.
 
     Args:
         others: of the model's settings.
     """
     if args.random:
         folder = random_folder(args.random, args.weights, args.folder).absolute()
-        return {"name": f"random-{args.random}", "source": str(folder), "kv_dtype": "int8", **others}
-    return {"name": args.model.rstrip("/").rpartition("/")[2], "source": args.model, **others}
+        return {"name": model_name(args), "source": str(folder), "kv_dtype": "int8", **others}
+    return {"name": model_name(args), "source": args.model, **others}

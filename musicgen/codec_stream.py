@@ -117,9 +117,19 @@ def grid_cells(piece: StreamPiece) -> Iterator[tuple[Tensor, bool]]:
     start, end = piece.state.num_frames, piece.state.num_frames + piece.codes.shape[-1]
     if grid_floor(start) != start or not (piece.last or grid_floor(end) == end):
         raise InvalidRequestError("codes between boundaries of the grid", f"frames {start} to {end}", param="codes")
-    boundaries = [frame for frame in range(start + 1, end) if grid_floor(frame) == frame]
-    for first, after in itertools.pairwise([start, *boundaries, end]):
+    inside = itertools.takewhile(lambda boundary: boundary < end, _boundaries(start))
+    for first, after in itertools.pairwise([start, *inside, end]):
         yield piece.codes[:, first - start : after - start], piece.last and after == end
+
+
+def _boundaries(after: int) -> Iterator[int]:
+    """Those of the grid beyond a frame, without end."""
+    boundary = cell = 0
+    while True:
+        cell = GRID.next_frames(cell)
+        boundary += cell
+        if boundary > after:
+            yield boundary
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -153,7 +153,7 @@ class Replica:
         first_step = len(self._step_ends)
         seconds = self.config.step_time.seconds(self._load_of(batch))
         self._pass(seconds, pages, num_rows, len(batch.deciding))
-        self._step_times.add(seconds, batch.num_decoded_rows)
+        self._step_times.add(float(seconds[0]), batch.num_decoded_rows)
         for chunk in batch.chunks:
             chunk.row.num_computed += chunk.num_new
             self.scheduler.pages.publish(chunk.sequence, chunk.row)
@@ -202,7 +202,8 @@ class Replica:
         self.scheduler.leap(num_steps)
         first_step = len(self._step_ends)
         self._pass(seconds[:num_steps], pages, num_rows, len(running))
-        self._step_times.add(seconds[:num_steps], num_rows)
+        for step_s in seconds[:num_steps].tolist():
+            self._step_times.add(step_s, num_rows)
         for job in jobs:
             self._decoded(job, first_step, num_steps)
         return True

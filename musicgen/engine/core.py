@@ -167,7 +167,7 @@ class EngineCore:
             if batch.chunks:
                 num_rows = batch.num_decoded_rows
                 self._postprocess(*self._compute(batch))
-                self._step_times.add((self._clock() - began,), num_rows)
+                self._step_times.add(self._clock() - began, num_rows)
         except Exception as error:
             raise self.die(error) from error
         return self.take_events()

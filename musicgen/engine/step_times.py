@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 MEMORY = 0.9
 """How much of a running mean each new step keeps."""
 FORGET_STEPS = 1000
@@ -21,24 +19,23 @@ class StepTimes:
         self._num_steps = 0
         self._is_cold = True
 
-    def add(self, seconds: np.ndarray | tuple[float, ...], num_rows: int | None) -> None:
-        """Steps have been taken, one after the other.
+    def add(self, step_s: float, num_rows: int | None) -> None:
+        """A step has been taken.
 
         The very first does not count: it pays for what happens once, and whoever comes next would be told of minutes
         and refused.
 
         Args:
-            seconds: of each.
-            num_rows: that each decoded; None: they computed prompts too.
+            step_s: how long it took.
+            num_rows: that it decoded; None: it computed prompts too.
         """
         if self._is_cold:
-            self._is_cold, seconds = False, seconds[1:]
-        if len(seconds) == 0:
+            self._is_cold = False
             return
-        self.mean_s = _faded(self.mean_s or None, seconds)
-        self._num_steps += len(seconds)
+        self.mean_s = _faded(self.mean_s or None, step_s)
+        self._num_steps += 1
         if num_rows is not None:
-            self._by_rows[num_rows] = _faded(self.of(num_rows), seconds), self._num_steps
+            self._by_rows[num_rows] = _faded(self.of(num_rows), step_s), self._num_steps
 
     def of(self, num_rows: int) -> float | None:
         """Of a step that decodes so many rows and does nothing else; None: there was none lately."""
@@ -46,11 +43,6 @@ class StepTimes:
         return mean_s if self._num_steps - last_step < FORGET_STEPS else None
 
 
-def _faded(mean: float | None, seconds: np.ndarray | tuple[float, ...]) -> float:
-    """The running mean after some steps more."""
-    value = float(seconds[0]) if mean is None else mean
-    if len(seconds) == 1:
-        return MEMORY * value + (1 - MEMORY) * float(seconds[0])
-    fading = MEMORY ** np.arange(len(seconds), -1, -1)
-    fading[1:] *= 1 - MEMORY
-    return float(fading @ np.concatenate(([value], seconds)))
+def _faded(mean_s: float | None, step_s: float) -> float:
+    """The running mean after one step more."""
+    return step_s if mean_s is None else MEMORY * mean_s + (1 - MEMORY) * step_s

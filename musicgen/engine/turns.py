@@ -65,17 +65,18 @@ class Turns:
         unheard: list[Sequence] = []
         heard: list[Sequence] = []
         needy: list[Sequence] = []
-        some_silent = False
+        passes_silent = False
         most = min((s.request.priority for s in running), default=0)
         for sequence in running:
             is_preferred = self._is_preferred(sequence, most)
             slack_s = self._slack_s(sequence, now, times.mean_s)
-            some_silent |= slack_s < 0
             if is_preferred and sequence.times.first_chunk is None:
                 unheard.append(sequence)
             elif is_preferred and slack_s < SLACK_S and step_s > self._frame_s:
                 heard.append(sequence)
-            elif 0 <= slack_s < SLACK_S:
+            elif slack_s < 0:
+                passes_silent = True
+            elif slack_s < SLACK_S:
                 needy.append(sequence)
         first = [*unheard, *heard, *needy]
         keeps_up = (self._step_s(heard, times) or 0.0) <= self._frame_s  # else they fall silent all the same
@@ -83,7 +84,7 @@ class Turns:
         if not is_useful or self._num_hurried == MAX_HURRIED:
             self._num_hurried = 0
             return []
-        self._num_hurried += some_silent
+        self._num_hurried += passes_silent
         return first
 
     def _is_preferred(self, sequence: Sequence, most: int) -> bool:

@@ -38,7 +38,8 @@ def set_up(part: str, observability: ObservabilitySettings, num_threads: int | N
 
     Args:
         part: what runs here, for logs and spans.
-        num_threads: of torch, in a replica that computes; None: it does not.
+        num_threads: of torch, in a replica that computes; None: it does not. Such a one's threads, but for its event
+            loop's, which must run, step back.
     """
     process.set_up(part, observability)
     wire.pickle_tensors_as_arrays()
@@ -65,7 +66,7 @@ class LanguageModelReplica(LanguageModel):
         # One core is left to the codec and the edges: threads of a step that wait for each other must not be held up.
         num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
         set_up("language-model", observability, num_threads)
-        await asyncio.to_thread(LanguageModel.__init__, self, settings)  # the engine's threads step back like this one
+        await asyncio.to_thread(super().__init__, settings)  # the engine's threads step back like this one
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 

@@ -160,6 +160,20 @@ def test_who_is_silent_is_passed_but_not_in_every_step() -> None:
     assert set(advanced.values()) == {3}
 
 
+def test_only_those_that_are_passed_count_as_silent() -> None:
+    """However long the one that goes first has heard nothing, those with sound in hand lose nothing."""
+    core = flooded()
+    chunks = ChunkPolicy(first_frames=40, max_frames=40)
+    core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=chunks))
+    core.step()
+    admitted = running(core)["steady"].times.admitted
+    assert admitted is not None
+    running(core)["steady"].times.admitted = admitted - 10 * PATIENCE_S
+    advanced = advance(core, MAX_HURRIED + 5)
+    assert advanced.pop("steady") == MAX_HURRIED + 5
+    assert set(advanced.values()) == {0}
+
+
 def test_a_tenant_within_its_share_is_not_left_to_fall_silent() -> None:
     """Where all together are slower than their listeners, and it alone is not."""
     core = flooded(row_s=4e-3)
