@@ -58,7 +58,13 @@ class MusicService(Protocol):
         """Raises: NotFoundError."""
 
     async def models(self, tenant: Tenant) -> list[ModelInfo]:
-        """The models that the tenant may use."""
+        """The models that the tenant may use and that can be reached, the default first."""
+
+    async def model(self, tenant: Tenant, name: str | None) -> ModelInfo:
+        """One model; None: the tenant's default. Asks no other model, which may be gone.
+
+        Raises: NotFoundError, ForbiddenError, ReplicaLostError.
+        """
 
     async def readiness(self) -> Readiness:
         """Whether requests are taken, and at least one model can make them: others may be gone meanwhile."""
