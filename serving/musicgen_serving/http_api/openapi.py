@@ -62,6 +62,10 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
                 "interleaved.",
                 "X-Billed-Seconds": "Whole results: seconds that count against the allowance: made, and not charged "
                 "before.",
+                "X-Num-Frames": "Whole results: decoded codec frames, all pieces together.",
+                "X-Queue-Seconds": "Whole results: seconds in the engine's queue, all pieces together.",
+                "X-Prefill-Seconds": "Whole results: seconds of prefill, all pieces together.",
+                "X-Decode-Seconds": "Whole results: seconds of decoding, all pieces together.",
             }.items()
         },
     },
