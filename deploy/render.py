@@ -107,7 +107,7 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, 
         elif issubclass(section, ReplicaSettings):
             load = section.model_fields["target_load"].default
             unit = (section.__doc__ or "").partition("Load: ")[2]
-            note = f"`target_load` {load:g}: {unit}" if unit else "replicas of this edge"
+            note = f"`target_load` {load:g}: {unit}" if unit else "replicas of this ingress"
             yield f"`{full}`", "REPLICAS", "see below", note
         elif issubclass(section, TenantSettings):
             yield f"`{full}`", "TENANT", "see below", ""
