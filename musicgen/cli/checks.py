@@ -49,7 +49,9 @@ def check_loudness(options: GenerateOptions) -> float:
             "--strategy loudness", f"--strategy {options.strategy}", "omit one of the two options", param="loudness"
         )
     if not -70.0 <= options.loudness <= 0.0:
-        raise InvalidRequestError("LUFS in [-70, 0]", f"{options.loudness:g}", "a common value is -14", param="loudness")
+        raise InvalidRequestError(
+            "LUFS in [-70, 0]", f"{options.loudness:g}", "a common value is -14", param="loudness"
+        )
     return options.loudness
 
 
@@ -87,7 +89,7 @@ def _check_stems(options: GenerateOptions) -> None:
         raise InvalidRequestError("--melody to be given as well", "", param="stems")
     if options.stems and importlib.util.find_spec("demucs") is None:
         raise MissingDependencyError(
-            "stems: requires the package demucs, which is not installed; run: pip install 'musicgen-serve[stems]'"
+            "stems: expected the package demucs to be installed; run: pip install 'musicgen-serve[stems]'"
         )
 
 

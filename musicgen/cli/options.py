@@ -182,7 +182,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="sampling temperature; higher is more varied (default: 1)",
     )
-    add("--top-k", type=int, default=250, metavar="N", help="sample from the N most likely codes; 0: all (default: 250)")
+    add(
+        "--top-k", type=int, default=250, metavar="N", help="sample from the N most likely codes; 0: all (default: 250)"
+    )
     add(
         "--top-p",
         type=float,

@@ -58,7 +58,9 @@ def plan_pieces(options: GenerateOptions) -> list[Piece]:
             raise InvalidRequestError("an integer ≥ 1", str(value), param=name)
     num_pieces = len(texts) * options.num_samples
     if num_pieces > MAX_PIECES:
-        raise InvalidRequestError(f"at most {MAX_PIECES} pieces per run", f"{num_pieces}", "split them over several runs")
+        raise InvalidRequestError(
+            f"at most {MAX_PIECES} pieces per run", f"{num_pieces}", "split them over several runs"
+        )
     seed = secrets.randbelow(DRAWN_SEEDS) if options.seed is None else options.seed
     if not 0 <= seed <= MAX_SEED - num_pieces:
         raise InvalidRequestError("an integer in [0, 2^63)", str(seed), param="seed")

@@ -51,6 +51,8 @@ def generate_remote() -> Callable[..., int]:
         try:
             run: Callable[..., int] = entry.load()
         except ImportError as error:
-            raise MissingDependencyError(f"--server: cannot import the service's client ({error}); run: {INSTALL}") from error
+            raise MissingDependencyError(
+                f"--server: expected the service's client, got an import error ({error}); run: {INSTALL}"
+            ) from error
         return run
-    raise MissingDependencyError(f"--server: requires the service's client, which is not installed; run: {INSTALL}")
+    raise MissingDependencyError(f"--server: expected the service's client to be installed; run: {INSTALL}")
