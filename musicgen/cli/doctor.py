@@ -82,7 +82,7 @@ def _cpu() -> dict[str, Any]:
     try:
         found["supported_levels"] = isa.supported_levels()
         found["extension"] = isa.load_level(None)[0]
-        found["reason"] = f"best supported level; set {isa.ENVIRONMENT} to override"
+        found["reason"] = f"best level available; set {isa.ENVIRONMENT} to override"
         if os.environ.get(isa.ENVIRONMENT, "").strip():
             found["reason"] = f"selected by {isa.ENVIRONMENT}"
     except BackendUnavailableError as error:

@@ -1,8 +1,7 @@
 """Converts rendered shards to training data: codes and chroma, cached next to the audio.
 
 Writes cache files ``{shard}.npz`` (``codes`` int16 ``[clips, 4, 1500]``; ``chroma`` and ``chroma_decoded`` int8
-``[clips, 235]``, the strongest pitch class of each frame of the original and of the codec's reconstruction).  Knows
-nothing of the language model.
+``[clips, 235]``, the strongest pitch class of each frame of the original and of the codec's reconstruction).
 
     python -m musicgen.demo.tokenise --data build/demo --codec build/demo/codec
 """

@@ -67,7 +67,7 @@ def _append(
     token = tl.program_id(0)
     row = find_row(query_offsets, num_rows, token)
     position = tl.load(kv_lens + row) - tl.load(query_offsets + row + 1) + token
-    there = position >= 0  # false for tokens beyond the length of a row
+    there = position >= 0  # negative if a row has more tokens than positions
     page = tl.load(page_table + row.to(tl.int64) * max_pages + position // PAGE, mask=there, other=0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     channels = tl.arange(0, BLOCK_D)
