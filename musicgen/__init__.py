@@ -1,4 +1,4 @@
-"""MusicGen: text and melody to music.
+"""MusicGen: music generation from text and melodies.
 
     from musicgen import MusicGen, audio_write
 
@@ -7,7 +7,7 @@
     wav = model.generate(["happy rock"], progress=True)
     audio_write("rock", wav[0], model.sample_rate, strategy="loudness")
 
-The names are audiocraft's. They are imported on first use, so that `musicgen --help` does not wait for torch.
+The names follow audiocraft. They are imported on first use, so that `musicgen --help` does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m musicgen` is the command `musicgen`."""
+"""`python -m musicgen` runs the `musicgen` command."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""`MusicGen`: the API that users of audiocraft know, with seeds, samples and checked arguments.
+"""`MusicGen`: audiocraft's API, extended with seeds, multiple samples, streaming and argument validation.
 
-Owns the order of a call: check everything, condition, generate codes, decode. Knows no kernel and no file format.
+Orchestrates a call: validate, condition, generate codes, decode. Independent of kernels and file formats.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEFAULT_DURATION_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """What `set_generation_params` sets. Checked when made."""
+    """Parameters set by `set_generation_params`. Validated on construction."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     duration_s: float = DEFAULT_DURATION_S
@@ -55,7 +55,7 @@ class GenerationParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Item:
-    """One piece to make."""
+    """Inputs of one piece."""
 
     description: str | None
     melody: Melody | None = None
@@ -64,11 +64,11 @@ class _Item:
 
 
 class MusicGen:
-    """Text and melody to music. May be used from several threads.
+    """Music generation from text and melodies. Thread-safe.
 
     Args:
-        model: a loaded model; `get_pretrained` loads one.
-        engine: how it is run: kind of weights, memory, batch sizes.
+        model: a loaded model; see `get_pretrained`.
+        engine: engine configuration: weight type, memory, batch sizes.
         release_weights: free the model's own layers once the engine has packed them.
     """
 
@@ -90,33 +90,33 @@ class MusicGen:
 
         Args:
             name: short name, Hugging Face repository id or local folder; see `weights.load_model`.
-            device: default: the GPU if there is one, else the CPU.
+            device: default: the GPU if available, else the CPU.
             weights: float32 (default on the CPU), bfloat16 (default on a GPU), int8 or int4.
-            engine: everything else about how it is run; `weights` goes before what it says.
+            engine: engine configuration; `weights` takes precedence over it.
         Raises:
-            InvalidRequestError, WeightsError: as `load_model`.
+            InvalidRequestError, WeightsError: see `load_model`.
         """
         wanted = None if weights is None else checked_weights(weights)
         model = load_model(name, device)
         if model.packed is not None and wanted is not None and KINDS[wanted] != model.packed.heads.kind:
             raise InvalidRequestError(
-                f"{model.packed.heads.kind} weights, which {name!r} holds", wanted, "load the original", param="weights"
+                f"{model.packed.heads.kind}, as packed in {name!r}", wanted, "load the original", param="weights"
             )
         config = engine or EngineConfig()
         return MusicGen(model, replace(config, weights=wanted or config.weights), release_weights=True)
 
     def start(self, progress: bool = False) -> None:
-        """Start the engine now: pack the weights and take its memory. Otherwise the first call does it."""
+        """Start the engine now (pack the weights, allocate memory) rather than in the first call."""
         num_layers = self.model.config.decoder.num_layers
         with Progress(num_layers, progress, None, unit="layer") as report:
             self._engine.start(lambda _done, _total: report.advance(1))
 
     def save_packed(self, folder: str | Path, weights: WeightDtype, progress: bool = False) -> Path:
-        """Write the model with its matrices as `weights`; loaded by the folder's name, it needs no more than that.
+        """Write a self-contained checkpoint with the matrices packed as `weights`; load it by the folder's path.
 
         Raises:
-            InvalidRequestError: no such kind of weights.
-            WeightsError: this model was loaded packed, or its layers are freed.
+            InvalidRequestError: unknown weight type.
+            WeightsError: this model was loaded packed, or its layers have been freed.
         """
         lm, target = self.model.lm, Path(folder)
         if any(parameter.is_meta for parameter in lm.decoder.parameters()):
@@ -132,7 +132,7 @@ class MusicGen:
         return target
 
     def close(self) -> None:
-        """Free the engine; calls that are under way are cancelled."""
+        """Shut down the engine and cancel calls in progress."""
         self._engine.close()
 
     @property
@@ -145,12 +145,12 @@ class MusicGen:
 
     @property
     def frame_rate(self) -> float:
-        """Frames of codes a second."""
+        """Code frames per second."""
         return self.model.config.frame_rate_hz
 
     @property
     def sample_rate(self) -> int:
-        """Samples a second of the audio that is generated."""
+        """Sample rate of the generated audio in Hz."""
         return self.model.config.sample_rate
 
     @property
@@ -159,12 +159,12 @@ class MusicGen:
 
     @property
     def max_duration(self) -> float:
-        """Seconds that the model sees at once; longer pieces are made in overlapping windows."""
+        """Length of the model's window in seconds; longer pieces are generated in overlapping windows."""
         return self.model.config.max_duration_s
 
     @property
     def duration(self) -> float:
-        """Seconds of the pieces that are generated."""
+        """Length of generated pieces in seconds."""
         return self._params.duration_s
 
     def set_generation_params(
@@ -179,20 +179,20 @@ class MusicGen:
         two_step_cfg: bool = False,
         extend_stride: float = 18,
     ) -> None:
-        """Set how the next calls generate.
+        """Set the parameters of subsequent calls.
 
         Args:
-            use_sampling: False takes the most likely code at every step.
-            top_k: keep every code at least as likely as the k-th; 0 keeps all.
-            top_p: if above 0, keep the most likely codes up to this mass instead.
-            temperature: above 1 bolder, below 1 safer; 0 is greedy.
-            duration: seconds, a prompt included.
-            cfg_coef: guidance: how strongly to follow the conditions; 1 turns it off.
-            cfg_coef_beta: double guidance: how strongly to follow the text beyond the melody (melody models).
-            two_step_cfg: accepted for compatibility; the result is the same either way.
-            extend_stride: beyond `max_duration`, seconds by which each window moves on; at least one frame.
+            use_sampling: False: greedy decoding.
+            top_k: sample from the k most likely codes (ties included); 0: all.
+            top_p: if > 0, nucleus (top-p) sampling; overrides `top_k`.
+            temperature: sampling temperature; 0 is greedy.
+            duration: seconds, including an audio prompt.
+            cfg_coef: classifier-free guidance scale; 1 turns guidance off.
+            cfg_coef_beta: double guidance: scale of the text relative to the melody (melody models).
+            two_step_cfg: ignored; accepted for compatibility.
+            extend_stride: seconds between window starts in pieces longer than `max_duration`; at least one frame.
         Raises:
-            InvalidRequestError: a value out of its range. Nothing is changed then.
+            InvalidRequestError: a value is out of range; no parameter is changed.
         """
         sampling = SamplingParams(
             greedy=not use_sampling,
@@ -205,9 +205,9 @@ class MusicGen:
         params = GenerationParams(sampling, duration, extend_stride)
         if cfg_coef_beta is not None and self.model.chroma is None:
             raise InvalidRequestError(
-                f"no double guidance for model {self.name!r}, which takes no melody",
+                f"no double guidance for model {self.name!r}, which does not support melodies",
                 repr(cfg_coef_beta),
-                "leave it out, or choose a melody model",
+                "omit it, or choose a melody model",
                 param="cfg_coef_beta",
             )
         frame_s = 1 / self.frame_rate
@@ -234,16 +234,16 @@ class MusicGen:
         """Generate from text.
 
         Args:
-            descriptions: one prompt a piece; None for no prompt.
+            descriptions: text prompts, one per piece; None for no prompt.
             progress: show a progress bar.
-            return_tokens: return the codes too.
-            seed: a number: piece i (counting samples) uses seed + i; a list: one for each piece; None: random ones,
-                drawn from torch's generator. A piece depends on its own seed only, never on its batch mates.
-            num_samples: pieces for each description, next to each other in the result.
+            return_tokens: also return the codes.
+            seed: an integer: piece i (counting samples) uses seed + i; a list: one per piece; None: random, drawn from
+                torch's generator. A piece depends only on its own seed, not on the rest of the batch.
+            num_samples: pieces per description, consecutive in the result.
         Returns:
-            `[B, C, N]` samples in [-1, 1] or a little beyond; with `return_tokens` also `[B, K, T]` codes.
+            `[B, C, N]` samples, which may slightly exceed [-1, 1]; with `return_tokens` also `[B, K, T]` codes.
         Raises:
-            InvalidRequestError: before any work is done.
+            InvalidRequestError: invalid arguments; raised before any work is done.
         """
         items = [_Item(text) for text in checked_descriptions(descriptions)]
         return self._generate(items, progress, return_tokens, seed, num_samples)
@@ -256,7 +256,7 @@ class MusicGen:
         *,
         seed: int | Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Generate `num_samples` pieces from nothing; otherwise as `generate`."""
+        """Generate `num_samples` unconditional pieces; otherwise like `generate`."""
         return self._generate([_Item(None)], progress, return_tokens, seed, num_samples)
 
     def generate_with_chroma(
@@ -270,11 +270,11 @@ class MusicGen:
         seed: int | Sequence[int] | None = None,
         num_samples: int = 1,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Generate from text and melodies; otherwise as `generate`.
+        """Generate from text and melodies; otherwise like `generate`.
 
         Args:
-            melody_wavs: `[B, C, N]`, `[C, N]` for a single one, or a list of `[C, N]` that may hold None.
-            melody_sample_rate: of all of them, in Hz.
+            melody_wavs: `[B, C, N]`, `[C, N]` for a single melody, or a list of `[C, N]` or None.
+            melody_sample_rate: sample rate of all melodies in Hz.
         """
         texts = checked_descriptions(descriptions)
         melodies = checked_melodies(melody_wavs, melody_sample_rate, len(texts))
@@ -294,14 +294,14 @@ class MusicGen:
         seed: int | Sequence[int] | None = None,
         num_samples: int = 1,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Continue recordings, each on its own; otherwise as `generate`.
+        """Continue recordings, each independently; otherwise like `generate`.
 
         Args:
-            prompt: `[B, C, N]`, `[C, N]` for a single one, or a list of `[C, N]` of any lengths.
-            prompt_sample_rate: of all of them, in Hz.
-            descriptions: one a prompt, or None for no text.
-            melody_wavs: a melody to follow as well, as in `generate_with_chroma`.
-            melody_sample_rate: of the melodies, in Hz.
+            prompt: `[B, C, N]`, `[C, N]` for a single prompt, or a list of `[C, N]` of any lengths.
+            prompt_sample_rate: sample rate of all prompts in Hz.
+            descriptions: one per prompt, or None for no text.
+            melody_wavs: melodies to condition on as well, as in `generate_with_chroma`.
+            melody_sample_rate: sample rate of the melodies in Hz.
         """
         wavs = as_list(prompt, "prompt")
         texts = [None] * len(wavs) if descriptions is None else checked_descriptions(descriptions)
@@ -329,16 +329,16 @@ class MusicGen:
         seed: int | None = None,
         chunks: ChunkPolicy | None = None,
     ) -> Iterator[AudioChunk]:
-        """Generate one piece and give out its audio as it is made: a small first chunk, then larger ones.
+        """Generate one piece and yield its audio as it is generated: a small first chunk, then larger ones.
 
-        Together the chunks are what `generate`, `generate_with_chroma` or `generate_continuation` would return for
+        The concatenated chunks equal the result of `generate`, `generate_with_chroma` or `generate_continuation` for
         the same arguments. Leaving the loop early cancels the rest.
 
         Args:
             melody_wav, prompt: `[C, N]`.
-            chunks: how large the chunks are, as far as the codec's grid (`codec_stream.GRID`) allows.
+            chunks: chunk sizes, subject to the codec's grid (`codec_stream.GRID`).
         Raises:
-            InvalidRequestError: from the call itself, before any work is done.
+            InvalidRequestError: raised by the call itself (not by the iterator), before any work is done.
         """
         (text,) = checked_descriptions([description])
         melody = None
@@ -371,7 +371,7 @@ class MusicGen:
     def _check_melodies_fit(self, melodies: Sequence[Melody | None]) -> None:
         if self.model.chroma is None and any(melody is not None for melody in melodies):
             raise InvalidRequestError(
-                f"no melody for model {self.name!r}", "a melody", "choose a melody model", param="melody_wavs"
+                f"no melody for model {self.name!r}", "", "choose a melody model", param="melody_wavs"
             )
 
     def _generate(
@@ -382,7 +382,7 @@ class MusicGen:
         seed: int | Sequence[int] | None,
         num_samples: int,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Make the codes of all pieces as one batch of requests, then decode them one after the other."""
+        """Generate the codes of all pieces as one batch of requests, then decode them one by one."""
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise InvalidRequestError("an integer ≥ 1", repr(num_samples), param="num_samples")
         self._check_melodies_fit([item.melody for item in items])

@@ -1,7 +1,7 @@
-"""Audio files: reading whatever libsndfile reads, and audiocraft's `audio_write`.
+"""Audio file I/O: reading every format that libsndfile supports, and audiocraft's `audio_write`.
 
-Audio is `[C, N]` float32 in [−1, 1] everywhere. The one place to import audio functions from; checks and rates are in
-`waveform.py`, levels in `loudness.py`, formats in `audio_encode.py`. Knows nothing of models.
+Audio is `[C, N]` float32 in [−1, 1] everywhere. Facade of all audio functions: validation and resampling are in
+`waveform.py`, levels in `loudness.py`, formats in `audio_encode.py`. Independent of models.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float 
     """Read an audio file.
 
     Args:
-        source: a path, or a file's content.
-        max_duration_s: more is refused before it is decoded, and so is what takes more memory than this of stereo at
-            96 kHz.
+        source: a path, or the contents of a file.
+        max_duration_s: longer files are rejected before decoding, and so are files that would take more memory than
+            96 kHz stereo of this duration.
     Returns:
         `[C, N]` float32, and the sample rate in Hz.
     Raises:
@@ -66,7 +66,9 @@ def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float 
     """
     name = "audio data" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
-        raise InvalidRequestError("an audio file", f"{name}, which is no file", param="audio")
+        raise InvalidRequestError(
+            "an existing audio file", f"{name}, which does not exist or is not a file", param="audio"
+        )
     try:
         with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)) as file:
             rate, channels = int(file.samplerate), int(file.channels)
@@ -74,16 +76,16 @@ def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float 
             check_sample_rate(rate)
             samples = _read(file)
     except (soundfile.LibsndfileError, OSError) as error:
-        reason = str(getattr(error, "error_string", error)).rstrip(".")  # libsndfile's, without the name again
-        if "does not exist" in reason:  # so it says of content that no decoder takes; the file is there
-            reason = "its content is not of a known format"
-        hint = "wav, flac, mp3, ogg, opus and aiff can be read"
+        reason = str(getattr(error, "error_string", error)).rstrip(".")  # libsndfile's message without the path
+        if "does not exist" in reason:  # libsndfile's message for unrecognised content of an existing file
+            reason = "unrecognised format"
+        hint = "supported formats include wav, flac, mp3, ogg, opus and aiff"
         raise InvalidRequestError("a readable audio file", f"{name} ({reason})", hint, param="audio") from error
     return validate_waveform(samples, "audio", name=name), rate
 
 
 def _read(file: soundfile.SoundFile) -> Tensor:
-    """`[C, N]`: block by block, so that a recording is in memory once. As long as it is, whatever its header says."""
+    """`[C, N]`, read block by block to hold the recording only once. Does not trust the length in the header."""
     num_frames = max(0, int(file.frames))
     samples = torch.empty(file.channels, num_frames)
     block = np.empty((_BLOCK_FRAMES, file.channels), dtype=np.float32)
@@ -98,13 +100,13 @@ def _read(file: soundfile.SoundFile) -> Tensor:
 def _check_size(name: str, num_samples: int, rate: int, channels: int, max_duration_s: float) -> None:
     if num_samples > max_duration_s * rate:
         got = f"{name} of {num_samples / rate:.0f} s"
-        raise InvalidRequestError(f"at most {max_duration_s:g} s of audio", got, "cut it first", param="audio")
+        raise InvalidRequestError(f"at most {max_duration_s:g} s of audio", got, "trim it first", param="audio")
     if channels > MAX_CHANNELS:
         got = f"{name} with {channels}"
-        raise InvalidRequestError(f"at most {MAX_CHANNELS} channels", got, "mix it to stereo first", param="audio")
+        raise InvalidRequestError(f"at most {MAX_CHANNELS} channels", got, "downmix it to stereo first", param="audio")
     if num_samples * channels > max_duration_s * MAX_SAMPLES_PER_S:
         expected = f"at most {max_duration_s * MAX_SAMPLES_PER_S:.0f} samples of all channels together"
-        got, hint = f"{name} with {num_samples * channels}", "mix it to stereo, or bring it to a lower rate"
+        got, hint = f"{name} with {num_samples * channels}", "downmix it to stereo or resample it to a lower rate"
         raise InvalidRequestError(expected, got, hint, param="audio")
 
 
@@ -127,11 +129,11 @@ def audio_write(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Normalise audio and write it to a file, whole or not at all. Names and defaults are audiocraft's.
+    """Normalise audio and write it to a file atomically. Names and defaults follow audiocraft.
 
     Args:
         stem_name: the path without its suffix, which is added unless `add_suffix` is false.
-        make_parent_dir: make the folder if there is none.
+        make_parent_dir: create the folder if it does not exist.
         normalize, strategy, ..., log_clipping: see `normalize_audio`; the others: see `encode_audio`.
     Returns:
         The path of the file.
@@ -154,7 +156,7 @@ def audio_write(
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        raise InvalidRequestError("a place to write to", f"{path} ({error.strerror})", param="stem_name") from error
+        raise InvalidRequestError("a writable path", f"{path} ({error.strerror})", param="stem_name") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

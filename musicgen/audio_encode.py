@@ -1,6 +1,6 @@
-"""Audio to the bytes of a file: wav, flac, mp3, ogg and opus, with metadata.
+"""Encodes audio as wav, flac, mp3, ogg or opus, with metadata.
 
-Owns what each format can hold and what a generated file says of itself. Knows no paths and sets no levels.
+Defines the limits of each format and the metadata of generated files. Paths and levels are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MACHINE_MADE = "Machine-made music"
 _TAGS = ("title", "artist", "album", "date", "genre", "copyright", "license", "comment", "software")
 _MAX_TAG_CHARS = 1000
 _WRITE_BLOCK = 65536
-"""Samples a call: libsndfile's Vorbis encoder takes stack in proportion, and can overflow it on long pieces."""
+"""Samples per write: the stack use of libsndfile's Vorbis encoder grows with it, and can overflow on long pieces."""
 
 
 PCM_16 = "PCM_16"
@@ -36,11 +36,11 @@ class FileFormat:
     container: str
     subtype: str
     sample_rates: tuple[int, ...] = ()
-    """The only ones possible, in Hz; empty: any."""
+    """Supported rates in Hz; empty: any."""
     max_channels: int = MAX_CHANNELS
 
     def rate_for(self, sample_rate: int) -> int:
-        """The rate in Hz of a file of samples at `sample_rate`: the next higher that is possible, or the highest."""
+        """The rate in Hz to encode `sample_rate` at: the next higher supported one, or else the highest."""
         if not self.sample_rates or sample_rate in self.sample_rates:
             return sample_rate
         return min((rate for rate in self.sample_rates if rate >= sample_rate), default=max(self.sample_rates))
@@ -56,7 +56,7 @@ FORMATS: Mapping[str, FileFormat] = {
 
 
 def generation_metadata(model: str, seed: int, *, license: str = "", prompt: str = "") -> dict[str, str]:
-    """What a generated file says of itself: that a machine made it, by which model, from which seed and text."""
+    """Metadata of a generated file: that it was generated, by which model, with which seed and prompt."""
     parts = [MACHINE_MADE, f"model: {model}", f"seed: {seed}"]
     parts += [f"licence of the weights: {license}"] if license else []
     parts += [f"prompt: {prompt}"] if prompt else []
@@ -72,17 +72,17 @@ def encode_audio(
     ogg_rate: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The content of an audio file.
+    """The contents of an audio file.
 
     Args:
-        wav: `[N]` or `[C, N]` float; what exceeds [−1, 1] is cut (see `normalize_audio`).
-        sample_rate: in Hz; resampled where the format does not know it (opus: 48 kHz).
+        wav: `[N]` or `[C, N]` float; clipped to [−1, 1] (see `normalize_audio`).
+        sample_rate: in Hz; resampled if the format does not support it (opus: 48 kHz).
         format: a name in `FORMATS`; wav and flac have 16 bits.
         mp3_rate: kbit/s of mp3. ogg_rate: approximate kbit/s of ogg; the default leaves it to the encoder.
         metadata: tags (title, artist, album, date, genre, copyright, license, comment, software), as far as the
-            format has them; None says only that a machine made it; empty writes none.
+            format supports them; None only marks the file as generated; empty writes none.
     Raises:
-        InvalidRequestError: bad audio, rate, format or tag.
+        InvalidRequestError: invalid audio, rate, format or tag.
     """
     wav = validate_waveform(wav).detach().cpu()
     check_sample_rate(sample_rate)
@@ -108,13 +108,13 @@ def open_encoder(
     ogg_rate: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> soundfile.SoundFile:
-    """A file that takes what `to_frames` makes.
+    """Open an audio file for writing frames from `to_frames`.
 
     Args:
-        sink: a binary file, or what has its `write`, `seek`, `tell` and `read`.
-        sample_rate: one that the format knows. The others are those of `encode_audio`.
+        sink: a binary file, or an object with its `write`, `seek`, `tell` and `read`.
+        sample_rate: one that the format supports. For the others see `encode_audio`.
     Raises:
-        InvalidRequestError: a bad format or tag.
+        InvalidRequestError: invalid format or tag.
     """
     target = checked_format(format, channels)
     tags = _checked_tags(metadata, ascii_only=format == "mp3")
@@ -126,9 +126,9 @@ def open_encoder(
 
 
 def to_frames(wav: Tensor, subtype: str) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
-    """`[C, N]` float → `[N, C]` as libsndfile is to write it: cut to [−1, 1], and rounded here where it is 16 bits.
+    """`[C, N]` float → `[N, C]` for libsndfile: clipped to [−1, 1], and rounded to 16 bits where the subtype is.
 
-    Left to libsndfile, 16 bits are rounded down in a wav and to the nearest in a flac.
+    libsndfile itself would round 16-bit samples down in wav but to nearest in flac.
     """
     samples = np.ascontiguousarray(wav.clamp(-1, 1).numpy().T)
     if subtype != PCM_16:
@@ -159,9 +159,9 @@ def _checked_tags(metadata: Mapping[str, str] | None, *, ascii_only: bool) -> di
 
 
 def _quality(format: str, sample_rate: int, mp3_rate: int, ogg_rate: int | None) -> dict[str, Any]:
-    """libsndfile's 0 (best) to 1 (smallest) for a bit rate.
+    """libsndfile's compression level, 0 (best) to 1 (smallest), for a bit rate.
 
-    mp3: linear between the standard's highest and lowest rates. ogg: Vorbis' quality steps have nominal rates.
+    mp3: linear between the standard's highest and lowest rates. ogg: by the nominal rates of Vorbis' quality levels.
     """
     if format == "mp3":
         high, low = (320, 32) if sample_rate >= 32000 else (160, 8)

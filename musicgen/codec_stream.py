@@ -1,8 +1,8 @@
-"""Codes to audio for any number of streams, mono and stereo, each at its own place in its piece.
+"""Streaming codec decoder: codes to audio for any number of mono or stereo streams at different positions.
 
-A stream is nothing but a value, `StreamState`, that travels with each call, so any process with the same codec can
-decode any stream's next codes. The sum of the pieces is what a whole decode gives. Owns the order of stereo codebooks
-and the batching of streams; knows no requests, no schedule and no transport.
+Decoding is stateless: a stream's `StreamState` is passed with each call, so any process with the same codec can decode
+its next codes. The concatenated output equals a whole decode. Owns the order of stereo codebooks and the batching of
+streams; independent of requests, scheduling and transport.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def split_channels(codes: Tensor, audio_channels: int) -> Tensor:
     """`[B, C · K, T]` codes in the order 1L 1R 2L 2R ... → `[B · C, K, T]`, the channels of an item next to each other.
 
     Raises:
-        InvalidRequestError: codebooks that cannot be shared out.
+        InvalidRequestError: the number of codebooks is not a multiple of the channels.
     """
     if codes.ndim != 3 or codes.shape[1] == 0 or codes.shape[1] % audio_channels:
         expected = f"codes [B, K, T] with a multiple of {audio_channels} codebooks"
@@ -42,25 +42,25 @@ def split_channels(codes: Tensor, audio_channels: int) -> Tensor:
 def decode_audio(decoder: EncodecDecoder, codes: Tensor, audio_channels: int) -> Tensor:
     """Decode whole pieces of one length: `[B, C · K, T]` codes → `[B, C, T · hop_length]` float32 samples.
 
-    What a stream of the same codes gives, to the bit if that has as many threads (see `decode_on_grid`).
+    Equal to streaming the same codes, bit-identical with the same number of threads (see `decode_on_grid`).
 
     Raises:
-        InvalidRequestError: codes of a wrong shape or range.
+        InvalidRequestError: codes of the wrong shape or out of range.
     """
     codec = StreamingCodec(decoder, audio_channels)
     return torch.stack([decode_on_grid(codec, StreamPiece(c, codec.initial_state(), last=True))[0] for c in codes])
 
 
 GRID = ChunkPolicy()
-"""The cells in which a piece is decoded: small ones first, so that a stream can begin early."""
+"""Sizes of the cells in which a piece is decoded: small ones first, so that a stream starts early."""
 
 
 def grid_floor(num_frames: int) -> int:
-    """The last boundary of the grid up to which `num_frames` frames suffice."""
+    """The last grid boundary at or below `num_frames`."""
     boundary = cell = 0
     while True:
         cell = GRID.next_frames(cell)
-        if cell == GRID.max_frames:  # from here on all cells are equal
+        if cell == GRID.max_frames:  # all later cells have this size
             return boundary + max(0, num_frames - boundary) // cell * cell
         if boundary + cell > num_frames:
             return boundary
@@ -68,10 +68,10 @@ def grid_floor(num_frames: int) -> int:
 
 
 class GridBuffer:
-    """The codes of one stream that wait for the next boundary.
+    """Buffers the codes of one stream until the next grid boundary.
 
     Args:
-        num_frames: of the whole piece.
+        num_frames: length of the whole piece.
     """
 
     def __init__(self, num_codebooks: int, num_frames: int) -> None:
@@ -79,11 +79,11 @@ class GridBuffer:
         self._waiting = torch.empty(num_codebooks, 0, dtype=torch.int32)
 
     def add(self, codes: Tensor) -> None:
-        """The next codes `[K, T]` of the stream."""
+        """Append the next codes `[K, T]` of the stream."""
         self._waiting = torch.cat((self._waiting, codes), dim=-1)
 
     def take(self, state: StreamState) -> StreamPiece | None:
-        """What can be decoded after `state` for `decode_on_grid`; None: nothing yet."""
+        """The codes after `state` that `decode_on_grid` can decode now; None: none yet."""
         num_there = state.num_frames + self._waiting.shape[-1]
         last = num_there == self._num_frames
         num_ready = self._waiting.shape[-1] if last else grid_floor(num_there) - state.num_frames
@@ -94,16 +94,15 @@ class GridBuffer:
 
 
 def decode_on_grid(codec: StreamingCodec, piece: StreamPiece) -> tuple[Tensor, StreamState]:
-    """Decode the next codes of one stream cell by cell, so that rounding does not depend on how they were cut.
+    """Decode the next codes of one stream cell by cell, so that rounding does not depend on chunk boundaries.
 
-    Float sums come out differently in passes of different lengths or batches; with every frame in its own cell of a
-    grid that depends on its place in the piece alone, a piece has one audio: streamed, whole, or taken up by another
-    process (with as many threads).
+    Float sums differ between passes of different lengths or batch sizes. On a fixed grid of cells, the audio of a piece
+    is the same whether streamed, decoded whole or resumed by another process (with the same number of threads).
 
     Args:
-        piece: begins at a boundary, and ends at one unless it is the last.
+        piece: starts at a grid boundary, and ends at one unless it is the last.
     Raises:
-        InvalidRequestError: as `StreamingCodec.decode`, or codes off the grid.
+        InvalidRequestError: see `StreamingCodec.decode`; or codes not aligned to the grid.
     """
     samples, state = [], piece.state
     for codes, last in grid_cells(piece):
@@ -113,17 +112,17 @@ def decode_on_grid(codec: StreamingCodec, piece: StreamPiece) -> tuple[Tensor, S
 
 
 def grid_cells(piece: StreamPiece) -> Iterator[tuple[Tensor, bool]]:
-    """The codes of each cell, and whether nothing follows it. Raises: InvalidRequestError: codes off the grid."""
+    """The codes of each cell, and whether it is the last. Raises: InvalidRequestError: not aligned to the grid."""
     start, end = piece.state.num_frames, piece.state.num_frames + piece.codes.shape[-1]
     if grid_floor(start) != start or not (piece.last or grid_floor(end) == end):
-        raise InvalidRequestError("codes between boundaries of the grid", f"frames {start} to {end}", param="codes")
+        raise InvalidRequestError("codes aligned to the grid", f"frames {start} to {end}", param="codes")
     inside = itertools.takewhile(lambda boundary: boundary < end, _boundaries(start))
     for first, after in itertools.pairwise([start, *inside, end]):
         yield piece.codes[:, first - start : after - start], piece.last and after == end
 
 
 def _boundaries(after: int) -> Iterator[int]:
-    """Those of the grid beyond a frame, without end."""
+    """All grid boundaries beyond a frame (infinite)."""
     boundary = cell = 0
     while True:
         cell = GRID.next_frames(cell)
@@ -134,25 +133,25 @@ def _boundaries(after: int) -> Iterator[int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StreamState:
-    """Everything a stream is between two calls. Of fixed size; set by `StreamingCodec`, opaque to others."""
+    """The complete state of a stream between two calls. Of fixed size and opaque to callers."""
 
     values: Tensor
     """`[C, state_size]` float32, see `DecoderState`."""
     num_frames: int
-    """Frames taken in so far."""
+    """Frames consumed so far."""
     num_samples: int
-    """Samples given out so far, a channel: where the next ones belong."""
+    """Samples per channel returned so far, i.e. the offset of the next ones."""
     finished: bool
 
     def to_bytes(self) -> bytes:
-        """For a wire or a file; the inverse of `from_bytes`."""
+        """Serialise; the inverse of `from_bytes`."""
         channels, size = self.values.shape
         header = _HEADER.pack(_MAGIC, _VERSION, self.finished, channels, size, self.num_frames, self.num_samples)
         return header + self.values.detach().cpu().numpy().astype("<f4").tobytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StreamState:
-        """Raises: InvalidRequestError: not what `to_bytes` gave."""
+        """Deserialise. Raises: InvalidRequestError: not the output of `to_bytes`."""
         if len(data) >= _HEADER.size:
             magic, version, finished, channels, size, num_frames, num_samples = _HEADER.unpack_from(data)
             whole = len(data) == _HEADER.size + 4 * channels * size
@@ -160,25 +159,25 @@ class StreamState:
                 values = np.frombuffer(data, "<f4", offset=_HEADER.size).astype(np.float32)
                 return cls(torch.from_numpy(values).view(channels, size), num_frames, num_samples, bool(finished))
         expected = f"a codec stream state of version {_VERSION}"
-        raise InvalidRequestError(expected, f"{len(data)} other bytes", param="state")
+        raise InvalidRequestError(expected, f"{len(data)} unrecognised bytes", param="state")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StreamPiece:
-    """The next codes of one stream. Set by the caller."""
+    """The next codes of one stream."""
 
     codes: Tensor
     """`[C · K, T]` integers, T ≥ 0; stereo in the order 1L 1R 2L 2R."""
     state: StreamState
     last: bool
-    """No codes follow: give out what is held back."""
+    """No codes follow: flush the buffered samples."""
 
 
 class StreamingCodec:
-    """Decodes streams piece by piece. Holds no stream's state.
+    """Decodes streams incrementally, without holding their state.
 
-    After T frames a stream has given at least (T − `lookahead_frames`) · hop_length samples a channel, and at its end
-    all T · hop_length.
+    After T frames a stream has returned at least (T − `lookahead_frames`) · hop_length samples per channel, and all
+    T · hop_length at its end.
     """
 
     def __init__(self, decoder: EncodecDecoder, audio_channels: int) -> None:
@@ -197,17 +196,17 @@ class StreamingCodec:
         return self.decode_batch([StreamPiece(codes, state, last)])[0]
 
     def decode_batch(self, pieces: Sequence[StreamPiece]) -> list[tuple[Tensor, StreamState]]:
-        """Decode the next codes of several streams. Those with as many new frames share a pass.
+        """Decode the next codes of several streams. Streams with the same number of new frames share a pass.
 
         Returns:
-            For each, the next samples `[C, N]` float32 (N may be 0), and its new state; the given ones are not changed.
+            For each, the next samples `[C, N]` float32 (N may be 0) and its new state; the inputs are not modified.
         Raises:
-            InvalidRequestError: codes or a state that do not fit the codec, or a finished stream; nothing is decoded.
+            InvalidRequestError: codes or state do not match the codec, or the stream is finished; nothing is decoded.
         """
         groups: dict[tuple[int, int, bool], list[int]] = defaultdict(list)
         for index, piece in enumerate(pieces):
             self._check(piece, f"pieces[{index}]")
-            # Past its beginning a stream's age makes no difference to how it is decoded.
+            # Beyond the first frames, decoding does not depend on a stream's age.
             age = min(piece.state.num_frames, self.decoder.min_first_frames)
             groups[age, piece.codes.shape[-1], piece.last].append(index)
         results: list[tuple[Tensor, StreamState]] = [(torch.empty(0), piece.state) for piece in pieces]
@@ -217,7 +216,7 @@ class StreamingCodec:
         return results
 
     def _decode_group(self, pieces: Sequence[StreamPiece], age: int, last: bool) -> list[tuple[Tensor, StreamState]]:
-        """Pieces of one age and length, as one batch."""
+        """Decode pieces of equal age and length as one batch."""
         device = self.decoder.codebooks.device
         values = torch.cat([piece.state.values.to(device) for piece in pieces])
         codes = split_channels(torch.stack([piece.codes.to(device) for piece in pieces]), self.audio_channels)
@@ -245,9 +244,9 @@ class StreamingCodec:
                 f"codes [{num_codebooks}, T]", str(list(piece.codes.shape)), param=f"{name}.codes"
             )
         if tuple(piece.state.values.shape) != (channels, size):
-            hint = "a stream must stay with one model"
+            hint = "decode a stream with one model only"
             got = str(list(piece.state.values.shape))
             raise InvalidRequestError(f"a state [{channels}, {size}]", got, hint, param=f"{name}.state")
         if piece.state.finished:
-            raise InvalidRequestError("a stream that goes on", "a finished one", param=f"{name}.state")
+            raise InvalidRequestError("an unfinished stream", "a finished one", param=f"{name}.state")
         self.decoder.check_codes(split_channels(piece.codes[None], channels))

@@ -1,6 +1,6 @@
-"""From a prompt and a melody to what the language model is conditioned on, window by window.
+"""Computes the language model's conditioning from a prompt and a melody, per window.
 
-Each item is computed on its own, so that nothing depends on its batch mates.
+Each request is processed separately, so that the result does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from musicgen.types import Conditioning, Window
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Melody:
-    """A melody as the caller gave it."""
+    """A melody as supplied by the caller."""
 
     wav: Tensor
     """`[C, N]` floats."""
@@ -32,17 +32,17 @@ def condition(
 ) -> tuple[tuple[Window, Conditioning], ...]:
     """The conditioning of each window of one request.
 
-    In a piece longer than a window each one sees the melody from its own beginning on, and the melody starts again
-    when it is over; so does the only window after a prompt that fills more than one. In a piece that fits in one window
-    the chroma repeats instead. Source: audiocraft `MusicGen._generate_tokens`.
+    In pieces longer than one window, each window sees the melody from the window's own start on, wrapping around at the
+    melody's end; so does a single window after a prompt longer than a window. In a piece that fits in one window the
+    chroma frames repeat instead. Source: audiocraft `MusicGen._generate_tokens`.
 
     Raises:
-        InvalidRequestError: a melody for a model that takes none, or a prompt that is too long.
+        InvalidRequestError: the model does not support melodies, or the prompt is too long.
     """
     if melody is not None and model.chroma is None:
         raise InvalidRequestError(
             f"no melody for model {model.config.name!r}",
-            "a melody",
+            "",
             "choose a melody model: melody, melody-large or demo",
             param="melody",
         )
@@ -57,7 +57,7 @@ def condition(
 def window_chroma(
     extractor: ChromaExtractor, melody: Melody, windows: Sequence[Window], config: ModelConfig
 ) -> list[Tensor]:
-    """The chroma `[num_frames, num_chroma]` that each window sees; see `condition`."""
+    """The chroma `[num_frames, num_chroma]` of each window; see `condition`."""
     if len(windows) == 1 and windows[0].start == 0:
         return extractor.forward([(melody.wav, melody.sample_rate)])
     parts = [_from_offset(melody, window.start, config) for window in windows]
@@ -65,7 +65,7 @@ def window_chroma(
 
 
 def _from_offset(melody: Melody, start_frame: int, config: ModelConfig) -> Melody:
-    """One window's length of the melody from `start_frame` on, starting again at its end."""
+    """One window's length of the melody from `start_frame` on, wrapping around at its end."""
     first = int(start_frame / config.frame_rate_hz * melody.sample_rate)
     num_samples = int(config.max_duration_s * melody.sample_rate)
     positions = torch.arange(first, first + num_samples) % melody.wav.shape[-1]

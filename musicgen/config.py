@@ -1,7 +1,4 @@
-"""Shapes and constants of a model, read once from a checkpoint and never changed afterwards.
-
-Knows nothing of files or tensors: the package `weights` fills these in.
-"""
+"""Configuration of models (read from a checkpoint by the package `weights`) and of the engine. Immutable."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ class DecoderConfig:
 
     @property
     def special_token(self) -> int:
-        """The token that fills places without a code, and starts every sequence."""
+        """The token at positions without a code and at the start of every sequence."""
         return self.codebook_size
 
 
@@ -46,7 +43,7 @@ class ChromaConfig:
     n_fft: int = 16384
     hop_length: int = 4096
     num_frames: int = 235
-    """Length of the prefix; longer melodies are cut, shorter ones repeat."""
+    """Length of the prefix; longer melodies are truncated, shorter ones repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ class CodecConfig:
 
     sample_rate: int
     num_codebooks: int
-    """Codebooks of one mono pass; a stereo language model has twice as many."""
+    """Codebooks per channel; a stereo language model has twice as many."""
     codebook_size: int
     codebook_dim: int
     hidden_size: int
@@ -73,7 +70,7 @@ class CodecConfig:
 
     @property
     def hop_length(self) -> int:
-        """Samples a frame."""
+        """Samples per frame."""
         hop = 1
         for ratio in self.upsampling_ratios:
             hop *= ratio
@@ -110,7 +107,7 @@ class ModelConfig:
         return self.codec.sample_rate
 
     def num_frames(self, duration_s: float) -> int:
-        """Frames of `duration_s` seconds, as audiocraft counts them (rounded down)."""
+        """Frames in `duration_s` seconds, rounded down as in audiocraft."""
         return int(duration_s * self.frame_rate_hz)
 
 
@@ -120,12 +117,12 @@ WeightDtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """The paged keys and values."""
+    """The paged KV cache."""
 
     dtype: KVDtype | None = None
-    """None: float32 beside float32 weights, else float16."""
+    """None: float32 with float32 weights, else float16."""
     memory_bytes: int | None = None
-    """Budget for the pages; None: `memory_share` of what is free."""
+    """Memory budget for the pages; None: `memory_share` of the free memory."""
     memory_share: float = 0.25
 
     def __post_init__(self) -> None:
@@ -136,25 +133,26 @@ class CacheConfig:
 
 
 BURST = 1.5
-"""Times its share of places a tenant may ask for before it counts as one that floods: requests come in bursts."""
+"""A tenant's demand (running plus waiting) may reach this multiple of its share of slots before the tenant counts as
+over its share."""
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """How steps are filled."""
+    """Limits of admission and batching."""
 
     max_requests: int = 32
-    """Requests that hold pages at the same time; up to `num_slots` while there are tenants that ask for little."""
+    """Maximum running requests; up to `num_slots` for tenants within their share while others are over theirs."""
     max_rows: int = 64
-    """Rows that hold pages at the same time; in proportion more of them where requests are."""
+    """Maximum running rows; scaled up with `num_slots / max_requests`."""
     max_step_rows: int = 64
-    """Rows that one step can decode; if fewer than `max_rows`, playback decides who goes first."""
+    """Maximum rows decoded per step; if below `max_rows`, rows are ordered by playback deadline."""
     prefill_tokens: int = 64
-    """Prefill positions a step beside running decodes, so that nobody's playback stalls."""
+    """Prefill token budget of a step that also decodes."""
     idle_prefill_tokens: int = 512
-    """The same when nothing decodes."""
+    """Prefill token budget of a step that does not decode."""
     max_waiting: int = 1024
-    """Requests that may wait; more are refused."""
+    """Maximum length of the waiting queue; further requests are rejected."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -167,32 +165,32 @@ class SchedulerConfig:
 
     @property
     def num_slots(self) -> int:
-        """Requests that can be open at the same time: beyond `max_requests` those of tenants that ask for little, so
-        that they begin at once while others flood."""
+        """Maximum open requests. Slots beyond `max_requests` are reserved for tenants within their share, whose
+        requests then start at once while other tenants are over theirs."""
         return int(BURST * self.max_requests)
 
     @property
     def num_rows(self) -> int:
-        """Rows of so many requests."""
+        """Maximum rows of `num_slots` requests."""
         return self.max_rows * self.num_slots // self.max_requests
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything the engine can be told, resolved once."""
+    """Engine configuration."""
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     weights: WeightDtype | None = None
     """None: float32 on the CPU, bfloat16 on a GPU."""
     num_threads: int | None = None
-    """Threads of a step on the CPU; None: as many as torch uses in the thread that makes the engine."""
+    """CPU threads per step; None: torch's number in the thread that creates the engine."""
     cuda_graphs: bool | None = None
-    """Whether decode steps run as CUDA graphs, for a few numbers of rows; None: on GPUs. On the CPU they run through
-    the same buffers, without graphs: for tests."""
+    """Whether decode steps run as CUDA graphs, captured for a few batch sizes; None: on GPUs only. On the CPU, True
+    uses the same buffers without graphs, for tests."""
 
     def resolved(self, device_type: str) -> EngineConfig:
-        """With every kind of number chosen."""
+        """A copy with all data types chosen."""
         weights: WeightDtype = self.weights or ("float32" if device_type == "cpu" else "bfloat16")
         dtype: KVDtype = self.cache.dtype or ("float32" if weights == "float32" else "float16")
         graphs = device_type == "cuda" if self.cuda_graphs is None else self.cuda_graphs

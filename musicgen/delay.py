@@ -1,7 +1,8 @@
-"""The delay pattern: how K parallel codebooks become one sequence of steps.
+"""The delay pattern, which interleaves K parallel codebooks into one sequence of steps.
 
-At step `s` codebook `k` holds the code of frame `s - 1 - delay[k]`; step 0 and every place without a frame hold the
-special token. So T frames take S = T + max_delay + 1 steps, and frame `t` is complete once step `t + 1 + max_delay` is.
+At step `s`, codebook `k` holds the code of frame `s - 1 - delay[k]`; step 0 and every position without a frame hold
+the special token. T frames therefore take S = T + max_delay + 1 steps, and frame `t` is complete after step
+`t + 1 + max_delay`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNKNOWN_CODE = -1
-"""Marks a place of a delayed sequence that is still to be sampled."""
+"""Marks a position of a delayed sequence that is still to be sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,10 @@ class DelayPattern:
     max_delay: int = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_delay", max(self.delays))  # asked for at every step
+        object.__setattr__(self, "max_delay", max(self.delays))  # needed at every step
 
     @classmethod
-    @functools.cache  # asked for at every step
+    @functools.cache  # needed at every step
     def for_codebooks(cls, num_codebooks: int, audio_channels: int) -> DelayPattern:
         """Mono: 0, 1, 2, ...; stereo, in the order 1L 1R 2L 2R ...: 0, 0, 1, 1, 2, 2, ..."""
         return cls(tuple(k // audio_channels for k in range(num_codebooks)))
@@ -41,23 +42,23 @@ class DelayPattern:
         return len(self.delays)
 
     def num_steps(self, num_frames: int) -> int:
-        """Steps of a delayed sequence that holds `num_frames` frames, step 0 included."""
+        """Length in steps of a delayed sequence of `num_frames` frames, including step 0."""
         return num_frames + self.max_delay + 1
 
     def num_complete_frames(self, num_steps: int) -> int:
-        """Frames of which every codebook is known once `num_steps` steps are (step 0 included)."""
+        """Frames that are complete in all codebooks after `num_steps` steps (including step 0)."""
         return max(0, num_steps - 1 - self.max_delay)
 
     def first_step_after(self, num_prompt_frames: int) -> int:
-        """First step with something to sample when `num_prompt_frames` frames are given."""
+        """First step that samples anything after a prompt of `num_prompt_frames` frames."""
         return num_prompt_frames + 1
 
     def apply(self, codes: Tensor, special_token: int) -> Tensor:
         """Delay codes.
 
         Args:
-            codes: `[..., K, T]` integers; `UNKNOWN_CODE` stays as it is.
-            special_token: what places without a frame hold.
+            codes: `[..., K, T]` integers; `UNKNOWN_CODE` is kept.
+            special_token: fills positions without a frame.
         Returns:
             `[..., K, S]` of the same dtype, S = `num_steps(T)`.
         """
@@ -68,7 +69,7 @@ class DelayPattern:
         return delayed
 
     def undo(self, delayed: Tensor) -> Tensor:
-        """The frames that are complete in a delayed sequence, or in the beginning of one.
+        """The complete frames of a delayed sequence or of a prefix of one.
 
         Args:
             delayed: `[..., K, S']`, S' ≤ S.

@@ -1,51 +1,52 @@
-"""Every error this project raises on purpose.
+"""All errors that this project raises deliberately.
 
     MusicGenError
-    ├── InvalidRequestError      the caller can fix it: bad argument, unreadable audio, unknown model name
-    ├── RetryLaterError          not started; says when to try again, if that is known
-    │   ├── OverloadedError      the server cannot take it now
-    │   │   └── DeadlineTooShortError   it could not be finished in the time that its caller gives
-    │   └── QuotaExceededError   the tenant has used up its allowance
-    ├── RequestCancelledError    the caller, or a deadline, ended the request
+    ├── InvalidRequestError      fixable by the caller: bad argument, unreadable audio, unknown model name
+    ├── RetryLaterError          not started; carries a retry delay if it is known
+    │   ├── OverloadedError      no capacity at the moment
+    │   │   └── DeadlineTooShortError   cannot be finished before its deadline
+    │   └── QuotaExceededError   the tenant's quota is used up
+    ├── RequestCancelledError    cancelled by the caller or a deadline
     ├── EngineDeadError          the engine thread failed; the replica must be replaced
-    ├── WeightsError             a checkpoint is missing, incomplete or of another shape
-    └── MissingDependencyError   an optional package is needed for what was asked
+    ├── WeightsError             missing, incomplete or incompatible checkpoint
+    └── MissingDependencyError   an optional package is required
 
-A message says what was expected, what was got, and what to do. `musicgen_kernels.KernelError` stands apart, because
-the kernel package does not know this one: it marks a caller's mistake inside the program, never a user's.
+Messages state what was expected, what was given and what to do. `musicgen_kernels.KernelError` is separate, because
+the kernel package does not depend on this one; it indicates a bug in the calling code, never a user's mistake.
 """
 
 from __future__ import annotations
 
 
 class MusicGenError(Exception):
-    """Base of all errors of this project."""
+    """Base class of all errors of this project."""
 
 
 class InvalidRequestError(MusicGenError, ValueError):
-    """The request is wrong in itself; the same request will fail again.
+    """The request is invalid; retrying it unchanged will fail again.
 
     Args:
         expected: what is accepted.
-        got: what was given.
-        hint: what to do about it.
+        got: what was given; empty to omit it from the message.
+        hint: how to fix it.
         param: the name of the offending argument, for API error bodies.
     """
 
     def __init__(self, expected: str, got: str, hint: str = "", *, param: str | None = None) -> None:
         self.expected, self.got, self.hint, self.param = expected, got, hint, param
         name = f"{param}: " if param else ""
-        super().__init__(f"{name}expected {expected}, got {got}" + (f"; {hint}" if hint else ""))
+        given = f", got {got}" if got else ""
+        super().__init__(f"{name}expected {expected}{given}" + (f"; {hint}" if hint else ""))
 
     def __reduce__(self) -> tuple[object, ...]:
         return _remake, (type(self), self.args, self.__dict__)
 
 
 class RetryLaterError(MusicGenError):
-    """The request was not started; the same one may be taken later.
+    """The request was not started; it may be accepted later.
 
     Args:
-        retry_after_s: when it is worth trying again; None: unknown.
+        retry_after_s: suggested delay before a retry; None: unknown.
     """
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
@@ -57,27 +58,27 @@ class RetryLaterError(MusicGenError):
 
 
 class OverloadedError(RetryLaterError):
-    """No capacity now; the request was not started."""
+    """No capacity at the moment; the request was not started."""
 
 
 class DeadlineTooShortError(OverloadedError):
-    """It could not be finished in the time that its caller gives, as things are now; the request was not started."""
+    """The deadline cannot be met under the current load; the request was not started."""
 
 
 class QuotaExceededError(RetryLaterError):
-    """The tenant's allowance is used up; the request was not started."""
+    """The tenant's quota is used up; the request was not started."""
 
 
 class RequestCancelledError(MusicGenError):
-    """The request ended because its caller or its deadline asked for that."""
+    """The request was cancelled by its caller or its deadline."""
 
 
 class EngineDeadError(MusicGenError):
-    """The engine failed; no request of this replica can go on."""
+    """The engine failed; none of this replica's requests can continue."""
 
 
 class WeightsError(MusicGenError):
-    """A checkpoint cannot be used: missing, incomplete, extra or mis-shaped tensors, or an unsafe file."""
+    """A checkpoint cannot be used: missing, unexpected or mis-shaped tensors, or an unsafe file."""
 
 
 class MissingDependencyError(MusicGenError):
@@ -85,7 +86,7 @@ class MissingDependencyError(MusicGenError):
 
 
 def _remake(kind: type[MusicGenError], args: tuple[object, ...], fields: dict[str, object]) -> MusicGenError:
-    """An error that went through a process boundary, as it was."""
+    """Rebuild an unpickled error with its original fields."""
     error = kind.__new__(kind, *args)
     error.args = args
     error.__dict__.update(fields)

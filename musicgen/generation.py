@@ -1,7 +1,7 @@
-"""From a request to codes: prefill, then one step at a time; windows beyond the model's longest duration.
+"""`plan_windows`, and `generate_codes`: the reference generation loop.
 
-Requests run one after another, each with its own rows, so that a request gives the same codes alone and in any
-batch. Knows nothing of text, audio or the codec.
+The engine generates in production; `generate_codes` is the plain, unbatched loop that tests compare it with.
+Independent of text, audio and the codec.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from musicgen.models.language_model import LanguageModel
 from musicgen.types import CodesRequest, Conditioning, SamplingParams, Window
 
 OnFrames = Callable[[int], None]
-"""Called with the number of frames of the result that are known so far, prompt included."""
+"""Called with the number of frames known so far, including the prompt."""
 
 
 def plan_windows(num_frames: int, num_prompt_frames: int, max_frames: int, stride: int) -> list[Window]:
-    """The windows that generate `num_frames` frames of which the first are given.
+    """The windows that generate `num_frames` frames, of which the first `num_prompt_frames` are given.
 
-    Each window after the first starts `stride` frames later and keeps the overlap as its prompt. A prompt that
-    fills the first window is seen by its last `max_frames - stride` frames only.
+    Each window after the first starts `stride` frames later and uses the overlap as its prompt. Of a prompt that fills
+    the first window, only the last `max_frames - stride` frames are used.
 
     Source: audiocraft `MusicGen._generate_tokens`.
     """
     if num_frames <= max_frames:
         return [Window(0, num_frames)]
-    assert 0 < stride < max_frames, stride  # else the windows would not move on, or leave frames out
+    assert 0 < stride < max_frames, stride  # otherwise windows would not advance, or would leave gaps
     start = 0 if num_prompt_frames < max_frames else num_prompt_frames - (max_frames - stride)
     windows = [Window(start, min(start + max_frames, num_frames))]
     while windows[-1].end < num_frames:
@@ -41,7 +41,7 @@ def plan_windows(num_frames: int, num_prompt_frames: int, max_frames: int, strid
 
 @torch.inference_mode()
 def generate_codes(model: LanguageModel, request: CodesRequest, on_frames: OnFrames | None = None) -> Tensor:
-    """The codes `[K, T]` (int32, on the host) of one request, prompt included."""
+    """The codes `[K, T]` (int32, on the host) of one request, including the prompt."""
     num_codebooks = model.config.decoder.num_codebooks
     codes = torch.empty(num_codebooks, 0, dtype=torch.int32)
     if request.known_codes is not None:
@@ -63,7 +63,7 @@ def _extend(
 ) -> Tensor:
     """Extend the `known` codes `[K, T']` of the piece up to the end of `window`: `[K, window.end]`.
 
-    Steps are counted from the beginning of the piece, so that no draw is repeated in a later window.
+    Steps are counted from the start of the piece, so that later windows do not repeat random draws.
     """
     pattern, special_token, device = model.config.delay_pattern, model.config.decoder.special_token, model.device
     num_known = known.shape[-1]
@@ -82,7 +82,7 @@ def _extend(
         logits = model.decoder(inputs, state, prefix)[:, -1].contiguous()
         batch.steps.fill_(step)
         codes = delayed_sample_step(logits, batch, delays, sequence)
-        # The window sees nothing before it: in its first steps the delays reach back to there.
+        # In a window's first steps the delays reach back to frames before it, which it must not see.
         codes = torch.where(step - window.start > delays, codes, special_token)
         inputs, prefix = codes[:, :, None].expand(rows.num_rows, -1, -1), None
         on_frames(max(num_known, pattern.num_complete_frames(step + 1)))
@@ -90,7 +90,7 @@ def _extend(
 
 
 def _sample_batch(sampling: SamplingParams, num_rows: int, num_frames: int, device: torch.device) -> SampleBatch:
-    """The sampling parameters of one request, as the kernel takes them; `steps` is set at each step."""
+    """The sampling kernel's parameters for one request; `steps` is set at each step."""
 
     def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Checks of what users of the API pass in, before any work is done."""
+"""Validation of API arguments, before any work is done."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from musicgen.types import MAX_SEED, SamplingParams
 from musicgen.waveform import check_sample_rate, convert_audio, validate_waveform
 
 Waveforms = Tensor | Sequence[Tensor | None]
-"""`[B, C, N]`, `[C, N]` for a single one, or a list of `[C, N]`."""
+"""`[B, C, N]`, `[C, N]` for a single waveform, or a list of `[C, N]`."""
 
 
 def checked_descriptions(descriptions: Sequence[str | None]) -> list[str | None]:
     if isinstance(descriptions, str):
-        raise InvalidRequestError("a list of texts", "one text", f"write [{descriptions!r}]", param="descriptions")
+        raise InvalidRequestError("a list of strings", "a string", f"pass [{descriptions!r}]", param="descriptions")
     texts = list(descriptions)
     if not texts:
         raise InvalidRequestError("at least one description", "an empty list", param="descriptions")
     for text in texts:
         if text is not None and not isinstance(text, str):
-            raise InvalidRequestError("texts or None", type(text).__name__, param="descriptions")
+            raise InvalidRequestError("strings or None", type(text).__name__, param="descriptions")
     return texts
 
 
 def as_list(wavs: Waveforms, param: str) -> list[Tensor | None]:
-    """`[C, N]` → one; `[B, C, N]` or a list → as many."""
+    """A list with one waveform for `[C, N]`, otherwise with all of them."""
     if isinstance(wavs, Tensor):
         if wavs.dim() not in (2, 3):
             raise InvalidRequestError("a tensor [B, C, N] or [C, N]", f"shape {list(wavs.shape)}", param=param)
@@ -43,46 +43,46 @@ def as_list(wavs: Waveforms, param: str) -> list[Tensor | None]:
 
 def checked_melodies(wavs: Waveforms, sample_rate: int | None, num_items: int) -> list[Melody | None]:
     if sample_rate is None:
-        raise InvalidRequestError("the melodies' rate in Hz", "none", param="melody_sample_rate")
+        raise InvalidRequestError("the melodies' sample rate in Hz", "none", param="melody_sample_rate")
     check_sample_rate(sample_rate, "melody_sample_rate")
     listed = as_list(wavs, "melody_wavs")
     if len(listed) != num_items:
         raise InvalidRequestError(
             f"as many melodies as descriptions ({num_items})",
             f"{len(listed)}",
-            "use None for a piece without a melody",
+            "use None for pieces without a melody",
             param="melody_wavs",
         )
     return [None if wav is None else Melody(validate_waveform(wav, "melody_wavs"), sample_rate) for wav in listed]
 
 
 def checked_prompt(wav: Tensor | None, sample_rate: int | None, config: ModelConfig, duration_s: float) -> Tensor:
-    """A recording to go on from: `[C, N]` at the codec's rate and channels, shorter than the piece.
+    """An audio prompt, converted to the codec's rate and channels: `[C, N]`, shorter than the piece.
 
     Raises:
-        InvalidRequestError: no audio, or nothing would be left to make.
+        InvalidRequestError: no audio, or the prompt is not shorter than the piece.
     """
     samples = validate_waveform(wav, "prompt")
     if sample_rate is None:
-        raise InvalidRequestError("the prompt's rate in Hz", "none", param="prompt_sample_rate")
+        raise InvalidRequestError("the prompt's sample rate in Hz", "none", param="prompt_sample_rate")
     check_sample_rate(sample_rate, "prompt_sample_rate")
     check_prompt_length(samples.shape[-1] / sample_rate, config, duration_s)
     return convert_audio(samples, sample_rate, config.sample_rate, config.audio_channels)
 
 
 def check_prompt_length(prompt_s: float, config: ModelConfig, duration_s: float) -> None:
-    """Raises: InvalidRequestError: after a recording of so many seconds nothing would be left to make."""
+    """Raises: InvalidRequestError: a prompt of `prompt_s` seconds leaves nothing to generate."""
     if prompt_s >= duration_s - 1 / config.frame_rate_hz:
         raise InvalidRequestError(
             f"a prompt shorter than the duration ({duration_s:g} s)",
             f"{prompt_s:.2f} s",
-            "raise the duration, which includes the prompt, or cut the prompt",
+            "increase the duration (it includes the prompt) or shorten the prompt",
             param="prompt",
         )
 
 
 def checked_weights(weights: object) -> WeightDtype:
-    """A kind of weights; torch's dtypes are understood too."""
+    """A weight type, given by name or as a torch dtype."""
     name = str(weights).removeprefix("torch.")
     kinds = get_args(WeightDtype)
     if name not in kinds:
@@ -91,12 +91,12 @@ def checked_weights(weights: object) -> WeightDtype:
 
 
 def resolve_seeds(seed: int | Sequence[int] | None, num_pieces: int) -> list[int]:
-    """One seed a piece; without any, from torch's global generator, so that `torch.manual_seed` is obeyed."""
+    """One seed per piece; without a seed, drawn from torch's global generator, which respects `torch.manual_seed`."""
     if seed is None:
         return [int(s) for s in torch.randint(0, MAX_SEED, (num_pieces,))]
     seeds = [(seed + i) % (MAX_SEED + 1) for i in range(num_pieces)] if isinstance(seed, int) else list(seed)
     if len(seeds) != num_pieces:
-        raise InvalidRequestError(f"one seed, or one a piece ({num_pieces})", f"{len(seeds)}", param="seed")
+        raise InvalidRequestError(f"one seed, or one per piece ({num_pieces})", f"{len(seeds)}", param="seed")
     for value in [*seeds, *([seed] if isinstance(seed, int) else [])]:
         SamplingParams(seed=value)  # checks the range
     return seeds

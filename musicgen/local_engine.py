@@ -1,6 +1,6 @@
-"""An engine inside the caller's process: started when first used, shared by all threads of the caller.
+"""An in-process engine, started on first use and shared by all threads of the caller.
 
-What the API needs of it: a batch of requests to codes with progress, or one request to frames as they are made.
+Serves the API: a batch of requests to codes, with progress, or one request as a stream of frames.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from musicgen.types import ChunkPolicy, CodeChunk, CodesRequest, EndOfRequest, E
 EVERY_FRAME = ChunkPolicy(first_frames=1, max_frames=1)
 
 OnFrame = Callable[[int], None]
-"""Called with the number of frames made since the last call, over all pieces."""
+"""Called with the number of frames generated since the last call, over all pieces."""
 
 
 class LocalEngine:
     """Runs requests of one model.
 
     Args:
-        release: the model's own layers are freed when the engine starts; for those who need them no more.
+        release: free the model's own layers when the engine starts.
     """
 
     def __init__(self, model: Model, config: EngineConfig, *, release: bool = False) -> None:
@@ -44,10 +44,10 @@ class LocalEngine:
         self._ids = itertools.count()
 
     def generate(self, requests: Sequence[CodesRequest], on_frame: OnFrame | None = None) -> list[Tensor]:
-        """The codes `[K, T]` of each request, known ones included.
+        """The codes `[K, T]` of each request, including known ones.
 
         Raises:
-            InvalidRequestError, OverloadedError, EngineDeadError: as `EngineCore.add`; the whole batch is cancelled.
+            InvalidRequestError, OverloadedError, EngineDeadError: see `EngineCore.add`; the whole batch is cancelled.
         """
         events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
         chunks = EVERY_FRAME if on_frame else None
@@ -69,7 +69,7 @@ class LocalEngine:
         return [torch.cat(pieces, dim=-1) for pieces in made.values()]
 
     def stream(self, request: CodesRequest, chunks: ChunkPolicy) -> Iterator[Tensor]:
-        """The codes `[K, n]` of one request as they are made, known ones first."""
+        """Yield the codes `[K, n]` of one request as they are generated, known ones first."""
         yield from _known(request)
         with self._submit(request, chunks) as stream:
             for event in stream:
@@ -79,7 +79,7 @@ class LocalEngine:
                     _check_end(event)
 
     def close(self) -> None:
-        """Stop; what is under way is cancelled."""
+        """Stop the engine and cancel requests in progress."""
         with self._lock:
             if self._thread is not None:
                 self._thread.close()
@@ -94,7 +94,7 @@ class LocalEngine:
         return EngineStream(self._started(), EngineRequest(request_id, request, chunks=chunks), sink)
 
     def start(self, on_layer: OnLayer | None = None) -> None:
-        """Start now rather than with the first request; `on_layer` tells the progress of packing the weights."""
+        """Start now rather than with the first request; `on_layer` receives the progress of packing the weights."""
         self._started(on_layer)
 
     def _started(self, on_layer: OnLayer | None = None) -> EngineThread:

@@ -1,6 +1,6 @@
-"""How loud a file becomes: the normalisation strategies of audiocraft's `audio_write`.
+"""Level normalisation: the strategies of audiocraft's `audio_write`.
 
-Knows nothing of files. Never clips silently: samples that had to be cut are reported to the log.
+Independent of files. Clipping is never silent: clipped samples are logged.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from musicgen.errors import InvalidRequestError
 Strategy = Literal["peak", "clip", "rms", "loudness"]
 STRATEGIES: tuple[Strategy, ...] = ("peak", "clip", "rms", "loudness")
 ENERGY_FLOOR = 2e-3
-"""RMS below which audio counts as silence and is not made louder (audiocraft's figure)."""
+"""RMS below which audio counts as silence and is not amplified (audiocraft's value)."""
 _METER_BLOCK_S = 0.4
-"""A BS.1770 meter measures blocks of this length; shorter audio has no loudness."""
+"""Block length of a BS.1770 meter; shorter audio has no loudness."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,18 +35,18 @@ def normalize_audio(
     sample_rate: int | None = None,
     stem_name: str | None = None,
 ) -> Tensor:
-    """Bring `[C, N]` float samples to a level. Names, defaults and meaning are audiocraft's.
+    """Normalise the level of `[C, N]` float samples. Names, defaults and semantics follow audiocraft.
 
     Args:
-        normalize: False: `peak` and `rms` only ever make quieter.
-        strategy: `peak` scales the largest sample to the headroom; `clip` cuts there; `rms` scales the root mean
+        normalize: False: `peak` and `rms` only attenuate.
+        strategy: `peak` scales the largest sample to the headroom; `clip` clips there; `rms` scales the root mean
             square of the channels' mean; `loudness` scales to −`loudness_headroom_db` LUFS by ITU-R BS.1770-4.
-        loudness_compressor: bend what is too loud (tanh) instead of cutting it.
-        log_clipping: report cut samples of `rms` and `loudness`, and what cannot be measured, to the log.
+        loudness_compressor: soft-clip (tanh) instead of clipping.
+        log_clipping: log samples clipped by `rms` and `loudness`, and audio whose loudness cannot be measured.
         sample_rate: in Hz; needed for `loudness`.
         stem_name: names the audio in the log.
     Returns:
-        A new tensor within [−1, 1], except that `peak` with a negative headroom goes beyond. Silence stays silence.
+        A new tensor within [−1, 1], except for `peak` with a negative headroom. Silence stays silent.
     Raises:
         InvalidRequestError: unknown strategy, or `loudness` without a sample rate.
     """
@@ -78,32 +78,32 @@ def check_strategy(strategy: str) -> None:
 
 
 def measure_loudness(wav: Tensor, sample_rate: int) -> float | None:
-    """Integrated loudness of `[C, N]` in LUFS (ITU-R BS.1770-4), or None where it has none: too short, or all of it
-    below the meter's gate."""
+    """Integrated loudness of `[C, N]` in LUFS (ITU-R BS.1770-4), or None if the audio is too short or entirely below
+    the meter's gate."""
     from pyloudnorm import Meter
 
     if wav.shape[-1] < int(_METER_BLOCK_S * sample_rate) + 1:
         return None
-    # pyloudnorm's "DeMan" filters meet the standard's coefficients; its default ones are up to 0.05 LU off.
+    # pyloudnorm's "DeMan" filters match the standard's coefficients; its default filters are off by up to 0.05 LU.
     meter = Meter(sample_rate, filter_class="DeMan", block_size=_METER_BLOCK_S)
     loudness = float(meter.integrated_loudness(wav.detach().cpu().double().numpy().T))
     return loudness if loudness > -70.0 else None
 
 
 def _loudness_gain(wav: Tensor, sample_rate: int, target_lufs: float, log: bool, stem_name: str | None) -> float | None:
-    """The factor that brings `wav` to the target, or None if it is to stay as it is."""
+    """The gain that brings `wav` to the target, or None to keep its level."""
     if float(wav.square().mean().sqrt()) < ENERGY_FLOOR:
         return None
     loudness = measure_loudness(wav, sample_rate)
     if loudness is None:
         if log:
-            logger.warning("%s: too short or too quiet for a loudness meter; its level is kept", stem_name or "audio")
+            logger.warning("%s: too short or too quiet to measure loudness; keeping its level", stem_name or "audio")
         return None
     return float(10.0 ** ((target_lufs - loudness) / 20.0))
 
 
 def _scale(wav: Tensor, target: float, level: float, normalize: bool) -> Tensor:
-    """Scale from `level` to `target`; with `normalize` false only downwards. Silence is left alone."""
+    """Scale from `level` to `target`; only downwards if `normalize` is false. Silence is not scaled."""
     if level <= 0.0 or (not normalize and target >= level):
         return wav
     return wav * (target / level)
@@ -116,7 +116,7 @@ def _clip(wav: Tensor, log: bool, stem_name: str | None) -> Tensor:
     if log:
         share = float((wav.abs() > 1).float().mean())
         logger.warning(
-            "%s: %.4f %% of the samples clipped, the largest at %.2f; a lower loudness avoids it",
+            "%s: %.4f %% of samples clipped, peak %.2f; lower the target loudness to avoid this",
             stem_name or "audio", 100 * share, peak,
         )  # fmt: skip
     return wav.clamp(-1.0, 1.0)

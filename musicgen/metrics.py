@@ -1,7 +1,7 @@
 """Objective measures of generated music: chroma cosine similarity and multi-resolution spectral distance.
 
-The filter bank is the melody conditioning's own, which the tests hold to transformers'. Knows nothing of models, files
-or prompts.
+The filter bank is that of the melody conditioning, which tests check against transformers. Independent of models, files
+and prompts.
 """
 
 import math
@@ -29,10 +29,10 @@ DEFAULT_CHROMA = ChromaSettings()
 
 
 def chromagram(wav: Tensor, settings: ChromaSettings = DEFAULT_CHROMA) -> Tensor:
-    """Power in each pitch class, the strongest of a frame scaled to 1.
+    """Power per pitch class, with each frame's maximum scaled to 1.
 
     Args:
-        wav: float ``[B, samples]`` at the settings' rate.  Shorter than ``n_fft`` is padded with silence.
+        wav: float ``[B, samples]`` at the settings' rate, zero-padded if shorter than ``n_fft``.
 
     Returns:
         float32 ``[B, samples // hop_len + 1, 12]``; a silent frame is all zeros.
@@ -41,11 +41,11 @@ def chromagram(wav: Tensor, settings: ChromaSettings = DEFAULT_CHROMA) -> Tensor
         ValueError: ``wav`` is not two-dimensional or has no samples.
     """
     if wav.dim() != 2 or wav.shape[1] == 0:
-        raise ValueError(f"expected wav [B, samples] with samples > 0, got shape {tuple(wav.shape)}; mix to mono first")
+        raise ValueError(f"expected wav [B, samples] with samples > 0, got shape {tuple(wav.shape)}; downmix it first")
     num_samples = wav.shape[1]
     missing = settings.n_fft - num_samples
     if missing > 0:
-        # Half on each side, the rest behind: centred frames need a window's worth of samples.
+        # Pad evenly on both sides, the odd sample at the end: centred frames need at least one window of samples.
         wav = F.pad(wav, (missing // 2, missing // 2 + missing % 2))
     window = torch.hann_window(settings.n_fft, device=wav.device)
     spectrum = torch.stft(
@@ -74,9 +74,9 @@ def chroma_cosine_similarity(
 ) -> Tensor:
     """Mean cosine similarity of two recordings' chroma, frame by frame.
 
-    The measure that MusicGen's model card reports for melody models.  With ``argmax`` (audiocraft's evaluation default)
-    each frame is reduced to its strongest pitch class first, so the result is the share of frames in which both agree;
-    without it the soft chroma are compared.
+    This is the metric that MusicGen's model card reports for melody models. With ``argmax`` (audiocraft's evaluation
+    default) each frame is reduced to its strongest pitch class first, so the result is the fraction of frames in which
+    both agree; without it the soft chroma are compared.
 
     Args:
         reference: float ``[B, samples]``.
@@ -90,10 +90,10 @@ def chroma_cosine_similarity(
     """
     if reference.shape != generated.shape:
         raise ValueError(
-            f"expected two recordings of one shape, got {tuple(reference.shape)} and {tuple(generated.shape)}; "
-            "cut both to the shorter"
+            f"expected recordings of equal shape, got {tuple(reference.shape)} and {tuple(generated.shape)}; "
+            "trim the longer one"
         )
-    # Frames that start within the recording, as audiocraft counts them.
+    # Count only frames that start within the recording, as audiocraft does.
     num_frames = math.ceil(reference.shape[-1] / settings.hop_len)
     first, second = (chromagram(wav, settings)[:, :num_frames] for wav in (reference, generated))
     if argmax:
@@ -122,8 +122,8 @@ def spectral_distance(
     """
     if reference.shape != generated.shape or reference.shape[-1] < max(n_ffts):
         raise ValueError(
-            f"expected two recordings of one shape and at least {max(n_ffts)} samples, got "
-            f"{tuple(reference.shape)} and {tuple(generated.shape)}; cut both to the shorter"
+            f"expected recordings of equal shape with at least {max(n_ffts)} samples, got "
+            f"{tuple(reference.shape)} and {tuple(generated.shape)}; trim the longer one"
         )
     total = torch.zeros(reference.shape[0], device=reference.device)
     for n_fft in n_ffts:

@@ -1,4 +1,4 @@
-"""One loaded model: its parts, on one device. Filled in by `weights`, used by the API; owns no algorithm."""
+"""A loaded model: its components, on one device. Created by `weights`, used by the API."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from musicgen.models.t5 import TextEncoder
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """The parts of a MusicGen model. Each part knows nothing of the others."""
+    """The components of a MusicGen model, which are independent of each other."""
 
     config: ModelConfig
     lm: LanguageModel
     text_encoder: TextEncoder
     chroma: ChromaExtractor | None
-    """None for a model that takes no melody."""
+    """None for models without melody conditioning."""
     codec: EncodecDecoder
     codec_encoder: EncodecEncoder
     packed: DecoderWeights | None = None
-    """The decoder as the kernels' step takes it, for checkpoints that hold only that; `lm.decoder` is empty then."""
+    """The packed decoder, for checkpoints that hold only that; `lm.decoder` is empty then."""

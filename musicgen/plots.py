@@ -1,4 +1,4 @@
-"""Pictures of audio: waveform and log-mel spectrogram. Leaves matplotlib's global state alone."""
+"""Audio plots: waveform and log-mel spectrogram. Does not touch matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _TICKS_HZ = (100, 250, 500, 1000, 2000, 4000, 8000, 16000)
 
 
 def plot_audio(wav: Tensor, sample_rate: int, path: str | os.PathLike[str], title: str = "") -> Path:
-    """Draw audio to a PNG: the waveform of each channel above the log-mel spectrogram of their mean.
+    """Plot audio to a PNG: the waveform of each channel above the log-mel spectrogram of their mean.
 
     Args:
         wav: `[N]` or `[C, N]` float.
         sample_rate: in Hz.
-        path: of the file, whose folder must exist.
-        title: above the picture.
+        path: output file; its folder must exist.
+        title: figure title.
     Returns:
         `path`.
     Raises:
-        InvalidRequestError: bad audio or rate.
+        InvalidRequestError: invalid audio or sample rate.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -42,7 +42,7 @@ def plot_audio(wav: Tensor, sample_rate: int, path: str | os.PathLike[str], titl
     wave_axes, mel_axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
     _draw_waveform(wave_axes, samples, sample_rate)
     image = _draw_spectrogram(mel_axes, samples, sample_rate)
-    figure.colorbar(image, ax=mel_axes, label="dB below the loudest", pad=0.01)
+    figure.colorbar(image, ax=mel_axes, label="dB relative to maximum", pad=0.01)
     if title:
         figure.suptitle(title)
     figure.savefig(path, format="png")
@@ -50,7 +50,7 @@ def plot_audio(wav: Tensor, sample_rate: int, path: str | os.PathLike[str], titl
 
 
 def _draw_waveform(axes: Any, samples: Tensor, sample_rate: int) -> None:
-    """Each channel as the band between the least and the greatest sample of a column."""
+    """Each channel as a band between the minimum and maximum sample of each column."""
     num_samples = samples.shape[1]
     per_column = math.ceil(num_samples / _MAX_COLUMNS)
     num_columns = math.ceil(num_samples / per_column)
@@ -60,7 +60,7 @@ def _draw_waveform(axes: Any, samples: Tensor, sample_rate: int) -> None:
     for channel, (low, high) in enumerate(zip(columns.amin(2), columns.amax(2), strict=True)):
         label = "" if len(samples) == 1 else ("left", "right")[channel] if len(samples) == 2 else str(channel + 1)
         axes.fill_between(time_s, low, high, alpha=1.0 if len(samples) == 1 else 0.6, linewidth=0.5, label=label)
-        if per_column == 1:  # the band has no height
+        if per_column == 1:  # the band would have no height
             axes.plot(time_s, low, linewidth=0.8)
     if len(samples) > 1:
         axes.legend(loc="upper right", fontsize="small")
@@ -84,7 +84,7 @@ def _draw_spectrogram(axes: Any, samples: Tensor, sample_rate: int) -> Any:
 
 
 def log_mel(samples: Tensor, sample_rate: int) -> Tensor:
-    """`[C, N]` → `[num_mels, columns]` dB below the loudest, at least −80; of the channels' mean."""
+    """`[C, N]` → `[num_mels, columns]` in dB relative to the maximum, clipped at −80; of the channels' mean."""
     mono = samples.mean(dim=0)
     hop = max(_N_FFT // 8, math.ceil(mono.shape[0] / _MAX_COLUMNS))
     padded = torch.nn.functional.pad(mono, (_N_FFT // 2, _N_FFT // 2))
@@ -100,7 +100,7 @@ def _mel(frequency_hz: float) -> float:
 
 
 def _mel_filters(sample_rate: int) -> Tensor:
-    """`[num_mels, n_fft / 2 + 1]` triangles, at least as wide as a bin so that none is empty, each of sum 1."""
+    """`[num_mels, n_fft / 2 + 1]` triangles, each with sum 1 and at least one bin wide, so that none is empty."""
     edges = torch.linspace(0.0, _mel(sample_rate / 2), _NUM_MELS + 2)
     edges_hz = 700.0 * (10.0 ** (edges / 2595.0) - 1.0)
     bins_hz = torch.linspace(0.0, sample_rate / 2, _N_FFT // 2 + 1)

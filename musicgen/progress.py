@@ -1,4 +1,4 @@
-"""Progress over the pieces of a call: a bar, or the caller's own function."""
+"""Progress over all pieces of a call: a bar or a user callback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ProgressCallback = Callable[[int, int], None]
 
 
 class Progress:
-    """Units done of a call, shown as a bar or told to a callback; nothing if neither is wanted."""
+    """Reports completed units of a call as a bar or to a callback, or not at all."""
 
     def __init__(self, total: int, show: bool, callback: ProgressCallback | None, *, unit: str = "frame") -> None:
         self._total, self._callback, self._done = total, callback, 0
@@ -25,7 +25,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """Record `count` more completed units."""
         self._done += count
         self._bar.update(count)
         if self._callback is not None:

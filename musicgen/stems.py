@@ -1,7 +1,7 @@
-"""Optional: take the melody-bearing stems out of a recording with HT-Demucs before the chroma is computed.
+"""Optional source separation: extracts the melodic stems of a recording with HT-Demucs before computing chroma.
 
-Drums and bass blur the melody; the released melody models were trained on vocals and the rest without them. Knows
-nothing of chroma or of the language model, and imports demucs only when a separation is asked for.
+Drums and bass blur the melody; the released melody models were trained on vocals and the other stem only. Independent
+of chroma and the language model; imports demucs on first use.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _INSTALL = "pip install 'musicgen-serve[stems]'"
 
 
 class Separator(Protocol):
-    """A model that splits audio into stems, as demucs' models do it."""
+    """A model that splits audio into stems, with the interface of demucs' models."""
 
     sources: Sequence[str]
-    """Names of the stems, in the order of the output."""
+    """Stem names, in output order."""
     samplerate: int
 
     def separate(self, mix: Tensor) -> Tensor:
@@ -34,11 +34,9 @@ class Separator(Protocol):
 
 
 def check_installed() -> None:
-    """Raises: MissingDependencyError: the package of the default separator is not there."""
+    """Raises: MissingDependencyError: the package of the default separator is not installed."""
     if importlib.util.find_spec("demucs") is None:
-        raise MissingDependencyError(
-            f"stem separation: expected the package demucs, got none; install it with: {_INSTALL}"
-        )
+        raise MissingDependencyError(f"stem separation: expected the package demucs to be installed; run: {_INSTALL}")
 
 
 class _HTDemucs:
@@ -50,7 +48,7 @@ class _HTDemucs:
             from demucs.pretrained import get_model
         except ImportError as error:
             raise MissingDependencyError(
-                f"stem separation: expected the package demucs, got {error}; install it with: {_INSTALL}"
+                f"stem separation: expected the package demucs, got an import error ({error}); run: {_INSTALL}"
             ) from error
         self._apply = apply_model
         self._model = get_model("htdemucs").to(device).eval()
@@ -59,22 +57,22 @@ class _HTDemucs:
         self.samplerate = int(self._model.samplerate)
 
     def separate(self, mix: Tensor) -> Tensor:
-        """Normalised as demucs' own command does: mean and deviation of the channels' mean."""
+        """Normalises by the mean and standard deviation of the channels' mean, as demucs' own command does."""
         mono = mix.mean(dim=0)
         mean, deviation = mono.mean(), mono.std().clamp_min(1e-8)
         batch = ((mix - mean) / deviation)[None].to(self._device)
-        # `shifts` averages over random offsets: 0 keeps the result reproducible.
+        # `shifts` would average over random offsets; 0 keeps the result reproducible.
         stems: Tensor = self._apply(self._model, batch, shifts=0, device=self._device)[0]
         return stems.cpu() * deviation + mean
 
 
 class MelodyStems:
-    """Recordings to the mono sum of their melody-bearing stems.
+    """Reduces recordings to the mono sum of their melodic stems.
 
     Args:
-        sample_rate: of the result, in Hz.
-        separator: default: HT-Demucs, loaded when first used.
-        device: where the default separator runs.
+        sample_rate: output rate in Hz.
+        separator: default: HT-Demucs, loaded on first use.
+        device: of the default separator.
     """
 
     def __init__(
@@ -89,8 +87,8 @@ class MelodyStems:
         """`[N]` or `[C, N]` at `sample_rate` Hz → `[1, N']` float32 at `self.sample_rate`.
 
         Raises:
-            MissingDependencyError: demucs is not installed; names the command that installs it.
-            InvalidRequestError: bad audio, or a separator without the stems.
+            MissingDependencyError: demucs is not installed; the message contains the install command.
+            InvalidRequestError: invalid audio, or a separator that lacks the stems.
         """
         samples = validate_waveform(wav, "melody")
         if self._separator is None:
@@ -107,5 +105,5 @@ class MelodyStems:
 
 
 def _stereo_or_mono(samples: Tensor) -> Tensor:
-    """More than two channels have no agreed stereo mix: take their mean."""
+    """More than two channels have no standard stereo downmix: take their mean."""
     return samples if samples.shape[0] <= _DEMUCS_CHANNELS else samples.mean(dim=0, keepdim=True)

@@ -1,6 +1,6 @@
-"""The nouns of the project. Each field says who sets it.
+"""Core data types.
 
-A request travels as: a user's call → `Conditioning` → `CodesRequest` → codes `[K, T]` → samples `[C, N]`.
+Data flow of a request: API call → `Conditioning` → `CodesRequest` → codes `[K, T]` → samples `[C, N]`.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from typing import TYPE_CHECKING
 
 from musicgen.errors import InvalidRequestError
 
-if TYPE_CHECKING:  # the service's gatekeeper, and whoever asks for help, does without torch
+if TYPE_CHECKING:  # the service's gatekeeper and `--help` do not import torch
     from torch import Tensor
 
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE = 1e-4
-"""Logits divided by less overflow, or differ by so much that the draw is greedy anyway."""
+"""Below this, scaled logits overflow or sampling is effectively greedy."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request draws its codes. Set by the caller; checked here, once.
+    """Sampling parameters of one request. Validated on construction.
 
-    Defaults are MusicGen's own. Source of the semantics: audiocraft `LMModel._sample_next_token`.
+    Defaults are MusicGen's. Source of the semantics: audiocraft `LMModel._sample_next_token`.
     """
 
     greedy: bool = False
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = 250
-    """Keep every code at least as likely as the k-th; 0 keeps all."""
+    """Sample from the k most likely codes (ties included); 0: all."""
     top_p: float = 0.0
-    """If > 0, keep the most likely codes up to this mass, and ignore `top_k`."""
+    """If > 0, nucleus (top-p) sampling; overrides `top_k`."""
     guidance_scale: float = 3.0
-    """How far to move from the unconditional towards the conditional prediction; 1 turns guidance off."""
+    """Classifier-free guidance scale; 1 turns guidance off."""
     melody_guidance: float | None = None
-    """Double guidance: how far to move from the melody-only towards the melody-and-text prediction, before
-    `guidance_scale` is applied (audiocraft's `cfg_coef_beta`)."""
+    """Double guidance: scale of the melody-and-text prediction relative to the melody-only one, applied before
+    `guidance_scale` (audiocraft's `cfg_coef_beta`)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,17 +59,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:
-    """What the language model is conditioned on: the outputs of the text encoder and the chroma extractor."""
+    """Conditioning of the language model: outputs of the text encoder and the chroma extractor."""
 
     text: Tensor | None
-    """`[L, text_dim]` states of the text encoder, of this prompt alone, unpadded; None for no text."""
+    """`[L, text_dim]` text encoder states of this prompt, unpadded; None for no text."""
     chroma: Tensor | None
-    """`[num_frames, num_chroma]` one-hot chroma, cut or repeated to the model's length; None for no melody."""
+    """`[num_frames, num_chroma]` one-hot chroma, truncated or repeated to the model's length; None for no melody."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Frames that the model sees at once. Set by `plan_windows`."""
+    """The frames that the model sees at once; see `plan_windows`."""
 
     start: int
     """First frame, in frames of the whole piece."""
@@ -79,18 +79,18 @@ class Window:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CodesRequest:
-    """One request to the language model. Set by the API from a user's call, with everything resolved."""
+    """One fully resolved request to the language model."""
 
     windows: tuple[tuple[Window, Conditioning], ...]
-    """One window up to the model's longest duration; overlapping ones, in order, beyond it."""
+    """One window up to the model's maximum duration; beyond it, overlapping windows in order."""
     sampling: SamplingParams
     known_codes: Tensor | None = None
-    """`[K, P]` codes that the result starts with, fewer frames than the result: a prompt, or, with the windows of
-    the first time, what an interrupted request had already made."""
+    """`[K, P]` codes that the result starts with, fewer frames than the result: a prompt, or the codes an interrupted
+    request had already generated (with the windows of the original request)."""
 
     @property
     def num_frames(self) -> int:
-        """Frames of the result, known ones included."""
+        """Frames of the result, including known ones."""
         return self.windows[-1][0].end
 
     @property
@@ -98,22 +98,22 @@ class CodesRequest:
         return 0 if self.known_codes is None else self.known_codes.shape[-1]
 
     def with_seed(self, seed: int) -> CodesRequest:
-        """The same request drawn another way."""
+        """The same request with another seed."""
         return replace(self, sampling=replace(self.sampling, seed=seed))
 
 
 class FinishReason(enum.Enum):
-    """How a request ended. Every accepted request ends in exactly one of these."""
+    """How a request ended. Every accepted request ends in exactly one of these ways."""
 
     FINISHED = "finished"
     CANCELLED = "cancelled"
-    """Its caller, or the end of its lease, stopped it."""
+    """By the caller, or because its lease expired."""
     FAILED = "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkPolicy:
-    """How often a stream gets its frames: a small first chunk, then larger and larger ones."""
+    """Chunk sizes of a stream: a small first chunk, then growing ones."""
 
     first_frames: int = 12
     max_frames: int = 50
@@ -130,29 +130,29 @@ class ChunkPolicy:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineRequest:
-    """What the engine is asked for. Set by the API or by the service."""
+    """A request to the engine, from the API or the service."""
 
     request_id: str
     codes: CodesRequest
     tenant: str = ""
     weight: float = 1.0
-    """Share of a tenant, relative to the others'."""
+    """Fair-share weight of the tenant, relative to other tenants."""
     priority: int = 0
-    """Lower goes first, whatever the shares."""
+    """Lower values are scheduled first, regardless of weight."""
     chunks: ChunkPolicy | None = None
-    """None: all frames at the end, for callers that do not listen meanwhile."""
+    """None: deliver all frames at the end (non-streaming)."""
     deadline_s: float | None = None
-    """Seconds from now by which the last frame must be made; refused at once if that cannot be."""
+    """Deadline for the last frame, in seconds from submission; rejected at once if it cannot be met."""
     lease_s: float | None = None
-    """Cancelled if nobody renews it for that long."""
+    """Lease duration: the request is cancelled if it is not renewed for this long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request took."""
+    """Resources used by a request."""
 
     num_frames: int
-    """Frames made; those that were known are not counted."""
+    """Frames generated, excluding known ones."""
     queue_s: float
     prefill_s: float
     decode_s: float
@@ -160,29 +160,29 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CodeChunk:
-    """Frames of one request, in order and without gaps. Set by the engine."""
+    """Frames of one request, in order and without gaps."""
 
     request_id: str
     codes: Tensor
     """`[K, T]` int32 on the host."""
     frame_offset: int
-    """Frame of the piece at which the chunk begins."""
+    """Frame of the piece at which the chunk starts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AudioChunk:
-    """Samples of one piece, in order and without gaps. Set by the codec."""
+    """Samples of one piece, in order and without gaps."""
 
     samples: Tensor
     """`[C, N]` float32 on the host."""
     sample_offset: int
-    """Sample of the piece at which the chunk begins."""
+    """Sample of the piece at which the chunk starts."""
     sample_rate: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EndOfRequest:
-    """The one terminal event of a request."""
+    """The terminal event of a request."""
 
     request_id: str
     reason: FinishReason

@@ -276,9 +276,9 @@ def test_names_and_folders(tmp_path: Path) -> None:
     bare = audio.audio_write(str(tmp_path / "bare"), sine(0.5)[0], 32000, "flac", add_suffix=False)
     assert bare == tmp_path / "bare"
     assert audio.load_audio(bare)[1] == 32000
-    with pytest.raises(InvalidRequestError, match="place to write"):
+    with pytest.raises(InvalidRequestError, match="writable path"):
         audio.audio_write(tmp_path / "absent/a", sine(0.5), 32000, make_parent_dir=False)
-    with pytest.raises(InvalidRequestError, match="place to write"):
+    with pytest.raises(InvalidRequestError, match="writable path"):
         audio.audio_write(bare / "a", sine(0.5), 32000)
     for wav in (torch.tensor([math.nan]), torch.zeros(1, 0)):
         with pytest.raises(InvalidRequestError):

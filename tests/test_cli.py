@@ -167,12 +167,12 @@ def test_a_seed_is_drawn_and_told(run: Run, folders: dict[str, Path]) -> None:
     for _ in range(2):
         _, out, _ = run(*command)
         (file,) = _last_json(out)["files"]
-        assert f"seed {file['seed']} (drawn" in out
+        assert f"seed {file['seed']} (random" in out
         seeds.append(file["seed"])
     assert seeds[0] != seeds[1]
     _, out, _ = run(*command, "--seed", 0)
     assert _last_json(out)["files"][0]["seed"] == 0
-    assert "drawn" not in out
+    assert "(random" not in out
 
 
 def test_melody_once_for_all_or_one_each(run: Run, folders: dict[str, Path], recording: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def _bad_files(folder: Path) -> None:
 
 BAD_INPUT = {
     "nothing to make": ([], "expected a prompt"),
-    "empty prompt": (["rock", " "], "expected prompts with words"),
+    "empty prompt": (["rock", " "], "expected non-empty prompts"),
     "no such model": (["rock", "--model", "no-such-model"], "no-such-model"),
     "no such file": (["rock", "--melody", "absent.wav"], "absent.wav"),
     "unreadable audio": (["rock", "--melody", "text.mp3"], "text.mp3"),
@@ -297,7 +297,7 @@ BAD_INPUT = {
     "melody, model without": (["rock", "--melody", "good.wav", "--model", "small"], "no melody for model 'small'"),
     "double guidance, model without": (["rock", "--melody-guidance", "2", "--model", "small"], "no melody"),
     "double guidance, no melody": (["rock", "--melody-guidance", "2"], "melody-guidance"),
-    "counts": (["a", "b", "c", "--melody", "good.wav", "--melody", "good.wav"], "one a prompt (3), got 2 files"),
+    "counts": (["a", "b", "c", "--melody", "good.wav", "--melody", "good.wav"], "one per prompt (3), got 2"),
     "prompt counts": (["a", "--prompt-audio", "good.wav", "--prompt-audio", "good.wav"], "prompt-audio"),
     "duration 0": (["rock", "--duration", "0"], "duration"),
     "duration < 0": (["rock", "--duration", "-3"], "duration"),
@@ -320,7 +320,7 @@ BAD_INPUT = {
     "loudness without effect": (["rock", "--loudness", "-14", "--strategy", "peak"], "loudness"),
     "stems without melody": (["rock", "--stems"], "stems"),
     "threads": (["rock", "--threads", "0"], "threads"),
-    "out is a file": (["rock", "-o", "file"], "out: expected a folder"),
+    "out is a file": (["rock", "-o", "file"], "out: expected a writable folder"),
     "device": (["rock", "--device", "abacus"], "abacus"),
     "format": (["rock", "--format", "midi"], "midi"),
     "unknown option": (["rock", "--tempo", "3"], "--tempo"),
@@ -454,7 +454,7 @@ def test_an_error_that_nobody_foresaw_is_a_line(
 
     monkeypatch.setattr(MusicGen, "generate", fail)
     code, _, err = run("generate", "rock", "--model", folders["text"])
-    assert (code, err) == (1, f"musicgen: error: {told} (unexpected; MUSICGEN_DEBUG=1 shows where)\n")
+    assert (code, err) == (1, f"musicgen: error: {told} (unexpected error; set MUSICGEN_DEBUG=1 for a traceback)\n")
     monkeypatch.setenv("MUSICGEN_DEBUG", "1")
     with pytest.raises(type(error)):
         run("generate", "rock", "--model", folders["text"])
@@ -482,9 +482,9 @@ def test_models(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run("models")
     assert code == 0
     rows = {line.split()[0]: line for line in out.splitlines() if line}
-    assert "in the package" in rows["demo"]
-    assert all(word in rows["stereo-small"] for word in ("0.42 B", "stereo", "CC-BY-NC-4.0", "cached"))
-    assert "cached" not in rows["small"]
+    assert "bundled" in rows["demo"]
+    assert all(word in rows["stereo-small"] for word in ("0.42 B", "stereo", "CC-BY-NC-4.0", "yes"))
+    assert "yes" not in rows["small"]
     _, out, _ = run("models", "--json")
     cards = {card["name"]: card for card in json.loads(out)}
     assert len(cards) == 11
@@ -509,10 +509,10 @@ def test_doctor(run: Run) -> None:
 @pytest.mark.parametrize(
     ("asked", "runs", "reason"),
     [
-        (None, "one call", "of the C++ kernels at level "),
+        (None, "one call", "to the C++ kernels at level "),
         ("cpu:baseline", "one call", "at level baseline"),
-        ("reference", "operations", "MUSICGEN_KERNELS_BACKEND asks"),
-        ("linear=reference", "operations", "MUSICGEN_KERNELS_BACKEND asks"),
+        ("reference", "operations", "MUSICGEN_KERNELS_BACKEND selects"),
+        ("linear=reference", "operations", "MUSICGEN_KERNELS_BACKEND selects"),
         ("cpu:abacus", "none", "no such level"),
     ],
 )

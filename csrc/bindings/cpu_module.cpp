@@ -1,5 +1,5 @@
-// The Python face of the CPU kernels of one ISA level: addresses and sizes in, errors out. Shapes, dtypes and devices have
-// been checked in Python; values (indices, lengths) are checked here, before anything is written.
+// Python bindings of the CPU kernels of one ISA level. Shapes, dtypes and devices have been checked in Python; values
+// (indices, lengths) are checked here, before anything is written.
 #include <pybind11/pybind11.h>
 
 #include "attention.h"

@@ -1,4 +1,5 @@
-// Which instruction sets this processor and system offer, and large pages for large tensors. Compiled for the baseline, so that it runs anywhere.
+// Detects the instruction sets of this processor and system, and requests huge pages for large tensors. Compiled for the
+// baseline, so that it runs anywhere.
 #include <pybind11/pybind11.h>
 #include <sys/mman.h>
 
@@ -7,7 +8,7 @@
 
 namespace py = pybind11;
 
-// The levels that can run here, the best first; __builtin_cpu_supports also asks whether the system saves the registers.
+// The supported levels, best first; __builtin_cpu_supports also checks that the system saves the registers.
 static py::list supported_levels() {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -21,8 +22,8 @@ static py::list supported_levels() {
     return levels;
 }
 
-// Ask for 2 MiB pages in the whole ones among [address, address + bytes); true if the system took the advice. Weights and
-// keys are read once a step, more of them than a TLB of 4 KiB pages covers.
+// Requests 2 MiB pages for the aligned part of [address, address + bytes); true if the system accepted. Weights and keys
+// are read once per step, and exceed what a TLB covers with 4 KiB pages.
 static bool advise_huge_pages(uintptr_t address, size_t bytes) {
     constexpr uintptr_t huge = uintptr_t(1) << 21;
     const uintptr_t begin = (address + huge - 1) / huge * huge, end = (address + bytes) / huge * huge;

@@ -1,5 +1,5 @@
-// The Python face of the CUDA kernels: addresses and sizes in, work on a stream. Shapes, dtypes and devices have been
-// checked in Python. With MGK_HOST_CUDA it is the host build of the same kernels, for tests.
+// Python bindings of the CUDA kernels. Shapes, dtypes and devices have been checked in Python. With MGK_HOST_CUDA it is
+// the host build of the same kernels, for tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

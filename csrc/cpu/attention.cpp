@@ -307,7 +307,7 @@ template <KVKind kind, int dim, int queries> struct HeadGroup {
         }
     }
 
-    // A single query is bound by memory and takes several whole pages at once; many are bound by arithmetic and registers.
+    // A single query is memory-bound and takes several whole pages at once; many are bound by arithmetic and registers.
     void walk(bool is_keys, int64_t valid) {
         int64_t page = first_page;
         if constexpr (queries == 1)
@@ -350,7 +350,7 @@ void attend_kind(const KVPages& pages, const AttendItem& item, float scale) {
                   item.q_stride, scale, item.out + done * item.out_stride + (head - item.head) * dim, item.out_stride);
     };
     int64_t done = 0;
-    for (; done + kQueries <= item.count; done += kQueries) {  // many queries: arithmetic rules, one head at a time
+    for (; done + kQueries <= item.count; done += kQueries) {  // many queries: compute-bound, one head at a time
         HeadGroup<kind, dim, kQueries> group;
         group.groups = 1;
         int64_t lens[kQueries];

@@ -1,6 +1,6 @@
-// The whole step: one parallel region, in which the members meet once a phase (five a layer, eight with cross-attention).
-//   normalise   a few rows: every member does all of them for itself, which is cheaper than meeting; many: shared out
-//   project     items of 32 outputs, all rows at once; a result that feeds an 8-bit product is rounded where it is made
+// The whole step: one parallel region with one barrier per phase (five per layer, eight with cross-attention).
+//   normalise   few rows: every thread computes all of them, which is cheaper than a barrier; many rows: distributed
+//   project     items of 32 outputs, all rows at once; a result that feeds an 8-bit product is quantised in place
 //   attend      items of one row and one head: append the new positions, then attend
 #include "model.h"
 
@@ -13,7 +13,7 @@ namespace mgk {
 namespace MGK_ISA {
 
 namespace {
-constexpr int64_t kOwnRows = 4, kOwnSpace = kRowGroup;  // up to so many rows each member normalises for itself
+constexpr int64_t kOwnRows = 4, kOwnSpace = kRowGroup;  // up to this many rows, every thread normalises all of them
 }
 
 KVPages LayeredPages::layer(int64_t index) const {

@@ -1,4 +1,4 @@
-// Machine probes. Results count as read, so that nothing is optimised away.
+// Machine probes. Results are marked as used, so that nothing is optimised away.
 #include "probe.h"
 
 #include <chrono>

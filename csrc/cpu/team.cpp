@@ -70,8 +70,8 @@ ThreadPool::~ThreadPool() {
 }
 
 ThreadPool& thread_pool() {
-    // Never destroyed: at exit the workers sleep in wait() and end with the process. A forked child has none of them
-    // and makes a pool of its own.
+    // Never destroyed: at exit the workers sleep in wait() and end with the process. A forked child inherits none of
+    // them and creates its own pool.
     static std::mutex mutex;
     static ThreadPool* pool = nullptr;
     static pid_t owner = 0;

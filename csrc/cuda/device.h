@@ -113,7 +113,7 @@ void wait_copies() {
 inline unsigned char* shared_memory() { return host_cuda::shared_memory(); }
 #endif
 
-// A word that several blocks may write at a time, all of them the same value: of the accesses none is torn or left out.
+// Access to a word that several blocks may write concurrently, all with the same value: never torn or elided.
 #if !defined(MGK_HOST_CUDA)
 MGK_DEVICE int32_t load_contended(const int32_t* p) { return *static_cast<const volatile int32_t*>(p); }
 MGK_DEVICE void store_contended(int32_t* p, int32_t x) { *static_cast<volatile int32_t*>(p) = x; }

@@ -1,7 +1,7 @@
 // The CUDA operations: plain pointers and sizes in, work on a stream out. musicgen_kernels says what each computes.
 //
 // Every launcher only enqueues kernels: no synchronisation, no allocation, so a CUDA graph can capture it. Shapes have
-// been checked in Python; values (pages, lengths, codes) are the caller's duty. A refused launch throws LaunchError.
+// been checked in Python; valid values (pages, lengths, codes) are up to the caller. A failed launch throws LaunchError.
 #pragma once
 
 #include <cstdint>

@@ -1,15 +1,15 @@
-// Runs CUDA kernels on the host, a fiber a thread, blocks one after another on one operating-system thread.
+// Runs CUDA kernels on the host: one fiber per CUDA thread, blocks sequentially on one operating-system thread.
 //
-// What it shows: a wrong index (shared memory is an allocation of the exact size, so AddressSanitizer sees its ends),
+// It detects: a wrong index (shared memory is an allocation of the exact size, so AddressSanitizer sees its ends),
 // shared memory read before it was written (NaN), a copy that was not waited for (NaN), a misaligned vector access
 // (UndefinedBehaviorSanitizer), a missing barrier (ThreadSanitizer, which is told of fibers and barriers; exchanges
 // within a warp order nothing, as in CUDA), two blocks that touch the same memory (also ThreadSanitizer, as blocks
 // have no order), a barrier that not all threads reach (an abort with a message). MGK_HOST_CUDA_ORDER=reverse runs
 // blocks and threads in descending order: a result that changes depends on the order.
-// What it cannot show: anything about time, registers or tensor cores, or memory ordering weaker than a barrier's.
+// It cannot detect anything about time, registers or tensor cores, or memory ordering weaker than a barrier's.
 //
-// This file is compiled without sanitizers' instrumentation of its own accesses where it says so: the machinery is not
-// what is tested.
+// Where marked, accesses in this file are excluded from sanitizer instrumentation, because the emulation itself is not
+// under test.
 #include "cuda_runtime.h"
 
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-// A caller's mistake found in C++: becomes musicgen_kernels.KernelArgumentError.
+// An invalid argument detected in C++; raised in Python as musicgen_kernels.KernelArgumentError.
 #pragma once
 
 #include <stdexcept>
@@ -13,7 +13,7 @@ struct ArgumentError : std::invalid_argument {
           argument(std::move(argument_)), expected(std::move(expected_)), got(std::move(got_)) {}
 };
 
-// `value` where low ≤ value < end, else an error that names the entry.
+// Throws an error naming the entry unless low ≤ value < end.
 inline void check_range(const char* argument, long index, long value, long low, long end) {
     if (value >= low && value < end) return;
     throw ArgumentError(std::string(argument) + "[" + std::to_string(index) + "]",

@@ -1,8 +1,7 @@
 // y = residual + act(x Wᵀ + bias) with packed weights in "tiles" order (musicgen_kernels.packing describes it).
 //
-// One item is two tiles of 16 output rows; whoever computes it, and however many rows of x go through it at
-// once, every output is one chain of operations over K in ascending order. That is what makes a row's result independent
-// of the rows around it.
+// One item is two tiles of 16 output rows. For any thread and any number of rows of x, every output is one chain of
+// operations over K in ascending order, which makes a row's result independent of the rows around it.
 #pragma once
 
 #include <cstdint>

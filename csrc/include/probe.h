@@ -1,4 +1,4 @@
-// What this machine can do at best, for benchmarks: read bandwidth and arithmetic peaks.
+// Measures this machine's peak read bandwidth and arithmetic throughput, for benchmarks.
 #pragma once
 
 #include <cstdint>

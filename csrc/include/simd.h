@@ -1,8 +1,8 @@
-// Sixteen lanes, whatever the machine has: one 512-bit, two 256-bit or four 128-bit registers.
+// Sixteen lanes on any machine: one 512-bit, two 256-bit or four 128-bit registers.
 //
-// Every kernel is written once against these types and compiled once an ISA level, into a namespace of its own
-// (MGK_ISA), so that the linker can never take one level's code for another's. No contraction is left to the compiler
-// (-ffp-contract=off): `fma` is one rounding where the level has it and two on the baseline, always the same in a level.
+// Every kernel is written once against these types and compiled once per ISA level, each into its own namespace
+// (MGK_ISA), so that the linker cannot mix code of different levels. The compiler must not contract
+// (-ffp-contract=off): `fma` rounds once where the level has it and twice on the baseline, consistently within a level.
 #pragma once
 
 #include <immintrin.h>

@@ -1,7 +1,7 @@
-// A team of threads that runs one function together, and the few ways in which its members meet.
+// A team of threads that runs one function in parallel, with its synchronisation primitives.
 //
-// The calling thread is member 0. Work is handed out in pieces by shared counters, so a core that is busy with other work
-// takes fewer of them; what a piece computes never depends on who computes it.
+// The calling thread is member 0. Shared counters distribute work in small items, so a core that is busy with other work
+// takes fewer of them; the result of an item never depends on the thread that computes it.
 #pragma once
 
 #include <atomic>
@@ -53,8 +53,8 @@ public:
         sleepers_.fetch_sub(1, std::memory_order_relaxed);
     }
 
-    // Calls work(i) for every i in [0, count), each once, then meets at a barrier. A member goes through a range of its
-    // own in order (memory is then read in long runs), and afterwards helps the others with theirs.
+    // Calls work(i) exactly once for every i in [0, count), then waits at a barrier. Each member processes its own range
+    // in order (for sequential memory access), and then helps the others with theirs.
     template <class Work> void for_each(int member, int64_t count, Work&& work) {
         for (int turn = 0; turn < num_threads_; ++turn) {
             const int owner = (member + turn) % num_threads_;
@@ -82,7 +82,7 @@ private:
     Counter done_[kMaxThreads];
 };
 
-// Threads that wait for the next call: a moment of spinning, then asleep.
+// Threads that wait for the next call: they spin briefly, then sleep.
 class ThreadPool {
 public:
     using Function = void (*)(void* context, Team& team, int member);
@@ -109,7 +109,7 @@ private:
     Call call_;
 };
 
-// The pool of this process; made at the first parallel call, made anew in a forked child.
+// The pool of this process; created at the first parallel call, and again in a forked child.
 ThreadPool& thread_pool();
 
 template <class Body> void parallel(int num_threads, Body&& body) {

@@ -1,7 +1,7 @@
 """Kernels of a MusicGen step: paged attention, delayed-codebook sampling, packed linears, norms, embeddings.
 
-One public signature an operation, several backends behind it (see `backend`). This package knows tensors and
-sizes; it knows nothing of models, requests, text or audio.
+One public signature per operation, with several backends (see `backend`). This package is independent of models,
+requests, text and audio.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Attention over paged keys and values: append, causal attention, attention over fixed pages. Allocates no
-page.
+"""Paged attention: append, causal attention, attention over fixed pages. Does not allocate pages.
 
-One family of operations serves decode (one query a row) and prefill (many). A *row* is one sequence of
-positions: a request under guidance has two or three. Queries of a step are ragged: those of row b are
-`query_offsets[b] … query_offsets[b+1]−1`, and are the last positions of that row's `kv_lens[b]`.
+The same operations serve decode (one query per row) and prefill (many). A *row* is one sequence of positions; a
+request with guidance has two or three. The queries of a step are ragged: those of row b are
+`query_offsets[b] … query_offsets[b+1]−1`, the last positions of the row's `kv_lens[b]`.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ def append_paged_kv(
     *,
     backend: str | None = None,
 ) -> None:
-    """Write the keys and values of a step's new positions to their pages.
+    """Write the keys and values of a step's new positions to the pages.
 
     Token j of row b (j counted from query_offsets[b], n of them) goes to position p = kv_lens[b] − n + j:
     page page_table[b, p div 16], slot p mod 16. int8: scale = max|x|/127 over the head's D values (0 if all
     are 0), then round-half-even(x/scale). Rows that share a page must not both append to it. A token whose position
-    would be below 0 is not written (the CPU backend refuses it).
+    would be negative is not written (the CPU backend rejects it).
 
     Args:
         keys: [N, H, D] float32 (also bfloat16, float16 on GPUs); the last axis contiguous.
         values: as keys.
         cache: the layer's pages; **mutated**.
-        page_table: [B, max_pages] int32; entries past a row's last page are not read.
+        page_table: [B, max_pages] int32; entries beyond a row's last page are not read.
         query_offsets: [B+1] int32, ascending from 0 to N.
-        kv_lens: [B] int32, each row's length in positions, the new ones included.
-        backend: name of a backend; None chooses.
+        kv_lens: [B] int32, each row's length in positions, including the new ones.
+        backend: backend name; None selects one automatically.
 
     Raises:
         KernelArgumentError: wrong shape, dtype, device or layout; on the CPU also a page or length out of
             range.
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
     """
     _check_metadata(keys, "keys", cache, page_table, query_offsets, kv_lens)
     check_tensor("values", values, keys.shape, (keys.dtype,), device=keys.device, contiguous=False)
@@ -70,24 +69,24 @@ def paged_attention(
     """Causal softmax attention of each query over its row's pages: softmax(scale · q·Kᵀ) V.
 
     Query j of row b, at position p = kv_lens[b] − n + j, sees positions 0 … p. State is fp32 (Milakov &
-    Gimelshein 2018, online softmax), positions are combined in splits of 256, so a query's result is the same
-    bits in prefill and in decode, in any batch and for any page numbers.
+    Gimelshein 2018, online softmax), and positions are combined in splits of 256, so a query's result is bit-identical
+    in prefill and decode, in any batch and for any page numbers.
 
     Args:
         query: [N, H, D] float32 (also bfloat16, float16 on GPUs); the last axis contiguous.
         cache: the layer's pages, already appended to.
         page_table: [B, max_pages] int32.
-        query_offsets: [B+1] int32; a row may have no query.
+        query_offsets: [B+1] int32; rows may have no queries.
         kv_lens: [B] int32 ≥ the row's number of queries.
         scale: multiplies the scores; None: 1/√D.
         out: [N, H, D] of the query's dtype to write to, contiguous.
-        backend: name of a backend; None chooses.
+        backend: backend name; None selects one automatically.
 
     Returns:
         [N, H, D] of the query's dtype.
 
     Raises:
-        KernelArgumentError, BackendUnavailableError: as `append_paged_kv`.
+        KernelArgumentError, BackendUnavailableError: see `append_paged_kv`.
     """
     _check_metadata(query, "query", cache, page_table, query_offsets, kv_lens)
     out = _output(query, out)
@@ -107,11 +106,10 @@ def cross_attention(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Softmax attention of each query over all kv_lens[b] positions of its row, which nobody changes
-    meanwhile.
+    """Softmax attention of each query over all kv_lens[b] positions of its row, which are constant.
 
-    Arguments, result and errors are those of `paged_attention`, without the causal limit; a row of length 0
-    gives zeros (what attention over keys and values that are all zero would give).
+    Arguments, result and errors as in `paged_attention`, without the causal mask; a row of length 0 yields zeros
+    (as attention over all-zero keys and values would).
     """
     _check_metadata(query, "query", cache, page_table, query_offsets, kv_lens)
     out = _output(query, out)

@@ -1,10 +1,9 @@
-"""Which backend runs an operation: decided once per (operation, device, dtype), and told by `report`.
+"""Backend selection: decided once per (operation, device, dtype), and reported by `report`.
 
-A backend's name is `reference`, `cpu`, `cuda` or `triton`; `cpu:avx2` (baseline, avx2, avx512) asks for one
-instruction-set level. Order of preference: the `backend` argument, then the environment variable
-MUSICGEN_KERNELS_BACKEND (`cpu`, or a list such as `linear=reference,paged_attention=cpu`), then the first
-that supports the case in the order that `preference` gives. It knows the backends by name only; what each
-supports is the backend module's own answer (`unavailable`).
+Backend names are `reference`, `cpu`, `cuda` and `triton`; `cpu:avx2` (baseline, avx2, avx512) selects one
+instruction-set level. Precedence: the `backend` argument, then the environment variable MUSICGEN_KERNELS_BACKEND
+(`cpu`, or a list such as `linear=reference,paged_attention=cpu`), then the first backend in the order of `preference`
+that supports the case. Each backend module reports what it supports (`unavailable`).
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ OPERATIONS = (
     "embed_codes",
 )
 _PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# The CUDA product reads the weights once for every 4 rows of x; Triton's once for every 16, and multiplies 16-bit x on
-# tensor cores: no more bytes at a decode step, far fewer at prefill. That is counted from the code, not measured.
-# The choice may not depend on the number of rows: a row's bits would then change with the batch around it.
+# The CUDA product reads the weights once per 4 rows of x; Triton's once per 16, with tensor cores for 16-bit x: no more
+# bytes in a decode step, far fewer in prefill. These are counts from the code, not measurements. The choice must not
+# depend on the number of rows: results would then change with the batch.
 _PREFERENCE_OF = {("cuda", "linear"): ("triton", "cuda", "reference")}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was chosen for one operation, and why.
+    """The backend chosen for one operation, and why.
 
     Attributes:
         operation: one of OPERATIONS.
         backend: one of BACKENDS.
-        reason: one line for a person.
+        reason: one line, human-readable.
     """
 
     operation: str
@@ -55,12 +54,12 @@ class Choice:
 
 @functools.cache
 def _load(backend: str) -> object:
-    """What holds the backend's functions: its module, or for `cpu:level` that level; a str says why there is
-    none.
+    """The object with the backend's functions: its module, or the level for `cpu:level`; a str with the reason if
+    there is none.
     """
     name, _, level = backend.partition(":")
     if name not in BACKENDS or (level and name != "cpu"):
-        return f"no such backend; there are {', '.join(BACKENDS)} and cpu:baseline, cpu:avx2, cpu:avx512"
+        return f"unknown backend; use one of {', '.join(BACKENDS)}, cpu:baseline, cpu:avx2, cpu:avx512"
     try:
         module = importlib.import_module(f"{__package__}.{name}")
         return module.load(level or None) if name == "cpu" else module
@@ -74,34 +73,34 @@ def unavailable(backend: str, operation: str, device: str, dtype: torch.dtype) -
     if isinstance(module, str):
         return module
     if not hasattr(module, operation):
-        return f"it does not offer {operation}"
+        return f"does not implement {operation}"
     reason: str | None = getattr(module, "unavailable")(operation, device, dtype)  # noqa: B009
     return reason
 
 
 def preference(operation: str, device: str) -> tuple[str, ...]:
-    """The backends of a device, in the order in which the operation tries them."""
+    """The backends for an operation on a device, in order of preference."""
     device_type = device.partition(":")[0]
     return _PREFERENCE_OF.get((device_type, operation), _PREFERENCE.get(device_type, ("reference",)))
 
 
 @functools.cache
 def choose(operation: str, device: str, dtype: torch.dtype, wanted: str | None) -> Choice:
-    """Choose a backend. `wanted` names one, None leaves it to preference. GPUs of one machine may differ.
+    """Choose a backend: `wanted`, or by preference if None. The result may differ between GPUs of one machine.
 
     Raises:
-        BackendUnavailableError: the one asked for cannot run this case.
+        BackendUnavailableError: the requested backend cannot run this case.
     """
     if wanted is not None:
         reason = unavailable(wanted, operation, device, dtype)
         if reason is not None:
             raise BackendUnavailableError(wanted, f"{operation} on {device} {dtype}: {reason}")
-        return Choice(operation, wanted, "asked for")
+        return Choice(operation, wanted, "requested")
     refused: list[str] = []
     for name in preference(operation, device):
         reason = unavailable(name, operation, device, dtype)
         if reason is None:
-            return Choice(operation, name, "; ".join(refused) or "the first choice for this device")
+            return Choice(operation, name, "; ".join(refused) or "default for this device")
         refused.append(f"not {name}: {reason}")
     raise BackendUnavailableError("any", f"{operation} on {device} {dtype}: " + "; ".join(refused))
 
@@ -110,7 +109,7 @@ def from_environment(operation: str) -> str | None:
     """The backend that MUSICGEN_KERNELS_BACKEND names for this operation; None when it names none.
 
     Raises:
-        BackendUnavailableError: the variable cannot be read.
+        BackendUnavailableError: the variable is malformed.
     """
     text = os.environ.get(ENVIRONMENT)
     if not text:
@@ -119,7 +118,7 @@ def from_environment(operation: str) -> str | None:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.rpartition("=")
         if name and name not in OPERATIONS:
-            raise BackendUnavailableError(item, f"{ENVIRONMENT} names no operation {name!r}")
+            raise BackendUnavailableError(item, f"{ENVIRONMENT} names an unknown operation {name!r}")
         if not name or name == operation:
             found = value
     return found
@@ -129,7 +128,7 @@ def implementation(operation: str, device: torch.device, dtype: torch.dtype, bac
     """The function that runs the operation.
 
     Raises:
-        BackendUnavailableError: the backend asked for, by argument or environment, cannot run this case.
+        BackendUnavailableError: the backend requested by argument or environment cannot run this case.
     """
     function: Callable[..., Any] = getattr(_chosen(operation, device, dtype, backend), operation)
     return function
@@ -138,12 +137,12 @@ def implementation(operation: str, device: torch.device, dtype: torch.dtype, bac
 def prepared(
     operation: str, device: torch.device, dtype: torch.dtype, backend: str | None, arguments: tuple[object, ...]
 ) -> Callable[[], None]:
-    """The operation on those arguments, to be called as often as is wanted.
+    """The operation bound to its arguments, for repeated calls.
 
-    A backend that can do some of it once offers `prepare_` and the operation's name.
+    Backends that can hoist work out of the calls implement `prepare_<operation>`.
 
     Raises:
-        BackendUnavailableError: as `implementation`.
+        BackendUnavailableError: see `implementation`.
     """
     chosen = _chosen(operation, device, dtype, backend)
     prepare: Callable[..., Callable[[], None]] | None = getattr(chosen, f"prepare_{operation}", None)
@@ -155,5 +154,5 @@ def _chosen(operation: str, device: torch.device, dtype: torch.dtype, backend: s
 
 
 def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
-    """What would run each operation on that device and dtype, and why."""
+    """The backend of each operation on that device and dtype, and why."""
     return [choose(name, device, dtype, from_environment(name)) for name in OPERATIONS]

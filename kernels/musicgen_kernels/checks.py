@@ -1,6 +1,4 @@
-"""Argument checks shared by all operations: shape, dtype, device, contiguity. It reads no tensor's
-contents.
-"""
+"""Argument validation shared by all operations: shape, dtype, device, contiguity. Never reads tensor contents."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(value: object) -> str:
-    """One line that says what a value is, for error messages."""
+    """A one-line description of a value, for error messages."""
     if isinstance(value, Tensor):
         name = str(value.dtype).removeprefix("torch.")
         return f"{name} {list(value.shape)} on {value.device}"
@@ -31,15 +29,15 @@ def check_tensor(
     device: torch.device | None = None,
     contiguous: bool = True,
 ) -> Tensor:
-    """Return `value` if it is a tensor of that shape (None: any size), dtype and device.
+    """Return `value` if it is a tensor of the given shape (None: any size), dtype and device.
 
     Raises:
-        KernelArgumentError: it is not.
+        KernelArgumentError: otherwise.
     """
     if not isinstance(value, Tensor):
         raise KernelArgumentError(argument, "a tensor", describe(value))
     actual = value.shape
-    if actual != shape and not _fits(actual, shape):  # equal ones at once: a step has some twenty checks
+    if actual != shape and not _fits(actual, shape):  # fast path for equal shapes: a step has some twenty checks
         wanted = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
         raise KernelArgumentError(argument, f"shape {wanted}", describe(value))
     if value.dtype not in dtypes:
@@ -56,17 +54,17 @@ def check_tensor(
 
 def _fits(actual: Sequence[int], shape: Sequence[int | None]) -> bool:
     fits = len(actual) == len(shape)
-    for wanted, size in zip(shape, actual, strict=False):  # a loop: quicker than all() over so few
+    for wanted, size in zip(shape, actual, strict=False):  # a loop is faster than all() for so few
         if wanted is not None and wanted != size:
             fits = False
     return fits
 
 
 def result_dtype(x: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype of a result for `x`: x's own, or the one that is wanted instead.
+    """The result dtype for `x`: x's own, or `wanted` if given.
 
     Raises:
-        KernelArgumentError: float64 for or from another dtype, or no floating-point dtype.
+        KernelArgumentError: a conversion from or to float64, or not a floating-point dtype.
     """
     if wanted is None or wanted == x.dtype:
         return x.dtype

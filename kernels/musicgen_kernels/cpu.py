@@ -1,8 +1,7 @@
-"""The CPU backend: hands addresses and sizes of checked tensors to the compiled kernels of one
-instruction-set level.
+"""The CPU backend: passes addresses and sizes of validated tensors to the compiled kernels of one ISA level.
 
-It checks what only this backend asks for (dtypes, memory order); the compiled code checks indices and
-lengths. Threads: as many as `torch.get_num_threads()`.
+It checks the requirements of this backend (dtypes, memory order); the compiled code checks indices and lengths. Uses
+`torch.get_num_threads()` threads.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ class CpuBackend:
         self.level, self.native = level, native
 
     def unavailable(self, operation: str, device_type: str, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot run the operation; None when it can."""
+        """Why this backend cannot run the operation; None if it can."""
         if device_type != "cpu":
-            return "it runs on the CPU only"
+            return "runs on the CPU only"
         if dtype == torch.float64:
-            return "it computes in float32; float64 is the reference's"
+            return "computes in float32; only the reference supports float64"
         return None
 
     def delayed_sample_step(
@@ -54,7 +53,7 @@ class CpuBackend:
     def prepare_delayed_sample_step(
         self, logits: Tensor, batch: SampleBatch, delays: Tensor, sequences: Tensor, out: Tensor
     ) -> Callable[[], None]:
-        """The same, to be called as often as is wanted: addresses and sizes are read now."""
+        """The same for repeated calls; addresses and sizes are read now."""
         tensors = (
             *(logits, batch.row_offsets, batch.slots, batch.steps, batch.num_frames, batch.seeds),
             *(batch.guidance, batch.guidance_beta, batch.temperature, batch.top_k, batch.top_p),
@@ -69,7 +68,7 @@ class CpuBackend:
         return functools.partial(self._sample, (pointers, sizes, torch.get_num_threads()), tensors)
 
     def _sample(self, arguments: tuple[tuple[int, ...], tuple[int, ...], int], _held: tuple[Tensor, ...]) -> None:
-        """A sampling step given as addresses, with the tensors that they are of: nothing else keeps them alive."""
+        """A sampling step given by addresses; `_held` keeps their tensors alive."""
         self.native.delayed_sample_step(*arguments)
 
     def linear(
@@ -179,7 +178,7 @@ class CpuBackend:
 
 
 def page_arguments(cache: PagedKV | KVStore) -> tuple[int, ...]:
-    """What the compiled code is told of a layer's pages, of a store the first one's: addresses, dtype, sizes."""
+    """The compiled code's arguments for a layer's pages (for a store, the first layer's): addresses, dtype, sizes."""
     if cache.layout != "cpu":
         raise KernelArgumentError("cache.layout", "'cpu'", repr(cache.layout), "allocate it with new_kv_store")
     num_pages, num_heads, _, head_dim = cache.k.shape[-4:]
@@ -191,13 +190,13 @@ def page_arguments(cache: PagedKV | KVStore) -> tuple[int, ...]:
 
 
 def row_arguments(page_table: Tensor, query_offsets: Tensor, kv_lens: Tensor) -> tuple[int, ...]:
-    """What the compiled code is told of a ragged batch: addresses, number of rows, width of the table."""
+    """The compiled code's arguments for a ragged batch: addresses, number of rows, width of the table."""
     addresses = (page_table.data_ptr(), query_offsets.data_ptr(), kv_lens.data_ptr())
     return (*addresses, *page_table.shape)
 
 
 def packed_arguments(weight: PackedLinear) -> tuple[int, int, int, int, int, int]:
-    """What the compiled code is told of a packed matrix: address, offset of the scales, kind, N, K, group."""
+    """The compiled code's arguments for a packed matrix: address, offset of the scales, kind, N, K, group."""
     kind = KINDS.index(weight.kind)
     size = (weight.out_features, weight.in_features, weight.group_len)
     return (weight.data.data_ptr(), weight.scales_offset, kind, *size)
@@ -209,9 +208,9 @@ def _address(tensor: Tensor | None) -> int:
 
 @functools.cache
 def load(level: str | None) -> CpuBackend:
-    """The backend at a level; None: the environment's choice, or the best that runs here.
+    """The backend at a level; None: from the environment, or the best supported one.
 
     Raises:
-        BackendUnavailableError: it is not built or not supported.
+        BackendUnavailableError: the level is not built or not supported.
     """
     return CpuBackend(*load_level(level))

@@ -1,7 +1,7 @@
-"""The whole step in one call on the CPU: it holds a decoder's weights and runs `StepBatch`es over pages.
+"""A whole decoder step in one call on the CPU: owns a decoder's weights and runs `StepBatch`es on pages.
 
-The arithmetic is that of `step_by_operations` on the same CPU level, in one parallel region and with no allocation
-after the largest step has been seen. It checks what it is given; the compiled code checks indices and lengths.
+The arithmetic is that of `step_by_operations` on the same CPU level, in one parallel region, without allocations once
+the largest step has been seen. Shapes and dtypes are checked here; the compiled code checks indices and lengths.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _Packed = tuple[int, ...]
 class CpuStep:
     """A decoder ready to run on the CPU.
 
-    One object may be used from several threads; its steps then run one after another. The GIL is released meanwhile.
+    Thread-safe; concurrent steps are serialised. The GIL is released during a step.
 
     Args:
-        weights: packed in "tiles" order, on the CPU. The matrices are copied into one piece of memory with large pages
-            (`self.weights` describes it): drop the originals.
+        weights: packed in "tiles" order, on the CPU. The matrices are copied into one allocation with huge pages
+            (described by `self.weights`), so the originals can be dropped.
         backend: "cpu", or "cpu:level" for one instruction-set level.
 
     Raises:
@@ -45,7 +45,7 @@ class CpuStep:
     def __init__(self, weights: DecoderWeights, *, backend: str = "cpu") -> None:
         name, _, level = backend.partition(":")
         if name != "cpu":
-            raise BackendUnavailableError(backend, "this is the CPU's step")
+            raise BackendUnavailableError(backend, "the single-call step runs on the CPU only")
         _check_weights(weights)
         self.weights = weights = _gathered(weights)
         self.level = load(level or None).level
@@ -92,10 +92,10 @@ class CpuStep:
         out: Tensor,
         num_threads: int | None = None,
     ) -> Callable[[], None]:
-        """`run`, to be called as often as is wanted: tensors are checked now, what they hold is read at each call.
+        """`run` for repeated calls: tensors are validated now, and their contents are read at each call.
 
-        Between two steps of a model the caches are full of weights: to look at twenty tensors takes longer there than
-        to write the few numbers that change.
+        Between steps the caches are full of weights, so inspecting twenty tensors would take longer than writing the
+        few numbers that change.
         """
         weights = self.weights
         check_step(weights, batch, pages, cross_pages)
@@ -117,13 +117,13 @@ class CpuStep:
         return functools.partial(self._call, arguments, (batch, pages, cross_pages, out))
 
     def _call(self, arguments: tuple[Any, ...], _held: tuple[object, ...]) -> None:
-        """A step given as addresses, with those whose memory they are: nothing else keeps them alive."""
+        """A step given by addresses; `_held` keeps their owners alive."""
         self._native.step(*arguments)
 
     def write_cross(
         self, states: Tensor, page_table: Tensor, query_offsets: Tensor, lens: Tensor, cross_pages: KVStore
     ) -> None:
-        """Fill the cross-attention's pages of all layers; see `write_cross_by_operations`."""
+        """Fill the cross-attention pages of all layers; see `write_cross_by_operations`."""
         check_tensor("states", states, (None, self.weights.dim), _FLOAT)
         rows = check_tensor("page_table", page_table, (None, None), (torch.int32,)).shape[0]
         check_tensor("query_offsets", query_offsets, (rows + 1,), (torch.int32,))
@@ -137,7 +137,7 @@ class CpuStep:
 
 
 def _gathered(weights: DecoderWeights) -> DecoderWeights:
-    """The same weights, every matrix in one piece of memory, in the order in which a step reads them."""
+    """The same weights with all matrices in one allocation, in the order in which a step reads them."""
     matrices = [matrix for block in weights.blocks for matrix in _matrices(block)] + [weights.heads]
     memory = zero_bytes(sum(_rounded(matrix.data.nbytes) for matrix in matrices))
     used = 0
@@ -164,7 +164,7 @@ def _matrices(block: BlockWeights) -> list[PackedLinear]:
 
 
 def _rounded(num_bytes: int) -> int:
-    """Up to whole cache lines."""
+    """Rounded up to whole cache lines."""
     return (num_bytes + 63) // 64 * 64
 
 

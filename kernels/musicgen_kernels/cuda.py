@@ -1,11 +1,11 @@
-"""The CUDA backend: takes tensors apart into addresses and sizes and hands them to the compiled kernels.
+"""The CUDA backend: passes addresses and sizes of tensors to the compiled kernels.
 
-Everything runs on PyTorch's current stream of the tensors' device, nothing synchronises, and decode attention
-takes its workspace from PyTorch's allocator, so a CUDA graph can capture any of these calls. Values (pages,
-lengths, codes) are not looked at: they are the caller's duty.
+Everything runs on PyTorch's current stream of the tensors' device without synchronising, and decode attention
+allocates its workspace through PyTorch, so a CUDA graph can capture any of these calls. Values (pages, lengths, codes)
+are not checked; the caller must ensure that they are valid.
 
-The extension `_cuda` is built only where asked for; without it this backend says so. It knows which device its
-kernels run on: the tests load a build of the same sources for the host.
+The extension `_cuda` is optional; without it this backend reports itself as unavailable. The extension states the
+device its kernels run on: tests load a host build of the same sources.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_CODES = MAX_DIM = 12000
 
 @functools.cache
 def native() -> Any:
-    """The compiled module, or a string that says why there is none."""
+    """The compiled module, or the reason why there is none."""
     try:
         return importlib.import_module(f"{__package__}._cuda")
     except ImportError as error:
@@ -44,15 +44,15 @@ def native() -> Any:
 
 
 def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the operation on that device and dtype; None when it can."""
+    """Why this backend cannot run the operation on that device and dtype; None if it can."""
     module = native()
     if isinstance(module, str):
         return module
     device_type = device.partition(":")[0]
     if device_type != module.device_type:
-        return f"it runs on {module.device_type} tensors only"
+        return f"runs on {module.device_type} tensors only"
     if dtype not in _DTYPES.get(operation, _FLOATS if operation != "delayed_sample_step" else _FLOATS[:1]):
-        return f"it has no kernel for {dtype}"
+        return f"has no kernel for {dtype}"
     return too_old(device) if device_type == "cuda" else None
 
 
@@ -106,11 +106,11 @@ def delayed_sample_step(logits: Tensor, batch: SampleBatch, delays: Tensor, sequ
 def linear(
     x: Tensor, weight: PackedLinear, bias: Tensor | None, gelu: bool, residual: Tensor | None, out: Tensor
 ) -> None:
-    """See `musicgen_kernels.linear.linear`; made for the few rows of a decode step."""
+    """See `musicgen_kernels.linear.linear`; optimised for the few rows of a decode step."""
     if weight.order != "rows":
-        raise KernelArgumentError("weight.order", "'rows' on GPU backends", repr(weight.order), "pack it so")
+        raise KernelArgumentError("weight.order", "'rows' on GPU backends", repr(weight.order), "pack it in that order")
     if x.data_ptr() % 16:
-        raise KernelArgumentError("x", "an address that is a multiple of 16", f"{x.data_ptr():#x}", "copy it")
+        raise KernelArgumentError("x", "an address aligned to 16 bytes", f"{x.data_ptr():#x}", "copy the tensor")
     scales = weight.scales if weight.group_len else None
     sizes = (x.shape[0], weight.out_features, weight.in_features, weight.group_len)
     kinds = (_float_type("x", x), _float_type("out", out), KINDS.index(weight.kind), int(gelu))
@@ -118,10 +118,10 @@ def linear(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, out: Tensor) -> None:
-    """See `musicgen_kernels.norm.layer_norm`; at most MAX_DIM elements a row."""
+    """See `musicgen_kernels.norm.layer_norm`; at most MAX_DIM elements per row."""
     if x.shape[1] > MAX_DIM:
         got = str(x.shape[1])
-        raise KernelArgumentError("x", f"at most {MAX_DIM} elements a row", got, "use backend='triton'")
+        raise KernelArgumentError("x", f"at most {MAX_DIM} elements per row", got, "use backend='triton'")
     types = (_float_type("x", x), _float_type("out", out))
     _run("layer_norm", (x, weight, bias, residual, out), (*x.shape, *types), (eps,))
 
@@ -160,7 +160,7 @@ def _attention(
 def _paged(
     name: str, tokens: Tensor, cache: PagedKV, page_table: Tensor, query_offsets: Tensor, kv_lens: Tensor
 ) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """The tensors and sizes that both paged operations take."""
+    """The tensors and sizes common to both paged operations."""
     if cache.layout != "plain":
         raise KernelArgumentError("cache.layout", "'plain' on GPU backends", repr(cache.layout))
     tensors = (cache.k, cache.v, cache.k_scales, cache.v_scales, page_table, query_offsets, kv_lens)
@@ -168,7 +168,7 @@ def _paged(
 
 
 def _float_type(name: str, tensor: Tensor) -> int:
-    """The number of a dtype that the kernels compute with."""
+    """The kernels' number for a floating-point dtype."""
     if tensor.dtype not in _FLOATS:
         raise KernelArgumentError(name, "float32, bfloat16 or float16", str(tensor.dtype), "use the reference")
     return _TYPES.index(tensor.dtype)
@@ -180,7 +180,7 @@ def _run(
     """Enqueue an operation on the current stream of the first tensor's device.
 
     Raises:
-        KernelError: the kernels are not built, or CUDA refused the launch.
+        KernelError: the kernels are not built, or CUDA rejected the launch.
     """
     module = native()
     if isinstance(module, str):
@@ -195,4 +195,4 @@ def _run(
         try:
             module.run(operation, addresses, integers, reals, stream)
         except module.LaunchError as error:
-            raise KernelError(f"the CUDA launch was refused: {error}") from error
+            raise KernelError(f"the CUDA launch failed: {error}") from error

@@ -1,8 +1,8 @@
-"""The errors of the kernel package; it knows nothing of requests, users or servers.
+"""The errors of the kernel package.
 
 - KernelError
     - KernelArgumentError: an argument has the wrong shape, dtype, device, layout or value (also a ValueError)
-    - BackendUnavailableError: the backend asked for cannot run here; the message says why
+    - BackendUnavailableError: the requested backend cannot run here; the message says why
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ class KernelError(Exception):
 
 
 class KernelArgumentError(KernelError, ValueError):
-    """A caller's mistake: nothing was computed and nothing was written.
+    """Invalid argument: nothing was computed or written.
 
     Args:
         argument: the name of the offending argument.
         expected: what is accepted.
         got: what was given.
-        hint: what to do about it.
+        hint: how to fix it.
     """
 
     def __init__(self, argument: str, expected: str, got: str, hint: str = "") -> None:
@@ -28,11 +28,11 @@ class KernelArgumentError(KernelError, ValueError):
 
 
 class BackendUnavailableError(KernelError):
-    """The backend asked for cannot run on this machine, or does not offer the operation.
+    """The requested backend cannot run on this machine, or does not implement the operation.
 
     Args:
         backend: its name.
-        reason: why it cannot be used, and what would make it usable.
+        reason: why it cannot be used, and how to make it usable.
     """
 
     def __init__(self, backend: str, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What the GPU backends ask of a device, and nothing about any operation."""
+"""Device requirements of the GPU backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OLDEST = (8, 0)
 
 
 def too_old(device: str) -> str | None:
-    """Why a GPU ("cuda:1"; "cuda" is the current one) cannot run the kernels; None if it can, or if there is none."""
+    """Why a GPU ("cuda:1"; "cuda" is the current one) cannot run the kernels; None if it can, or if there is no GPU."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)

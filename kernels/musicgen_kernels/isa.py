@@ -1,8 +1,7 @@
-"""Which compiled instruction-set level of the CPU kernels this process uses.
+"""Selects the instruction-set level of the compiled CPU kernels.
 
-The best level that the processor offers and that was built, unless MUSICGEN_KERNELS_ISA names one. A level
-never changes a result by itself within a process: results may differ between levels in the last bits, never
-within one.
+The best level that was built and that the processor supports, unless MUSICGEN_KERNELS_ISA names one. Results are
+bit-identical within a level, but may differ between levels in the last bits.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import os
 from typing import cast
 
 import numpy
-import torch  # before the kernels: its OpenMP runtime must be the one that is loaded
+import torch  # before the kernels, so that its OpenMP runtime is the one loaded
 
 from .errors import BackendUnavailableError
 from .native import CpuModule
@@ -23,7 +22,7 @@ _HINT = "build them with: pip install -e . --no-build-isolation (needs a C++17 c
 
 
 def supported_levels() -> list[str]:
-    """The levels that this processor can run, the best first.
+    """The levels that this processor supports, best first.
 
     Raises:
         BackendUnavailableError: the native kernels are not built.
@@ -36,10 +35,9 @@ def supported_levels() -> list[str]:
 
 
 def zero_bytes(num_bytes: int) -> torch.Tensor:
-    """[num_bytes] uint8 zeros, aligned to 2 MiB and in pages of that size where the system gives them.
+    """[num_bytes] uint8 zeros, aligned to 2 MiB and backed by huge pages where available.
 
-    What is never written takes no memory: NumPy asks for zeros, and the system maps them when they are touched;
-    torch would write them all.
+    Untouched memory is never committed: NumPy allocates lazily zeroed pages, whereas torch would write the zeros.
     """
     huge = 1 << 21
     memory = torch.from_numpy(numpy.zeros(num_bytes + huge, numpy.uint8))
@@ -53,7 +51,7 @@ def zero_bytes(num_bytes: int) -> torch.Tensor:
 
 
 def load_level(level: str | None) -> tuple[str, CpuModule]:
-    """The compiled module of a level; None: the environment's choice, or the best.
+    """The compiled module of a level; None: from the environment, or the best.
 
     Raises:
         BackendUnavailableError: the level is unknown, not built, or not supported by this processor.
@@ -62,9 +60,9 @@ def load_level(level: str | None) -> tuple[str, CpuModule]:
     wanted = level or os.environ.get(ENVIRONMENT, "").strip() or None
     if wanted is not None:
         if wanted not in LEVELS:
-            raise BackendUnavailableError(f"cpu:{wanted}", f"no such level; there are {', '.join(LEVELS)}")
+            raise BackendUnavailableError(f"cpu:{wanted}", f"no such level; use one of {', '.join(LEVELS)}")
         if wanted not in supported:
-            raise BackendUnavailableError(f"cpu:{wanted}", f"this processor offers {', '.join(supported)}")
+            raise BackendUnavailableError(f"cpu:{wanted}", f"this processor supports only {', '.join(supported)}")
         supported = [wanted]
     reasons = []
     for name in supported:

@@ -1,6 +1,4 @@
-"""The matrix product with packed weights, and what is fused behind it. How weights are packed: see
-`packing`.
-"""
+"""Matrix product with packed weights and fused epilogues. For the weight formats see `packing`."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ def linear(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """residual + act(x Wᵀ + bias), accumulated in fp32; gelu is the exact one, ½h(1 + erf(h/√2)).
+    """residual + act(x Wᵀ + bias), accumulated in fp32; gelu is exact, ½h(1 + erf(h/√2)).
 
-    The order of the sum over K is fixed, so a row of the result is the same bits whatever the other rows are.
+    The order of the sum over K is fixed, so a row of the result is bit-identical whatever the other rows are.
     For int8 and int4 weights the CPU backend rounds each row of x to 8 bits in blocks of 32 inputs (scale
     max|x|/127); the reference and GPU backends do not. The resulting normalised squared error is below 1e-4
     (Gaussian inputs).
@@ -43,9 +41,9 @@ def linear(
         activation: "none" or "gelu".
         residual: [M, N] of the result's dtype, contiguous, or None.
         out: [M, N] of the result's dtype to write to; may be `residual` itself.
-        out_dtype: the result's dtype, float32 or 16 bits wide; None: x's. On GPUs a 16-bit x is multiplied by tensor
-            cores, while the residual stream stays in float32.
-        backend: name of a backend; None chooses.
+        out_dtype: the result's dtype, float32 or 16 bits wide; None: x's. On GPUs a 16-bit x uses tensor cores, while
+            the residual stream stays in float32.
+        backend: backend name; None selects one automatically.
 
     Returns:
         [M, N] of `out_dtype`.
@@ -53,7 +51,7 @@ def linear(
     Raises:
         KernelArgumentError: wrong shape, dtype, device or layout, or a header that does not match the
             description.
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
     """
     check_packed(weight, x.device)
     rows = check_tensor("x", x, (None, weight.in_features), FLOATS).shape[0]
@@ -75,11 +73,10 @@ def linear(
 
 
 def check_packed(weight: PackedLinear, device: torch.device) -> None:
-    """Refuse a packed weight whose size or place is not what its description says; on the CPU, whose header
-    is not.
+    """Check that the size and device of a packed weight match its description, and on the CPU also its header.
 
     Raises:
-        KernelArgumentError: it is not.
+        KernelArgumentError: they do not.
     """
     if not isinstance(weight, PackedLinear):
         raise KernelArgumentError("weight", "a PackedLinear", type(weight).__name__, "use pack_linear")
@@ -87,4 +84,4 @@ def check_packed(weight: PackedLinear, device: torch.device) -> None:
     if device.type != "cpu":
         return
     if unpack_header(weight.data) != weight:
-        raise KernelArgumentError("weight", "a description equal to the header", "another one")
+        raise KernelArgumentError("weight", "a description that matches the header", "a different one")

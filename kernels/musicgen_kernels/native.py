@@ -1,8 +1,8 @@
-"""The types of what is compiled: the face that every instruction-set level of the CPU kernels shows to Python.
+"""Types of the compiled modules: the Python interface shared by all instruction-set levels of the CPU kernels.
 
-Arguments named after tensors are addresses, 0 where there is none; strides and sizes are in elements. Nothing is
-copied and nothing keeps the memory alive: that is the caller's duty. Values that the compiled code refuses (indices,
-lengths) become `KernelArgumentError`.
+Arguments named after tensors are addresses, or 0 for none; strides and sizes are in elements. Nothing is copied, and
+the caller must keep the memory alive. Values rejected by the compiled code (indices, lengths) raise
+`KernelArgumentError`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 Numbers = tuple[int, ...]
-"""Addresses and sizes in the order of csrc/bindings/cpu_module.cpp; the empty tuple stands for nothing."""
+"""Addresses and sizes in the order of csrc/bindings/cpu_module.cpp; the empty tuple means none."""
 
 
 class CpuModel(Protocol):
@@ -134,16 +134,16 @@ class CpuModule(Protocol):
     ) -> None: ...
 
     def stream_read_seconds(self, data: int, num_bytes: int, num_threads: int, /) -> float:
-        """Seconds to read that memory once (a multiple of 4096 bytes), all threads together."""
+        """Seconds to read the memory once (a multiple of 4096 bytes), with all threads together."""
 
     def fma_per_second(self, num_threads: int, /) -> float:
-        """fp32 multiply-adds a second, all threads together."""
+        """fp32 multiply-adds per second, all threads together."""
 
     def int8_per_second(self, num_threads: int, /) -> float:
-        """8-bit multiply-adds a second, all threads together."""
+        """8-bit multiply-adds per second, all threads together."""
 
 
-if TYPE_CHECKING:  # each stub shows that face
+if TYPE_CHECKING:  # check that each stub has this interface
     from . import _cpu_avx2, _cpu_avx512, _cpu_baseline
 
     LEVELS: tuple[CpuModule, ...] = (_cpu_baseline, _cpu_avx2, _cpu_avx512)

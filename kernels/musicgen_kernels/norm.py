@@ -23,10 +23,9 @@ def layer_norm(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """(h − mean(h)) / √(var(h) + eps) · weight + bias, with h = x, or h = residual + x where a residual is
-    given.
+    """(h − mean(h)) / √(var(h) + eps) · weight + bias, with h = x, or h = residual + x if a residual is given.
 
-    Mean first, then the variance around it (two passes), in fp32 at least.
+    Two passes (mean, then the variance around it), in at least fp32.
 
     Args:
         x: [M, dim] float32 (also bfloat16, float16 on GPUs), contiguous.
@@ -35,14 +34,14 @@ def layer_norm(
         eps: added to the variance.
         out: [M, dim] of the result's dtype to write to; may be x.
         out_dtype: the result's dtype, float32 or 16 bits wide; None: x's.
-        backend: name of a backend; None chooses.
+        backend: backend name; None selects one automatically.
 
     Returns:
         [M, dim] of `out_dtype`.
 
     Raises:
         KernelArgumentError: wrong shape, dtype, device or layout.
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
     """
     rows, dim = check_tensor("x", x, (None, None), FLOATS).shape
     parameter = (torch.float64,) if x.dtype == torch.float64 else (torch.float32,)
@@ -68,7 +67,7 @@ def sinusoid_table(
     """concat[cos, sin] of position / 10000^(i/(dim/2 − 1)), i = 0 … dim/2 − 1 (audiocraft
     `create_sin_embedding`).
 
-    Computed in float64, so that a far position is as exact as a near one, then rounded to `dtype`.
+    Computed in float64, so that distant positions are as accurate as near ones, then rounded to `dtype`.
 
     Args:
         num_positions: positions 0 … num_positions − 1.
@@ -103,10 +102,10 @@ def embed_codes(
     Args:
         codes: [N, K] int32, each in [0, num_codes]; `num_codes` is the special token.
         tables: [K, num_codes + 1, dim] float32 (also bfloat16, float16, float64), contiguous.
-        positions: [N] int32 ≥ 0, counted from the row's first position, prefix included.
+        positions: [N] int32 ≥ 0, counted from the row's first position, including the prefix.
         sinusoids: [max_positions, dim] float32 of `sinusoid_table` (float64 for float64 tables).
         out: [N, dim] of the sinusoids' dtype to write to.
-        backend: name of a backend; None chooses.
+        backend: backend name; None selects one automatically.
 
     Returns:
         [N, dim] of the sinusoids' dtype.
@@ -114,7 +113,7 @@ def embed_codes(
     Raises:
         KernelArgumentError: wrong shape, dtype, device or layout; on the CPU also a code or position out of
             range.
-        BackendUnavailableError: the backend asked for cannot run here.
+        BackendUnavailableError: the requested backend cannot run here.
     """
     num_codebooks, _, dim = check_tensor("tables", tables, (None, None, None), FLOATS).shape
     tokens = check_tensor("codes", codes, (None, num_codebooks), _INT, device=tables.device).shape[0]

@@ -1,7 +1,6 @@
-"""Packed weights: what a quantised or rearranged matrix means, how it is made and read back. It multiplies
-nothing.
+"""Packed weights: formats of quantised or reordered matrices, packing and unpacking.
 
-A packed matrix is one uint8 tensor: a 64-byte header that says what follows, then codes, then scales. Kinds:
+A packed matrix is one uint8 tensor: a 64-byte header that describes the contents, then codes, then scales. Kinds:
 
     fp32   the weight itself
     bf16   rounded to nearest even
@@ -44,7 +43,7 @@ _BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """A weight matrix [N, K] in one tensor, and its description as the header gives it.
+    """A weight matrix [N, K] in one tensor, and its description from the header.
 
     Attributes:
         data: [num_bytes] uint8, contiguous: header, codes, scales.
@@ -82,11 +81,11 @@ class PackedLinear:
 
     @property
     def scales_offset(self) -> int:
-        """Where the scales begin, in bytes from the start of `data`."""
+        """Offset of the scales in `data`, in bytes."""
         return HEADER.size + self.out_features * self.in_features * _BITS[self.kind] // 8
 
     def dequantise(self) -> Tensor:
-        """The matrix that this stands for, [N, K] float32. A copy."""
+        """The matrix represented, [N, K] float32. A copy."""
         codes = _codes_to_rows(self)
         if not self.group_len:
             return codes.float()
@@ -101,7 +100,7 @@ class PackedLinear:
 def pack_linear(
     weight: Tensor, kind: Kind, *, group_len: int | None = None, order: Order | None = None
 ) -> PackedLinear:
-    """Quantise and arrange a weight matrix.
+    """Quantise and reorder a weight matrix.
 
     Args:
         weight: [N, K] of any float dtype; N a multiple of 16, K of 32 (and of the group).
@@ -114,8 +113,7 @@ def pack_linear(
         The packed matrix, on the weight's device.
 
     Raises:
-        KernelArgumentError: a shape, kind, group or order that cannot be packed, or a weight that is not
-            finite.
+        KernelArgumentError: an unsupported shape, kind, group or order, or non-finite weights.
     """
     check_tensor("weight", weight, (None, None), (*_FLOAT_DTYPES,), contiguous=False)
     n, k = weight.shape
@@ -137,10 +135,10 @@ def pack_linear(
 
 
 def unpack_header(data: Tensor) -> PackedLinear:
-    """The packed matrix that a stored uint8 tensor holds.
+    """The packed matrix in a stored uint8 tensor.
 
     Raises:
-        KernelArgumentError: the tensor is no packed matrix, is of another version, or is cut short.
+        KernelArgumentError: not a packed matrix, an unsupported version, or truncated data.
     """
     check_tensor("data", data, (None,), (torch.uint8,))
     if data.numel() < HEADER.size:
@@ -187,7 +185,7 @@ def _quantise(weight: Tensor, kind: Kind, group: int) -> tuple[Tensor, Tensor | 
         scales = _round_up_bf16(grouped.abs().amax(-1) / 127)
         codes = (grouped / _nonzero(scales)).round().clamp(-127, 127).to(torch.int8)
         return codes.view(weight.shape), scales
-    # The element of largest magnitude takes the code 0 (−8 steps), so all 16 levels are used.
+    # The element of largest magnitude gets code 0 (−8 steps), so that all 16 levels are used.
     low, high = grouped.amin(-1), grouped.amax(-1)
     signed = torch.where(low.abs() >= high.abs(), low, high)
     scales = (signed / -8).bfloat16()

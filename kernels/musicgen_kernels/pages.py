@@ -1,15 +1,14 @@
-"""The paged key/value store: how it is laid out in memory, allocated and read back. Who owns a page it does
-not know.
+"""The paged KV store: memory layout, allocation and reading back. Independent of page ownership.
 
-A page holds PAGE_LEN positions of one layer, for all heads, keys and values apart. A tensor of pages always
-has the shape [num_pages, H, 16, D]; what the 16·D elements of a head's page mean depends on `layout`:
+A page holds PAGE_LEN positions of one layer, for all heads, with keys and values in separate tensors. A tensor of pages
+always has the shape [num_pages, H, 16, D]; the order of the 16·D elements of a head's page depends on `layout`:
 
     "plain"  keys and values [16 positions, D]                                   (CUDA, Triton, reference)
     "cpu"    float keys [D, 16 positions], float values [16 positions, D];
              int8 keys [D/2, 16 positions, 2], int8 values [8 pairs of positions, D, 2]
 
-The CPU layouts put 16 positions side by side, so that a score is a vertical sum (no reduction across lanes),
-and int8 pairs side by side, so that 16-bit multiply-add instructions take them as they are.
+The CPU layouts put 16 positions next to each other, so that a score is a vertical sum (no reduction across lanes), and
+int8 pairs next to each other, so that 16-bit multiply-add instructions can use them directly.
 """
 
 from __future__ import annotations
@@ -26,9 +25,7 @@ from .isa import zero_bytes
 
 PAGE_LEN = 16
 SPLIT_LEN = 256
-"""Attention always combines positions in splits of this length, so that a result never depends on the
-batch.
-"""
+"""Attention always combines positions in splits of this length, so that results do not depend on the batch."""
 
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 Layout = Literal["plain", "cpu"]
@@ -39,9 +36,9 @@ class PagedKV:
     """The pages of one layer. The tensors are mutated by `append_paged_kv`.
 
     Attributes:
-        k: [num_pages, H, 16, D] float32, bfloat16, float16 or int8, in the order that `layout` says.
+        k: [num_pages, H, 16, D] float32, bfloat16, float16 or int8, in the order given by `layout`.
         v: as k.
-        k_scales: [num_pages, H, 16] float32 if k is int8 (key = k · scale, one a position a head), else None.
+        k_scales: [num_pages, H, 16] float32 if k is int8 (key = k · scale, one per position and head), else None.
         v_scales: as k_scales.
         layout: "plain" or "cpu".
     """
@@ -91,7 +88,7 @@ class KVStore:
 
 
 def page_bytes(num_layers: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers, keys, values and scales together."""
+    """Bytes of one page over all layers, including keys, values and scales."""
     element = torch.empty(0, dtype=dtype).element_size()
     scale = 4 if dtype == torch.int8 else 0
     return 2 * num_layers * num_heads * PAGE_LEN * (head_dim * element + scale)
@@ -107,11 +104,11 @@ def new_kv_store(
     device: torch.device | str = "cpu",
     layout: Layout | None = None,
 ) -> KVStore:
-    """Allocate pages for a model. Contents start as zeros; on the CPU a page takes memory when it is
-    first written. `layout` None: "cpu" on the CPU, "plain" elsewhere.
+    """Allocate zero-initialised pages for a model; on the CPU, memory is committed when a page is first written.
+    `layout` None: "cpu" on the CPU, "plain" elsewhere.
 
     Raises:
-        KernelArgumentError: an impossible size or dtype.
+        KernelArgumentError: unsupported size or dtype.
     """
     if dtype not in KV_DTYPES:
         raise KernelArgumentError("dtype", "float32, bfloat16, float16 or int8", str(dtype))
@@ -152,9 +149,7 @@ def _values_to_plain(pages: Tensor, layout: Layout) -> Tensor:
 
 
 def keys_from_plain(plain: Tensor, layout: Layout) -> Tensor:
-    """Plain keys [num_pages, H, 16, D] in the order of `layout`; the inverse of what `PagedKV.keys` undoes. A
-    copy.
-    """
+    """Plain keys [num_pages, H, 16, D] in the order of `layout`; the inverse of `PagedKV.keys`. A copy."""
     num_pages, heads, page_len, dim = plain.shape
     if layout == "plain":
         return plain.clone()

@@ -1,7 +1,7 @@
-"""A whole step of the transformer: what it is given, the oracle that composes it from operations, and its check.
+"""A whole transformer step: its inputs, their validation, and the reference that composes it from operations.
 
-It knows the shape of a MusicGen decoder (pre-norm, no biases but the norms', exact GELU, K embeddings and K heads) and
-nothing of checkpoints, requests or sampling. The one-call CPU version is `CpuStep` in `cpu_step`.
+Assumes MusicGen's decoder architecture (pre-norm, biases only in norms, exact GELU, K embeddings and K heads).
+Independent of checkpoints, requests and sampling. The single-call CPU version is `CpuStep` in `cpu_step`.
 """
 
 from __future__ import annotations
@@ -102,18 +102,18 @@ class DecoderWeights:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """The tokens of one step: N positions of B rows, decode rows and prefill chunks mixed as they come.
+    """The tokens of one step: N positions of B rows, with decode rows and prefill chunks in any order.
 
     Attributes:
         codes: [N, K] int32; read where prefix_index is −1.
         query_offsets: [B+1] int32: row b has tokens query_offsets[b] … query_offsets[b+1]−1.
-        kv_lens: [B] int32: a row's length in positions after this step; its tokens are the last ones of them.
+        kv_lens: [B] int32: a row's length in positions after this step; its tokens are the last of them.
         page_table: [B, max_pages] int32.
-        logit_tokens: [R] int32: the tokens whose logits are wanted, in the order in which they are returned.
+        logit_tokens: [R] int32: the tokens to return logits for, in that order.
         prefix: [P, dim] float32 embeddings of prefix positions (chroma, text), or None.
         prefix_index: [N] int32: a token's row in `prefix`, −1 for tokens that are codes; None: all are codes.
         cross_page_table: [B, max_cross_pages] int32, or None without cross-attention.
-        cross_lens: [B] int32: length of each row's text; 0 gives a cross-attention of zero.
+        cross_lens: [B] int32: length of each row's text; 0 makes the cross-attention output zero.
     """
 
     codes: Tensor
@@ -128,7 +128,7 @@ class StepBatch:
 
     def positions(self) -> Tensor:
         """[N] int32: each token's position in its row."""
-        num_tokens = self.codes.shape[0]  # said, not summed up from the counts: that would wait for the GPU
+        num_tokens = self.codes.shape[0]  # passed explicitly: summing the counts would synchronise with the GPU
         counts = self.query_offsets.diff().long()
         first = self.kv_lens - self.query_offsets[1:]
         shift = torch.repeat_interleave(first, counts, output_size=num_tokens)
@@ -136,10 +136,10 @@ class StepBatch:
 
 
 def check_step(weights: DecoderWeights, batch: StepBatch, pages: KVStore, cross_pages: KVStore | None) -> None:
-    """Check everything about a step that can be checked without reading its tensors.
+    """Check everything about a step that can be checked without reading tensor contents.
 
     Raises:
-        KernelArgumentError: a wrong shape, dtype, device, or something missing.
+        KernelArgumentError: wrong shape, dtype or device, or missing tensors.
     """
     device = weights.embeddings.device
     tokens = check_tensor("codes", batch.codes, (None, weights.num_codebooks), _INT, device=device).shape[0]
@@ -148,7 +148,7 @@ def check_step(weights: DecoderWeights, batch: StepBatch, pages: KVStore, cross_
     check_tensor("page_table", batch.page_table, (rows, None), _INT, device=device)
     check_tensor("logit_tokens", batch.logit_tokens, (None,), _INT, device=device)
     if (batch.prefix is None) != (batch.prefix_index is None):
-        raise KernelArgumentError("prefix", "prefix and prefix_index together, or neither", "one of them")
+        raise KernelArgumentError("prefix", "both prefix and prefix_index, or neither", "only one of them")
     if batch.prefix is not None:
         check_tensor("prefix", batch.prefix, (None, weights.dim), (torch.float32,), device=device)
         check_tensor("prefix_index", batch.prefix_index, (tokens,), _INT, device=device)
@@ -178,9 +178,9 @@ def step_by_operations(
     activations: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The step, one operation at a time: the oracle of the one-call version, and the path of other devices.
+    """The step, one operation at a time: the reference for the single-call version, and the path for other devices.
 
-    The residual stream and the norms are float32; what is multiplied is of the dtype of `activations`.
+    The residual stream and the norms are float32; inputs of matrix products have the dtype `activations`.
 
     Args:
         weights: the decoder.
@@ -188,13 +188,13 @@ def step_by_operations(
         pages: keys and values of self-attention; **mutated** (the new positions are appended).
         cross_pages: keys and values of the texts, for models with cross-attention.
         activations: None: `activation_dtype`.
-        backend: for every operation; None chooses.
+        backend: for every operation; None selects them automatically.
 
     Returns:
         [R, K, V] float32 logits of `batch.logit_tokens`.
 
     Raises:
-        KernelArgumentError, BackendUnavailableError: as the operations.
+        KernelArgumentError, BackendUnavailableError: see the operations.
     """
     check_step(weights, batch, pages, cross_pages)
     hidden = _embed(weights, batch, backend)
@@ -211,7 +211,7 @@ def step_by_operations(
         hidden = run.add(wide, block.fc2, hidden)
     last = hidden.index_select(0, batch.logit_tokens)
     normed = run.norm(last, weights.final_norm)
-    num_codes = weights.heads.out_features // weights.num_codebooks  # no −1 in the view: there may be no rows
+    num_codes = weights.heads.out_features // weights.num_codebooks  # computed, because -1 in view() fails without rows
     logits = linear(normed, weights.heads, out_dtype=torch.float32, backend=backend)
     return logits.view(last.shape[0], weights.num_codebooks, num_codes)
 
@@ -226,17 +226,17 @@ def write_cross_by_operations(
     *,
     backend: str | None = None,
 ) -> None:
-    """Fill the cross-attention's pages of all layers from the texts' projected states.
+    """Fill the cross-attention pages of all layers from the texts' projected states.
 
     Args:
-        states: [N, dim] float32, the rows' texts one after another.
+        states: [N, dim] float32, the rows' texts concatenated.
         page_table: [B, max_pages] int32.
         query_offsets: [B+1] int32 into `states`.
         lens: [B] int32, each row's length.
         cross_pages: **mutated**.
 
     Raises:
-        KernelArgumentError, BackendUnavailableError: as the operations.
+        KernelArgumentError, BackendUnavailableError: see the operations.
     """
     run = _Operations(weights.num_heads, activation_dtype(weights, cross_pages), cross_pages.k.dtype, backend)
     states = states.to(run.activations)
@@ -251,7 +251,7 @@ def _embed(weights: DecoderWeights, batch: StepBatch, backend: str | None) -> Te
     positions = batch.positions()
     if batch.prefix is None or batch.prefix_index is None or not batch.prefix.shape[0]:
         return embed_codes(batch.codes, weights.embeddings, positions, weights.sinusoids, backend=backend)
-    # Both for all tokens, then one of them: to pick tokens by a mask would wait for the GPU to count them.
+    # Compute both for all tokens, then select: indexing by a mask would synchronise with the GPU.
     is_prefix = (batch.prefix_index >= 0)[:, None]
     codes = torch.where(is_prefix, 0, batch.codes)
     hidden = embed_codes(codes, weights.embeddings, positions, weights.sinusoids, backend=backend)
@@ -260,10 +260,11 @@ def _embed(weights: DecoderWeights, batch: StepBatch, backend: str | None) -> Te
 
 
 def activation_dtype(weights: DecoderWeights, pages: KVStore) -> torch.dtype:
-    """In what the inputs of products are, where nobody says it.
+    """Default dtype of the inputs of matrix products.
 
-    On a GPU tensor cores take 16 bits: bfloat16 for bfloat16 weights, for quantised ones what the pages hold if that is
-    16 bits wide. On the CPU, and for float32 weights, it is float32. (audiocraft's autocast does the same in float16.)
+    On a GPU it is 16 bits wide, for tensor cores: bfloat16 for bfloat16 weights, and for quantised weights the pages'
+    dtype if that is 16 bits wide. On the CPU, and for float32 weights, it is float32. (audiocraft's autocast does the
+    same in float16.)
     """
     kind, held = weights.heads.kind, pages.k.dtype
     if weights.embeddings.device.type == "cpu" or kind == "fp32":
@@ -273,19 +274,19 @@ def activation_dtype(weights: DecoderWeights, pages: KVStore) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Operations:
-    """What a step's products have in common: from float32 and back to it, between in what was asked for."""
+    """Shared settings of a step's matrix products, which convert from float32 to `activations` and back."""
 
     num_heads: int
     activations: torch.dtype
     held: torch.dtype
-    """Of the pages."""
+    """Dtype of the pages."""
     backend: str | None
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return layer_norm(x, norm.weight, norm.bias, out_dtype=self.activations, backend=self.backend)
 
     def heads(self, x: Tensor, weight: PackedLinear, parts: int) -> tuple[Tensor, ...]:
-        """Queries, keys, values: of the pages' dtype where x is narrow and they are no integers, else of x's."""
+        """Queries, keys, values: in the pages' dtype if x is narrow and that is not an integer type, else in x's."""
         narrow = self.activations != torch.float32 and self.held != torch.int8
         y = linear(x, weight, out_dtype=self.held if narrow else None, backend=self.backend)
         return y.view(x.shape[0], parts, self.num_heads, -1).unbind(1)

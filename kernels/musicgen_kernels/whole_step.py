@@ -1,6 +1,7 @@
-"""With what a decoder runs its steps: the CPU's one call where that can be, else one operation after another.
+"""Selects how a decoder runs its steps: in a single call on the CPU where possible, otherwise operation by operation.
 
-It looks at the device, the head dimension and MUSICGEN_KERNELS_BACKEND; what the operations then choose is `backend`'s.
+Depends on the device, the head dimension and MUSICGEN_KERNELS_BACKEND; backends of individual operations are selected
+in `backend`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ _STEP_OPERATIONS = tuple(name for name in OPERATIONS if name != "delayed_sample_
 
 
 class StepByOperations:
-    """A decoder that runs one operation after another, on any device; used as `CpuStep` is.
+    """A decoder that runs operation by operation, on any device, with the interface of `CpuStep`.
 
     Args:
-        weights: in an order that the operations' backends read.
-        backend: for every operation; None chooses.
+        weights: in an order that the operations' backends support.
+        backend: for every operation; None selects them automatically.
     """
 
     def __init__(self, weights: DecoderWeights, *, backend: str | None = None) -> None:
@@ -31,7 +32,7 @@ class StepByOperations:
     def run(
         self, batch: StepBatch, pages: KVStore, cross_pages: KVStore | None = None, *, num_threads: int | None = None
     ) -> Tensor:
-        """See `step_by_operations`. `num_threads` is not used: operations ask the calling thread."""
+        """See `step_by_operations`. `num_threads` is ignored: operations use the calling thread's setting."""
         return step_by_operations(self.weights, batch, pages, cross_pages, backend=self.backend)
 
     def write_cross(
@@ -43,14 +44,14 @@ class StepByOperations:
 
 
 def whole_step(weights: DecoderWeights) -> CpuStep | StepByOperations:
-    """What runs the steps of a decoder here.
+    """The step implementation for a decoder on this machine.
 
-    On the CPU it is the one call, at the level that the environment names, if it names one. It is the operations where
-    the environment names something else for any of them, where the kernels are not built, and for head dimensions
-    that they do not have.
+    On the CPU it is the single call, at the level named by the environment, if any. It falls back to operations if the
+    environment names another backend for any of them, if the kernels are not built, and for head dimensions that they
+    do not support.
 
     Raises:
-        BackendUnavailableError: the environment asks for a level of the CPU backend that cannot run here.
+        BackendUnavailableError: the environment requests a level of the CPU backend that cannot run here.
         KernelArgumentError: weights of the wrong shape, dtype or order.
     """
     if weights.embeddings.device.type != "cpu":
@@ -60,7 +61,7 @@ def whole_step(weights: DecoderWeights) -> CpuStep | StepByOperations:
     if len(named) > 1 or not all(name.startswith("cpu") for name in named):
         return StepByOperations(weights)
     if weights.dim // weights.num_heads not in HEAD_DIMS:
-        return StepByOperations(weights, backend="reference")  # the compiled attention has only those
+        return StepByOperations(weights, backend="reference")  # the compiled attention supports only those
     try:
         return CpuStep(weights, backend=named.pop())
     except BackendUnavailableError:

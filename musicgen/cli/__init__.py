@@ -1,6 +1,6 @@
-"""The command `musicgen`: reads the command line, runs one subcommand, turns errors into a line and an exit code.
+"""Entry point of the `musicgen` command: parses arguments, runs a subcommand, maps errors to one line and an exit code.
 
-Knows which module runs a subcommand, and imports it only then, so that `--help` waits for nothing.
+Subcommand modules are imported lazily, which keeps `--help` fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from musicgen.errors import InvalidRequestError, MusicGenError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 DEBUG = "MUSICGEN_DEBUG"
-"""Environment variable: 1 lets errors through with their traceback."""
+"""Environment variable: 1 shows the traceback of errors."""
 MAX_LINE_LEN = 2000
 
 
@@ -24,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: what follows `musicgen` on the command line; None takes the process's own.
+        arguments: the arguments after `musicgen`; None: `sys.argv[1:]`.
     Returns:
-        The exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
+        The exit code: 0 success, 1 failure, 2 bad input, 130 interrupted.
     Raises:
-        SystemExit: after `--help` and `--version` (0) and for a command line that cannot be read (2).
+        SystemExit: after `--help` and `--version` (0), and for invalid arguments (2).
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names and texts that the terminal cannot show are no error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for text that the terminal cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     namespace = parser.parse_args(arguments)
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print("\nmusicgen: interrupted; the files named above are complete", file=sys.stderr)
+        print("\nmusicgen: interrupted; the files listed above are complete", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except Exception as error:
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says. One that the project did not foresee is named, with the way to more."""
+    """The error as one line. Unexpected errors are prefixed with their type, with a hint how to get the traceback."""
     message = " ".join(str(error).split())
     if isinstance(error, MusicGenError):
         return message
     told = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    return f"{told[:MAX_LINE_LEN]} (unexpected; {DEBUG}=1 shows where)"
+    return f"{told[:MAX_LINE_LEN]} (unexpected error; set {DEBUG}=1 for a traceback)"
 
 
 def _run(values: dict[str, object]) -> int:

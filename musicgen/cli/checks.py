@@ -1,6 +1,6 @@
-"""The checks of `musicgen generate`: all that can be known before the model is loaded, then the rest, before any work.
+"""Input validation of `musicgen generate`: as much as possible before the model is loaded, the rest before generation.
 
-The limits themselves are the API's; this module asks for their check early, and names the option at fault.
+The limits are the API's; this module applies them early and names the offending option.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recording:
-    """An audio file that was read. Set by `check_inputs`."""
+    """A decoded audio file."""
 
     wav: Tensor
     """`[C, N]` float32."""
@@ -34,7 +34,7 @@ class Recording:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recordings:
-    """The audio files of a command, each read once, however many pieces use it. Set by `check_inputs`."""
+    """The audio files of a command, each read once even if several pieces use it."""
 
     melodies: dict[Path, Recording]
     prompts: dict[Path, Recording]
@@ -46,15 +46,17 @@ def check_loudness(options: GenerateOptions) -> float:
         return DEFAULT_LOUDNESS_LUFS
     if options.strategy != "loudness":
         raise InvalidRequestError(
-            "no loudness", f"{options.loudness:g} with --strategy {options.strategy}", "leave one out", param="loudness"
+            "--strategy loudness", f"--strategy {options.strategy}", "omit one of the two options", param="loudness"
         )
     if not -70.0 <= options.loudness <= 0.0:
-        raise InvalidRequestError("LUFS in [-70, 0]", f"{options.loudness:g}", "-14 is usual", param="loudness")
+        raise InvalidRequestError(
+            "LUFS in [-70, 0]", f"{options.loudness:g}", "a common value is -14", param="loudness"
+        )
     return options.loudness
 
 
 def check_inputs(options: GenerateOptions) -> Recordings:
-    """All that can be known without the model. Returns the recordings, read and found to be audio."""
+    """Check everything that does not need the model. Returns the recordings, decoded."""
     from musicgen.api import GenerationParams
     from musicgen.types import SamplingParams
     from musicgen.weights.registry import find
@@ -71,10 +73,10 @@ def check_inputs(options: GenerateOptions) -> Recordings:
     card = find(options.model)
     if card is not None and not card.melody and (options.melody or options.melody_guidance is not None):
         raise InvalidRequestError(
-            f"no melody for model {card.name!r}", "one", "choose a melody model: see `musicgen models`", param="melody"
+            f"no melody for model {card.name!r}", "", "choose a melody model: see `musicgen models`", param="melody"
         )
     if options.melody_guidance is not None and not options.melody:
-        raise InvalidRequestError("a --melody with it", "none", param="melody-guidance")
+        raise InvalidRequestError("--melody to be given as well", "", param="melody-guidance")
     _check_stems(options)
     recordings = _read_recordings(options)
     for path, prompt in recordings.prompts.items():
@@ -84,11 +86,10 @@ def check_inputs(options: GenerateOptions) -> Recordings:
 
 def _check_stems(options: GenerateOptions) -> None:
     if options.stems and not options.melody:
-        raise InvalidRequestError("a --melody with it", "none", param="stems")
+        raise InvalidRequestError("--melody to be given as well", "", param="stems")
     if options.stems and importlib.util.find_spec("demucs") is None:
         raise MissingDependencyError(
-            "stems: expected the package demucs, which is not installed; install it with: "
-            "pip install 'musicgen-serve[stems]'"
+            "stems: expected the package demucs to be installed; run: pip install 'musicgen-serve[stems]'"
         )
 
 
@@ -102,18 +103,18 @@ def _read_recordings(options: GenerateOptions) -> Recordings:
 
 
 def _check_prompt_audio(path: Path, recording: Recording, duration_s: float, shortest_rest_s: float = 0.0) -> None:
-    """Something new of `shortest_rest_s`, and more than nothing, must be left to make."""
+    """Require the recording to leave more than 0 s, and at least about `shortest_rest_s`, to generate."""
     if recording.duration_s >= duration_s - shortest_rest_s:
         raise InvalidRequestError(
             f"a recording shorter than the duration ({duration_s:g} s)",
             f"{path} of {recording.duration_s:.2f} s",
-            "raise --duration, which includes it, or cut the recording",
+            "increase --duration (it includes the recording) or shorten the recording",
             param="prompt-audio",
         )
 
 
 def check_with_model(options: GenerateOptions, recordings: Recordings, model: MusicGen) -> None:
-    """What depends on the model; sets its parameters (mutated)."""
+    """Check everything that depends on the model; sets its generation parameters (mutated)."""
     model.set_generation_params(
         use_sampling=not options.greedy,
         top_k=options.top_k,
@@ -126,9 +127,9 @@ def check_with_model(options: GenerateOptions, recordings: Recordings, model: Mu
     )
     if options.melody and model.model.chroma is None:
         raise InvalidRequestError(
-            f"no melody for model {model.name!r}", "one", "choose a melody model: see `musicgen models`", param="melody"
+            f"no melody for model {model.name!r}", "", "choose a melody model: see `musicgen models`", param="melody"
         )
     for path, prompt in recordings.prompts.items():
         _check_prompt_audio(path, prompt, options.duration, shortest_rest_s=1 / model.frame_rate)
     for text in options.prompts:
-        model.model.text_encoder.encode(text)  # refuses a text that is too long
+        model.model.text_encoder.encode(text)  # raises for a prompt that is too long

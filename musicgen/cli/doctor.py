@@ -1,4 +1,4 @@
-"""`musicgen doctor`: versions, devices and backends of this machine, and why they were chosen. Changes nothing."""
+"""`musicgen doctor`: versions, devices and selected backends, with the reasons. Changes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOT_INSTALLED = "not installed"
 
 
 def run(*, json: bool) -> int:
-    """Print what was found. Returns the exit code."""
+    """Print the findings. Returns the exit code."""
     with quiet_libraries():
         found = examine()
     print(json_format.dumps(found) if json else _as_text(found))
@@ -33,7 +33,7 @@ def run(*, json: bool) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything that is printed, as plain data; what could not be found out says why."""
+    """The findings as plain data; what could not be determined is replaced by the reason."""
     return {
         "musicgen": __version__,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -76,22 +76,22 @@ def _processor() -> str:
 
 
 def _cpu() -> dict[str, Any]:
-    """The compiled kernels: which instruction-set level runs, or why none does."""
+    """The compiled CPU kernels: the instruction-set level in use, or why there is none."""
     found: dict[str, Any] = {"torch_capability": torch.backends.cpu.get_cpu_capability()}
     found["torch_threads"] = torch.get_num_threads()
     try:
         found["supported_levels"] = isa.supported_levels()
         found["extension"] = isa.load_level(None)[0]
-        found["reason"] = f"the best level that is built; {isa.ENVIRONMENT} asks for another"
+        found["reason"] = f"best level available; set {isa.ENVIRONMENT} to override"
         if os.environ.get(isa.ENVIRONMENT, "").strip():
-            found["reason"] = f"{isa.ENVIRONMENT} asks for it"
+            found["reason"] = f"selected by {isa.ENVIRONMENT}"
     except BackendUnavailableError as error:
         found["extension"], found["reason"] = None, str(error)
     return found
 
 
 def _targets() -> list[tuple[str, torch.dtype]]:
-    """Devices with the dtype that models have there by default."""
+    """The devices, each with the default dtype of models on it."""
     on_gpu = [("cuda", torch.float16)] if torch.cuda.is_available() else []
     return [("cpu", torch.float32), *on_gpu]
 
@@ -104,21 +104,21 @@ def _backends(device: str, dtype: torch.dtype) -> list[dict[str, str]]:
 
 
 def _step(device: str) -> dict[str, str]:
-    """How the engine runs a step of a released model there. See `musicgen_kernels.whole_step`, which decides it."""
+    """How the engine runs a step of a released model on `device`; mirrors `musicgen_kernels.whole_step`."""
     piecemeal = "operations"
     if device != "cpu":
-        return {"runs": piecemeal, "reason": "one after the other, by the backends above"}
+        return {"runs": piecemeal, "reason": "one at a time, on the backends above"}
     try:
         asked = {backend.from_environment(name) for name in backend.OPERATIONS if name != "delayed_sample_step"}
         named = {name or "cpu" for name in asked}
         if len(named) > 1 or not all(name.partition(":")[0] == "cpu" for name in named):
-            return {"runs": piecemeal, "reason": f"one after the other, as {backend.ENVIRONMENT} asks for backends"}
+            return {"runs": piecemeal, "reason": f"one at a time, because {backend.ENVIRONMENT} selects backends"}
         level, _ = isa.load_level(named.pop().partition(":")[2] or None)
     except BackendUnavailableError as error:
         if os.environ.get(backend.ENVIRONMENT):
             return {"runs": "none", "reason": str(error)}
-        return {"runs": piecemeal, "reason": f"one after the other: {error}"}
-    return {"runs": "one call", "reason": f"of the C++ kernels at level {level}, instead of the operations above"}
+        return {"runs": piecemeal, "reason": f"one at a time: {error}"}
+    return {"runs": "one call", "reason": f"to the C++ kernels at level {level}, instead of the operations above"}
 
 
 def _stems() -> str:
@@ -138,18 +138,18 @@ def _as_text(found: dict[str, Any]) -> str:
     lines += [f"  {name:16}{version}" for name, version in found["versions"].items()]
     lines += ["", "devices", *(f"  {device}" for device in found["devices"])]
     cpu = found["cpu"]
-    lines += ["", "processor", f"  torch           {cpu['torch_capability']}, {cpu['torch_threads']} threads"]
+    lines += ["", "CPU", f"  torch           {cpu['torch_capability']}, {cpu['torch_threads']} threads"]
     if cpu["extension"] is None:
         lines.append(f"  C++ kernels     none: {cpu['reason']}")
     else:
         levels = ", ".join(cpu["supported_levels"])
-        lines.append(f"  C++ kernels     {cpu['extension']} (offered: {levels}): {cpu['reason']}")
+        lines.append(f"  C++ kernels     {cpu['extension']} (supported: {levels}): {cpu['reason']}")
     for device, choices in found["backends"].items():
         lines += ["", f"kernel backends on {device}"]
         lines += [f"  {choice['operation']:22}{choice['backend']:12}{choice['reason']}" for choice in choices]
         step = found["steps"][device]
-        lines.append(f"  {'a step of the engine':22}{step['runs']:12}{step['reason']}")
+        lines.append(f"  {'engine step':22}{step['runs']:12}{step['reason']}")
     hub = found["hugging_face"]
     lines += ["", "weights", f"  cache           {hub['cache']}"]
-    lines.append(f"  offline mode    {'on: nothing is downloaded' if hub['offline'] else 'off'}")
+    lines.append(f"  offline mode    {'on (no downloads)' if hub['offline'] else 'off'}")
     return "\n".join([*lines, "", "stems", f"  {found['stems']}"])

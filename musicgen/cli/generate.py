@@ -1,6 +1,6 @@
-"""`musicgen generate`: checks everything, loads the model, makes the pieces one by one, writes and reports each.
+"""`musicgen generate`: validates inputs, loads the model, generates in batches, writes and reports each file.
 
-Owns the order of the work. Knows no sampling, no codec and no file format: those are the API's and `audio`'s.
+Only orchestrates: sampling and the codec belong to the API, file formats to `audio`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from musicgen.cli.timing import Stopwatch
 from musicgen.weights.registry import DEMO_MODEL
 
 API_KEY = "MUSICGEN_API_KEY"
-"""Environment variable: the key of `--server`. Not an option, because command lines can be seen by others."""
+"""Environment variable: the API key for `--server`. Not an option, because other users can see command lines."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def run(values: dict[str, Any]) -> int:
     """Run the command with the values of `GenerateOptions`. Returns the exit code.
 
     Raises:
-        MusicGenError: bad input (before any work), or a model that cannot be loaded.
+        MusicGenError: bad input (before any generation), or a model that cannot be loaded.
     """
     options = GenerateOptions(**values)
     if options.server is not None:
@@ -47,7 +47,7 @@ def run(values: dict[str, Any]) -> int:
         with watch.measure("load"):
             stack.enter_context(quiet_libraries())
             stack.enter_context(torch_threads(options))
-            import musicgen.api  # noqa: F401 - so that its seconds count here, not for the checks
+            import musicgen.api  # noqa: F401 - to count its import time here, not under inputs
         with watch.measure("inputs"):
             recordings = check_inputs(options)
         with watch.measure("load"):
@@ -68,7 +68,7 @@ def _load(options: GenerateOptions) -> MusicGen:
 
 
 def _separated(recordings: Recordings, model: MusicGen) -> Recordings:
-    """With melodies without drums and bass."""
+    """The recordings, with drums and bass removed from the melodies."""
     from musicgen.stems import MelodyStems
 
     stems = MelodyStems(model.sample_rate, device=model.device)
@@ -87,7 +87,7 @@ def _make(
     watch: Stopwatch,
     loudness_lufs: float,
 ) -> int:
-    """Make, write and report the pieces batch by batch, so that an interruption loses one batch at most."""
+    """Generate, write and report the pieces batch by batch, so that an interrupt loses at most one batch."""
     _watch_parts(model, watch)
     report = Report(options, model, len(pieces))
     report.start(pieces[0].seed)
@@ -108,7 +108,7 @@ def _make(
 
 
 def _watch_parts(model: MusicGen, watch: Stopwatch) -> None:
-    """Measure the model's parts (mutates which objects `model` uses); what is left of a call is the codes."""
+    """Time the model's components (replaces them in `model`); the remainder of a call counts as codes."""
     import torch
 
     if model.device.type == "cuda":
@@ -124,7 +124,7 @@ def _watch_parts(model: MusicGen, watch: Stopwatch) -> None:
 
 
 def _generate(model: MusicGen, pieces: list[Piece], recordings: Recordings) -> Tensor:
-    """The samples `[B, C, N]` of pieces that are all made from the same kinds of things."""
+    """The samples `[B, C, N]` of pieces that all have the same kinds of inputs."""
     texts = [piece.text for piece in pieces]
     seeds = [piece.seed for piece in pieces]
     melodies = [recordings.melodies[piece.melody] for piece in pieces if piece.melody is not None]
@@ -150,7 +150,7 @@ def _generate(model: MusicGen, pieces: list[Piece], recordings: Recordings) -> T
 
 
 def _at_one_rate(recordings: list[Recording], model_rate: int) -> tuple[list[Tensor], int]:
-    """The recordings as they are if their rates are equal, else at the model's."""
+    """The recordings unchanged if their sample rates are equal, else resampled to the model's."""
     from musicgen.waveform import resample
 
     rates = {recording.sample_rate for recording in recordings}
@@ -160,7 +160,7 @@ def _at_one_rate(recordings: list[Recording], model_rate: int) -> tuple[list[Ten
 
 
 def write_piece(options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen, loudness_lufs: float) -> Path:
-    """Write one piece. Returns where."""
+    """Write one piece. Returns the path."""
     from musicgen.audio import audio_write, generation_metadata
 
     config = model.model.config
@@ -178,7 +178,7 @@ def write_piece(options: GenerateOptions, piece: Piece, wav: Tensor, model: Musi
 
 
 def read_back(path: Path, piece: Piece, *, plot: bool) -> Written:
-    """What the file holds, measured and drawn from the file itself: a lossy format moves the peak."""
+    """Measure and plot the written file rather than the samples: lossy formats change the peak."""
     from musicgen.api import MAX_DURATION_S
     from musicgen.audio import load_audio
     from musicgen.loudness import measure_loudness

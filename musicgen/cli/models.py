@@ -1,4 +1,4 @@
-"""`musicgen models`: what goes by a short name, under which licence, and whether it is here already."""
+"""`musicgen models`: the models with a short name, their licences, and whether they are cached."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from musicgen.cli.quiet import quiet_libraries
 from musicgen.weights.hub import is_cached
 from musicgen.weights.registry import DEMO_MODEL, MODELS, ModelCard
 
-COLUMNS = ("name", "parameters", "channels", "melody", "licence", "here", "repository")
+COLUMNS = ("name", "parameters", "channels", "melody", "licence", "cached", "repository")
 
 
 def run(*, json: bool) -> int:
@@ -21,17 +21,17 @@ def run(*, json: bool) -> int:
         return 0
     print(_table([COLUMNS, *(_row(card, where) for card, where in cards)]))
     print(
-        "\nparameters: of the language model. CC-BY-NC-4.0: not for commercial use. Weights that are not here are\n"
-        "downloaded on first use. Any other Hugging Face repository or local folder of a MusicGen model works as\n"
-        "--model too; its licence is its own."
+        "\nParameter counts are for the language model. CC-BY-NC-4.0: non-commercial use only. Weights that are not\n"
+        "cached are downloaded on first use. --model also accepts any other Hugging Face repository or local folder\n"
+        "of a MusicGen model; check its licence."
     )
     return 0
 
 
 def _whereabouts(card: ModelCard) -> str:
     if card.name == DEMO_MODEL:
-        return "in the package"
-    return "cached" if is_cached(card.repo_id) else "no"
+        return "bundled"
+    return "yes" if is_cached(card.repo_id) else "no"
 
 
 def _row(card: ModelCard, where: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Which pieces to make and what their files are called. Knows paths and counts; opens nothing but the output folder."""
+"""Plans the pieces to generate and their file names. Opens no files; only creates and probes the output folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from musicgen.errors import InvalidRequestError
 
 MAX_PIECES = 1000
 MAX_SLUG_LEN, MAX_SLUG_BYTES = 48, 64
-"""Of each source. File systems count bytes, and three sources, a seed and a suffix must fit in 255."""
+"""Per source. File systems limit bytes: three sources, a seed and a suffix must fit in 255."""
 DRAWN_SEEDS = 2**31
-"""Seeds are drawn below this, so that they are short enough to type."""
+"""Random seeds stay below this, so that they are short enough to type."""
 MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One piece to make, one file to write. Set by `plan_pieces`."""
+    """One piece to generate and write to one file."""
 
     text: str | None
     melody: Path | None
@@ -30,25 +30,25 @@ class Piece:
 
     @property
     def title(self) -> str:
-        """What it is made from, in a few words."""
+        """Short description of the inputs."""
         melody = f"melody {self.melody.stem}" if self.melody else None
         begin = f"after {self.prompt_audio.stem}" if self.prompt_audio else None
         title = ", ".join(filter(None, (self.text, melody, begin))) or "unconditional"
-        return title.encode(errors="replace").decode()  # the name of a file can hold bytes that are no text
+        return title.encode(errors="replace").decode()  # file names can contain undecodable bytes
 
     @property
     def file_stem(self) -> str:
-        """The file's name without its suffix: what it is made from, and the seed."""
+        """The file name without its suffix: the inputs and the seed."""
         sources = [self.text, *(path.stem for path in (self.melody, self.prompt_audio) if path)]
         slugs = [slug(source) for source in sources if source] or ["unconditional"]
         return "_".join([*slugs, f"seed{self.seed}"])
 
 
 def plan_pieces(options: GenerateOptions) -> list[Piece]:
-    """One piece for each prompt and sample, with its seed.
+    """One piece per prompt and sample, each with its seed.
 
     Raises:
-        InvalidRequestError: nothing to make, too much, or counts that do not match.
+        InvalidRequestError: nothing to generate, too many pieces, or counts that do not match.
     """
     texts = _texts(options)
     melodies = _one_each(options.melody, len(texts), "melody")
@@ -58,7 +58,9 @@ def plan_pieces(options: GenerateOptions) -> list[Piece]:
             raise InvalidRequestError("an integer ≥ 1", str(value), param=name)
     num_pieces = len(texts) * options.num_samples
     if num_pieces > MAX_PIECES:
-        raise InvalidRequestError(f"at most {MAX_PIECES} pieces at a time", f"{num_pieces}", "run several commands")
+        raise InvalidRequestError(
+            f"at most {MAX_PIECES} pieces per run", f"{num_pieces}", "split them over several runs"
+        )
     seed = secrets.randbelow(DRAWN_SEEDS) if options.seed is None else options.seed
     if not 0 <= seed <= MAX_SEED - num_pieces:
         raise InvalidRequestError("an integer in [0, 2^63)", str(seed), param="seed")
@@ -67,14 +69,14 @@ def plan_pieces(options: GenerateOptions) -> list[Piece]:
 
 
 def _texts(options: GenerateOptions) -> Sequence[str | None]:
-    """One text a piece, None for a piece without words."""
+    """One text per piece, None for a piece without a prompt."""
     num_recordings = max(len(options.melody), len(options.prompt_audio))
     if options.unconditional is not None:
         if options.prompts or num_recordings:
             raise InvalidRequestError(
-                "nothing to go by",
-                "a prompt or a recording",
-                "leave out either these or --unconditional",
+                "no prompts or recordings",
+                "some",
+                "omit either these or --unconditional",
                 param="unconditional",
             )
         if options.unconditional < 1:
@@ -82,16 +84,16 @@ def _texts(options: GenerateOptions) -> Sequence[str | None]:
         return [None] * options.unconditional
     if any(not text.strip() for text in options.prompts):
         raise InvalidRequestError(
-            "prompts with words",
+            "non-empty prompts",
             "an empty one",
-            "leave it out with --melody, or use --unconditional 1 for music without a prompt",
+            "omit the prompt when using --melody, or use --unconditional 1",
             param="prompt",
         )
     if not options.prompts and not num_recordings:
         raise InvalidRequestError(
             "a prompt, --melody, --prompt-audio or --unconditional",
-            "none of them",
-            'for example: musicgen generate "happy rock"',
+            "none of these",
+            'example: musicgen generate "happy rock"',
         )
     return options.prompts or [None] * num_recordings
 
@@ -101,31 +103,31 @@ def _one_each(files: Sequence[Path], num_texts: int, option: str) -> Sequence[Pa
         return [*files, None][:1] * num_texts
     if len(files) != num_texts:
         raise InvalidRequestError(
-            f"one file for all, or one a prompt ({num_texts})", f"{len(files)} files", param=option
+            f"one file for all prompts, or one per prompt ({num_texts})", f"{len(files)}", param=option
         )
     return files
 
 
 def slug(text: str) -> str:
-    """`text` as a part of a file name: letters and digits of any script, joined by hyphens."""
+    """`text` as part of a file name: letters and digits of any script, joined by hyphens."""
     words = re.sub(r"[^\w]+|_", "-", text.lower()).strip("-")
     cut = words[:MAX_SLUG_LEN].encode(errors="ignore")[:MAX_SLUG_BYTES].decode(errors="ignore")
     return cut.rstrip("-") or "piece"
 
 
 def longest_name(pieces: Sequence[Piece], options: GenerateOptions) -> int:
-    """Bytes of the longest file name that the pieces need, the number of a repetition included."""
+    """Bytes of the longest file name of the pieces, including a number appended to avoid overwriting."""
     suffix = max(f".{options.format}", ".png" if options.plot else "", key=len)
     return max(len(f"{piece.file_stem}-{MAX_PIECES}{suffix}".encode()) for piece in pieces)
 
 
 def make_folder(folder: Path, name_bytes: int = 0) -> None:
-    """Make the output folder, so that a bad one is known before the work.
+    """Create the output folder, so that a bad one is reported before any work.
 
     Args:
-        name_bytes: how long the names of files in it may become.
+        name_bytes: the longest file name that must be possible in it.
     Raises:
-        InvalidRequestError: it cannot be made or written to.
+        InvalidRequestError: it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,11 +136,11 @@ def make_folder(folder: Path, name_bytes: int = 0) -> None:
         probe.unlink()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise InvalidRequestError("a folder to write to", f"{folder} ({reason})", param="out") from error
+        raise InvalidRequestError("a writable folder", f"{folder} ({reason})", param="out") from error
 
 
 def free_stem(folder: Path, stem: str, suffixes: Sequence[str], *, overwrite: bool) -> Path:
-    """Where to write, without the suffix: `stem`, or the first of `stem-2`, `stem-3` … that is free."""
+    """The output path without suffix: `stem`, or the first unused one of `stem-2`, `stem-3` …."""
     path, number = folder / stem, 1
     while not overwrite and any(path.with_name(f"{path.name}{suffix}").exists() for suffix in suffixes):
         number += 1

@@ -1,6 +1,6 @@
-"""Subcommands that other packages bring, such as `musicgen serve`: found by the entry points of what is installed.
+"""Subcommands of other packages, such as `musicgen serve`, discovered through entry points.
 
-So the command knows nothing of the service, and the service's libraries are needed only where it runs.
+This keeps the command independent of the service and its dependencies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INSTALL = "pip install 'musicgen-serve[serve]'"
 
 
 class Command(Protocol):
-    """A subcommand. Making its parser must import nothing large."""
+    """A subcommand. Building its parser must not import anything heavy."""
 
     name: str
     help: str
@@ -26,11 +26,11 @@ class Command(Protocol):
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
 
     def run(self, values: dict[str, Any]) -> int:
-        """Run with what was parsed. Returns the exit code."""
+        """Run with the parsed options. Returns the exit code."""
 
 
 def commands() -> dict[str, Command]:
-    """The subcommands that are installed, by name; those whose package cannot be imported are left out."""
+    """The installed subcommands, by name, without those that fail to import."""
     found: dict[str, Command] = {}
     for entry in sorted(entry_points(group=COMMANDS), key=lambda entry: entry.name):
         try:
@@ -42,7 +42,7 @@ def commands() -> dict[str, Command]:
 
 
 def generate_remote() -> Callable[..., int]:
-    """What `musicgen generate --server` runs.
+    """The function behind `musicgen generate --server`.
 
     Raises:
         MissingDependencyError: the service's client is not installed.
@@ -51,6 +51,8 @@ def generate_remote() -> Callable[..., int]:
         try:
             run: Callable[..., int] = entry.load()
         except ImportError as error:
-            raise MissingDependencyError(f"--server: expected the service's client, got {error}; {INSTALL}") from error
+            raise MissingDependencyError(
+                f"--server: expected the service's client, got an import error ({error}); run: {INSTALL}"
+            ) from error
         return run
-    raise MissingDependencyError(f"--server: expected the service's client, got none; {INSTALL}")
+    raise MissingDependencyError(f"--server: expected the service's client to be installed; run: {INSTALL}")

@@ -1,6 +1,6 @@
-"""Settings of libraries for the length of a command: their chatter off its output, their threads. Put back afterwards.
+"""Library settings for the duration of a command: silenced logging and the number of threads. Restored afterwards.
 
-Progress of downloads stays: it is the user's business. So do the project's own warnings, a line each on stderr.
+Download progress is kept, and so are the project's own warnings, one line each on stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_THREADS = 1024
 
 
 class _OneLine(logging.Handler):
-    """A warning of the project as a line on stderr, above a progress bar if there is one."""
+    """Prints the project's warnings as single lines on stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(f"musicgen: {record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
@@ -29,7 +29,7 @@ class _OneLine(logging.Handler):
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No warnings, no log lines below an error, no bars for loading weights from disk."""
+    """Suppress warnings, log records below ERROR, and progress bars for loading weights from disk."""
     from transformers.utils import logging as transformers_logging
 
     loggers = [logging.getLogger(name) for name in CHATTY_LOGGERS]
@@ -54,10 +54,10 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def torch_threads(options: GenerateOptions) -> Iterator[None]:
-    """Set the number of threads that torch works with.
+    """Set the number of torch threads.
 
     Raises:
-        InvalidRequestError: an impossible number.
+        InvalidRequestError: the number is out of range.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What `musicgen generate` says: the bar on stderr, a line for each file, the summary, JSON. Measures nothing."""
+"""Output of `musicgen generate`: progress bar on stderr, one line per file, summary, JSON."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from musicgen.cli.timing import PARTS, PartName
 if TYPE_CHECKING:
     from musicgen.api import MusicGen
 
-DEMO_NOTE = "embedded demo model: small, made here, not Meta's weights"
+DEMO_NOTE = "bundled demo model (small; not Meta's weights)"
 MAX_TITLE_LEN = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A finished file, as it was read back. Set by `generate`."""
+    """A finished file, as read back from disk."""
 
     path: Path
     piece: Piece
@@ -35,12 +35,12 @@ class Written:
     peak: float
     """Largest absolute sample; 1 is full scale."""
     loudness_lufs: float | None
-    """None for audio too short or too quiet to have one."""
+    """None if the audio is too short or too quiet to measure."""
     picture: Path | None
 
 
 class Bar:
-    """The progress over all pieces, in seconds of music; hidden where stderr is no terminal."""
+    """Progress over all pieces, in seconds of music; hidden if stderr is not a terminal."""
 
     def __init__(self, num_pieces: int, duration_s: float) -> None:
         self._num_pieces, self._duration_s = num_pieces, duration_s
@@ -58,7 +58,7 @@ class Bar:
         self._bar.close()
 
     def begin(self, titles: list[str]) -> None:
-        """The next batch begins."""
+        """Start the next batch."""
         self._num_before += self._num_in_batch
         self._num_in_batch = len(titles)
         more = f" and {len(titles) - 1} more" if len(titles) > 1 else ""
@@ -66,17 +66,17 @@ class Bar:
         self._bar.set_description_str(f"{title}{more}")
 
     def frames(self, generated: int, total: int) -> None:
-        """`generated` of `total` frames of this batch are made."""
+        """Report that `generated` of `total` frames of this batch are done."""
         done_s = (self._num_before + self._num_in_batch * generated / total) * self._duration_s
         self._bar.update(done_s - self._bar.n)
 
     def say(self, line: str) -> None:
-        """A line on stdout, above the bar."""
+        """Print a line on stdout, above the bar."""
         self._bar.write(line)
 
 
 class Report:
-    """The lines of one run, in order: `start`, `line` for each file, `finish`."""
+    """The output of one run, in order: `start`, `line` for each file, `finish`."""
 
     def __init__(self, options: GenerateOptions, model: MusicGen, num_pieces: int) -> None:
         self._options, self._model, self._num_pieces = options, model, num_pieces
@@ -88,19 +88,19 @@ class Report:
         config = self._model.model.config
         what = DEMO_NOTE if self._options.model == DEMO_MODEL else f"model {config.name}"
         print(f"{what}; licence of the weights: {config.license}; on {self._model.device}")
-        drawn = " (drawn; give it with --seed to get the same again)" if self._options.seed is None else ""
+        drawn = " (random; pass --seed to reproduce)" if self._options.seed is None else ""
         last = f" to {first_seed + self._num_pieces - 1}" if self._num_pieces > 1 else ""
         print(f"seed {first_seed}{last}{drawn}", flush=True)
 
     def line(self, written: Written) -> str:
-        """The line of a finished file; remembered for the summary."""
+        """The line for a finished file, which is also recorded for the summary."""
         self._written.append(written)
         parts = [
             str(written.path),
             f"{written.duration_s:.2f} s",
             f"seed {written.piece.seed}",
             f"peak {_decibels(written.peak)}",
-            "too short or quiet for a loudness"
+            "no loudness (too short or too quiet)"
             if written.loudness_lufs is None
             else f"{written.loudness_lufs:.1f} LUFS",
         ]
@@ -111,14 +111,14 @@ class Report:
         """The summary; with --json, JSON as the last line.
 
         Args:
-            seconds: of each part of the work.
+            seconds: time spent in each part of the work.
         """
         audio_s = sum(written.duration_s for written in self._written)
         work_s = sum(spent for part, spent in seconds.items() if part != "load")
         factor = audio_s / work_s
         print(
-            f"{audio_s:.1f} s of music in {work_s:.1f} s after loading: real-time factor {factor:.2f} "
-            "(seconds of music a second)"
+            f"{audio_s:.1f} s of music in {work_s:.1f} s, excluding loading: real-time factor {factor:.2f} "
+            "(seconds of music per second)"
         )
         print("; ".join(f"{label} {seconds[part]:.2f} s" for part, label in PARTS.items()))
         if self._options.json:
@@ -158,4 +158,4 @@ def _as_dict(written: Written) -> dict[str, Any]:
 
 
 def _decibels(peak: float) -> str:
-    return f"{20 * math.log10(peak):.1f} dBFS" if peak > 0 else "none: silence"
+    return f"{20 * math.log10(peak):.1f} dBFS" if peak > 0 else "-inf dBFS (silence)"

@@ -1,4 +1,4 @@
-"""How long the parts of the work took. Knows nothing of what they do."""
+"""Stopwatch for the parts of a run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ PARTS: dict[PartName, str] = {
     "decode": "decode",
     "write": "write",
 }
-"""The parts, in the order in which they happen, and what they are called in the summary."""
+"""The parts in order of execution, with their labels in the summary."""
 
 
 class Stopwatch:
-    """Adds up the seconds of each part; a part measured within another counts for the inner one only."""
+    """Accumulates seconds per part; nested measurements count for the innermost part only."""
 
     def __init__(self) -> None:
         self.seconds: dict[PartName, float] = dict.fromkeys(PARTS, 0.0)
         self.synchronize: Callable[[], None] = lambda: None
-        """Waits for the device; set when it works on its own, so that its work counts where it was started."""
+        """Waits for an asynchronous device, so that its work is attributed to the part that launched it."""
         self._inner: list[float] = []
 
     @contextmanager
@@ -41,7 +41,7 @@ class Stopwatch:
                 self._inner[-1] += elapsed
 
     def watch(self, part: PartName, target: Any, *methods: str) -> Any:
-        """Something that acts as `target` and measures calls of its `methods`, and of itself, as `part`."""
+        """A proxy for `target` that counts calls of it and of its `methods` as `part`."""
         return _Watched(self, part, target, methods)
 
 

@@ -1,14 +1,14 @@
-"""The embedded demo model: its checkpoint as package data, and the recipe that made it.
+"""The bundled demo model: its checkpoint as package data, and the training recipe.
 
-Owns the path of the shipped checkpoint.  The recipe's steps are modules of their own (``render``, ``tokenise``,
-``train_codec``, ``train_lm``, ``evaluate``) and are imported only by whoever runs them: they need extra packages.
+The recipe's steps are separate modules (``render``, ``tokenise``, ``train_codec``, ``train_lm``, ``evaluate``), which
+need extra packages and are imported only to run them.
 """
 
 from pathlib import Path
 
 
 def checkpoint_path() -> Path:
-    """Folder of the shipped checkpoint in Hugging Face layout (``config.json``, ``model.safetensors``, tokenizer)."""
+    """Folder of the bundled checkpoint in Hugging Face layout (``config.json``, ``model.safetensors``, tokenizer)."""
     return Path(__file__).resolve().parent / "checkpoint"
 
 

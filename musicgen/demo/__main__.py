@@ -1,9 +1,9 @@
-"""The whole recipe of the demo model, step by step; each step continues where it was interrupted.
+"""The complete training recipe of the demo model; each step can be interrupted and resumed.
 
     python -m musicgen.demo --out build/demo
 
-``--codec FOLDER`` takes a trained codec (an ``EncodecModel`` or a whole checkpoint) in place of training one.
-The defaults are those of the embedded model; more clips and steps take longer and may do better, fewer the contrary:
+``--codec FOLDER`` uses a trained codec (an ``EncodecModel`` or a whole checkpoint) instead of training one.
+The defaults reproduce the bundled model. A quicker, lower-quality run:
 
     python -m musicgen.demo --out build/quick --clips 96 --grouped-clips 98 --codec-steps 1200 --lm-steps 800
 """
@@ -23,7 +23,7 @@ HELD_OUT_CLIPS = 80
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is rendered and trained: clips of their own, clips of melodies in every style, updates of each model."""
+    """Amount of data and training: individual clips, clips of melodies in every style, updates per model."""
 
     clips: int = 256
     grouped_clips: int = 392
@@ -32,7 +32,7 @@ class Size:
 
 
 def steps(out: Path, codec: Path | None, size: Size) -> list[list[str]]:
-    """The commands of the recipe in order, each a module of this package with its arguments."""
+    """The commands of the recipe in order: modules of this package with their arguments."""
     train, held, run = str(out / "train"), str(out / "held"), str(out / "run")
     made_codec = str(codec or out / "codec-run" / "codec")
 
@@ -61,11 +61,13 @@ def steps(out: Path, codec: Path | None, size: Size) -> list[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="data, states, checkpoint and figures go here")
-    parser.add_argument("--codec", type=Path, help="a trained codec, in place of training one")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for data, training state, checkpoint and results"
+    )
+    parser.add_argument("--codec", type=Path, help="use this trained codec instead of training one")
     for field in fields(Size):
         option = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=field.default, help="%(default)s by default")
+        parser.add_argument(option, type=int, default=field.default, help="default: %(default)s")
     chosen = parser.parse_args(arguments)
     size = Size(chosen.clips, chosen.grouped_clips, chosen.codec_steps, chosen.lm_steps)
     for module, *rest in steps(chosen.out, chosen.codec, size):

@@ -1,9 +1,9 @@
-"""Initial attention heads that look at a chosen position, found by fitting positions alone.
+"""Initialises attention heads to attend to chosen positions, by fitting the position embeddings alone.
 
-Owns the fit.  Melody following needs a head that, while step s is computed, looks at chroma frame s/6.4 of the prefix.
-Found by gradient descent through a whole model this takes a small model very long; as a problem of its own (sinusoidal
-positions in, a distribution over positions out) it is solved in seconds, and the architecture stays what it is: only
-the initial values of two projections differ.
+To follow a melody, the model needs a head that at step s attends to chroma frame s/6.4 of the prefix. Training a small
+model end to end takes very long to find it; as a separate problem (sinusoidal positions in, a distribution over
+positions out) it is solved in seconds. The architecture is unchanged: only the initial values of two projections
+differ.
 """
 
 import torch
@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FRAMES_A_CHROMA_FRAME = 6.4
-"""50 code frames a second, one chroma frame every 4096 samples of 32,000 a second."""
+"""50 code frames per second; one chroma frame per 4096 samples at 32 kHz."""
 
 
 def chroma_targets(num_steps: int, prefix_len: int, chroma_len: int, ahead: float, width: float) -> Tensor:
-    """Attention wanted from steps to chroma frames: float32 ``[num_steps, prefix_len + num_steps]``, rows add to 1.
+    """Target attention from steps to chroma frames: float32 ``[num_steps, prefix_len + num_steps]``, rows sum to 1.
 
     Args:
         num_steps: code steps S after the prefix; step s predicts frame s of the first codebook.
         prefix_len: positions before the first code step, the first ``chroma_len`` of them chroma.
         chroma_len: number of chroma frames.
-        ahead: how many chroma frames to look ahead of the step's own time.
+        ahead: look-ahead in chroma frames, relative to the step's own time.
         width: standard deviation of the Gaussian, in chroma frames.
     """
     wanted = (torch.arange(num_steps)[:, None] + 0.5) / FRAMES_A_CHROMA_FRAME + ahead
@@ -32,7 +32,7 @@ def chroma_targets(num_steps: int, prefix_len: int, chroma_len: int, ahead: floa
 
 
 def recent_targets(num_steps: int, prefix_len: int, back: float, width: float) -> Tensor:
-    """Attention wanted from code steps to the code steps about ``back`` before them; shapes as ``chroma_targets``."""
+    """Target attention from code steps to the code steps about ``back`` earlier; shapes as in ``chroma_targets``."""
     steps = torch.arange(num_steps)
     distance = (steps[None, :] - (steps[:, None] - back).clamp_min(0)) / width
     wanted = torch.softmax((-0.5 * distance**2).masked_fill(steps[None, :] > steps[:, None], -torch.inf), dim=-1)
@@ -40,7 +40,8 @@ def recent_targets(num_steps: int, prefix_len: int, back: float, width: float) -
 
 
 def text_targets(num_steps: int, prefix_len: int, text_len: int) -> Tensor:
-    """Equal attention from all steps to the text, the last ``text_len`` of the prefix; shapes as ``chroma_targets``."""
+    """Uniform attention from all steps to the text, the last ``text_len`` positions of the prefix; shapes as in
+    ``chroma_targets``."""
     targets = torch.zeros(num_steps, prefix_len + num_steps)
     targets[:, prefix_len - text_len : prefix_len] = 1 / text_len
     return targets
@@ -56,8 +57,8 @@ def fit_head(
         targets: float32 ``[S, L]``, rows that sum to 1, for the last S positions.
         head_dim: width of the head.
         seed: of the initial weights, the sampled rows and the noise.
-        num_steps: steps of Adam.
-        noise: standard deviation of the Gaussian noise that stands for the content added to the positions.
+        num_steps: Adam steps.
+        noise: standard deviation of Gaussian noise that simulates the content added to the positions.
 
     Returns:
         Query weight and key weight, both ``[head_dim, dim]``, and the last cross-entropy in nats.

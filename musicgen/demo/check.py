@@ -1,4 +1,4 @@
-"""Checks audio files: the rate and length expected, finite, not silent. Says what it found; knows no model.
+"""Checks that audio files have the expected sample rate and length, are finite and are not silent.
 
 python -m musicgen.demo.check --seconds 8 --rate 32000 out/*.wav
 """
@@ -13,12 +13,12 @@ import numpy as np
 import soundfile as sf
 
 SILENT_RMS = 1e-3
-"""−60 dBFS: below it a file counts as silent."""
+"""−60 dBFS; files below this count as silent."""
 TOLERANCE_S = 0.05
 
 
 def check(path: Path, rate_hz: int, duration_s: float) -> tuple[str, bool]:
-    """One line about a file, and whether it is as expected."""
+    """A one-line report on a file, and whether it passes."""
     try:
         samples, rate = sf.read(path, always_2d=True)
     except (OSError, sf.LibsndfileError) as error:
@@ -37,7 +37,7 @@ def check(path: Path, rate_hz: int, duration_s: float) -> tuple[str, bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check that audio files are as expected.")
+    parser = argparse.ArgumentParser(description="Check the sample rate, length and level of audio files.")
     parser.add_argument("--rate", type=int, required=True, metavar="HZ")
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("files", nargs="+", type=Path)

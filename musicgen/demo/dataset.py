@@ -1,7 +1,6 @@
 """Batches for the demo language model from cached codes, chroma and labels.
 
-Owns the delay pattern's layout, the crops, the random prompts and the dropping of conditions.  Knows nothing of the
-model's weights.
+Handles the delay pattern's layout, crops, random prompts and condition dropout.
 """
 
 import json
@@ -20,16 +19,16 @@ from musicgen.demo.score import Label, describe
 SPECIAL = CODEBOOK_SIZE
 HIDDEN_SHARE, HIDDEN_RUN_LEN = 0.3, 12
 FOREIGN_SHARE, FOREIGN_RUN_LEN = 0.3, 100
-"""Share of a batch's rows whose past is hidden or foreign in runs of so many steps."""
+"""Fraction of a batch's rows whose past is masked or replaced, and the length of the affected runs in steps."""
 MIN_MELODY_FRAMES = 40
-"""Shortest melody, in chroma frames, that a crop is conditioned on before it is repeated: 5 s."""
+"""Minimum length of a crop's melody, in chroma frames, before it is repeated: 5 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clips:
     """``sequences`` int16 ``[N, K, T + 4]`` (delayed, column 0 special); ``chroma`` int8 ``[N, 235]``; ``labels`` N.
 
-    ``groups`` holds the indices of the clips that play one melody, by the name of their group.
+    ``groups`` maps group names to the indices of the clips that play the same melody.
     """
 
     sequences: Tensor
@@ -72,11 +71,11 @@ def load_clips(folder: Path) -> Clips:
     """All cached shards of a folder.
 
     Raises:
-        FileNotFoundError: the folder has no cached shard.
+        FileNotFoundError: the folder has no cached shards.
     """
     paths = sorted(folder.glob("*.npz"))
     if not paths:
-        raise FileNotFoundError(f"no cached shard (*.npz) in {folder}: run musicgen.demo.tokenise first")
+        raise FileNotFoundError(f"no cached shards (*.npz) in {folder}; run musicgen.demo.tokenise first")
     codes, decoded, original, labels = [], [], [], []
     for path in paths:
         with np.load(path) as cache:
@@ -99,9 +98,9 @@ def repeat_melody(chroma: Tensor, num_frames: int) -> Tensor:
 def sample_batch(
     clips: Clips, tokenizer: Tokenizer, rng: random.Random, batch_size: int, num_steps: int, offset: int
 ) -> Batch:
-    """A training batch: random clips, random words, melodies cut short and repeated, conditions dropped.
+    """A training batch: random clips and words, shortened and repeated melodies, condition dropout.
 
-    Of ten examples one loses both conditions (guidance's null), one the text, one and a half the melody.
+    Drops both conditions in 10 % of examples (for guidance), only the text in 10 % and only the melody in 15 %.
     """
     chosen = [rng.randrange(len(clips)) for _ in range(batch_size)]
     chroma = clips.chroma[chosen].long()
@@ -121,11 +120,11 @@ def sample_batch(
 
 
 def disturb_past(clips: Clips, chosen: list[int], inputs: Tensor, offset: int, rng: random.Random) -> Tensor:
-    """Hides runs of the past, or puts another style's codes there, in some rows of ``[B, K, S]`` (new tensor).
+    """Masks runs of the past, or replaces them with codes of another style, in some rows of ``[B, K, S]`` (new tensor).
 
-    Codes repeat from frame to frame, so the past alone predicts most of them and a model need not listen to melody or
-    words.  Where the past is hidden, it must.  A foreign past plays the same melody in another style where the clip has
-    such a partner: it stands for music that has drifted away from its prompt, and the targets lead back.
+    Codes repeat from frame to frame, so the past alone predicts most of them and a model can ignore melody and text.
+    With a masked past it cannot. A replaced past plays the same melody in another style if the clip has such a partner:
+    it simulates music that has drifted away from its prompt, and trains the model to return to it.
     """
     out, num_steps = inputs.clone(), inputs.shape[-1]
     for row, index in enumerate(chosen):
@@ -140,14 +139,14 @@ def disturb_past(clips: Clips, chosen: list[int], inputs: Tensor, offset: int, r
 
 
 def _runs(num_steps: int, run_len: int, rng: random.Random) -> Tensor:
-    """Which steps are disturbed: bool ``[num_steps]``, in runs, from a third of them to all."""
+    """The steps to disturb: bool ``[num_steps]``, in runs, covering a third to all of them."""
     share = rng.uniform(0.3, 1.1)
     chosen = torch.tensor([rng.random() < share for _ in range(-(-num_steps // run_len))])
     return chosen.repeat_interleave(run_len)[:num_steps]
 
 
 def _foreign_clip(clips: Clips, index: int, rng: random.Random) -> int:
-    """A clip of another style: one that plays the same melody, or any if there is none."""
+    """A clip of another style: one with the same melody, or any if there is none."""
     label = clips.labels[index]
     rows = range(len(clips)) if label.group is None else clips.groups[label.group]
     others = [row for row in rows if clips.labels[row].style != label.style]

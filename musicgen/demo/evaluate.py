@@ -1,7 +1,7 @@
-"""Held-out figures of the demo model: codec, language model, generation.
+"""Held-out evaluation of the demo model: codec, language model, generation.
 
-Owns which figures are taken and writes them as JSON.  Knows nothing of training.  Run on shards of a seed that training
-never saw, rendered and tokenised like the training data.
+Computes the metrics and writes them as JSON. Run it on shards with a seed that was not used in training, rendered and
+tokenised like the training data.
 
     python -m musicgen.demo.evaluate --data build/demo --out build/demo/figures.json
 """
@@ -39,12 +39,12 @@ SILENT_RMS = 0.01
 ONE_NOTE_SHARE = 0.9
 CARD_PROMPTS = ("happy rock", "energetic EDM", "sad jazz")
 NEXT_CLIP = 1
-"""Prompts are those of the next clip: the melody must come from the melody, the style from the words."""
+"""Prompts are taken from the next clip, so that melody and style come from different sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class Similarities:
-    """Chroma cosine similarity, one-hot (exact) and soft, with the right partner and with all wrong ones."""
+    """Chroma cosine similarity, one-hot (exact) and soft, with the right reference and with all wrong ones."""
 
     right: float
     wrong: float
@@ -65,7 +65,7 @@ def similarities(references: Tensor, others: Tensor, num_shifts: int = 8) -> Sim
 
 @torch.no_grad()
 def losses_without_past(model: MusicgenMelodyForConditionalGeneration, clips: Clips) -> dict[str, list[float]]:
-    """Held-out loss of each codebook in nats a code when all past codes are hidden: what the conditions alone tell.
+    """Held-out loss of each codebook in nats per code with all past codes masked, i.e. from the conditions alone.
 
     Over the first 8 s of each clip, in float32.
     """
@@ -82,7 +82,7 @@ def losses_without_past(model: MusicgenMelodyForConditionalGeneration, clips: Cl
 
 
 def codec_figures(codec: EncodecModel, wav: Tensor) -> dict[str, Any]:
-    """What coding and decoding does to recordings, ``[B, samples]`` (whole frames)."""
+    """Reconstruction quality of the codec on recordings, ``[B, samples]`` (whole frames)."""
     codes = encode(codec, wav)
     decoded = decode(codec, codes)
     used = [torch.unique(codes[:, k]).numel() for k in range(codes.shape[1])]
@@ -103,14 +103,14 @@ def codec_figures(codec: EncodecModel, wav: Tensor) -> dict[str, Any]:
 
 
 def moved_classes(wav: Tensor, decoded: Tensor) -> dict[str, float]:
-    """Shares of frames whose strongest pitch class has moved by a semitone, and by a fourth or a fifth."""
+    """Fractions of frames whose strongest pitch class moved by a semitone, and by a fourth or a fifth."""
     steps = (chromagram(decoded).argmax(dim=-1) - chromagram(wav).argmax(dim=-1)) % NUM_CHROMA
     moved = {"semitone": (1, 11), "fourth_or_fifth": (5, 7)}
     return {name: torch.isin(steps, torch.tensor(by)).float().mean().item() for name, by in moved.items()}
 
 
 def collapse(wav: Tensor) -> dict[str, float]:
-    """Shares of recordings, ``[B, samples]``, that are silent, and that stay on one pitch class."""
+    """Fractions of recordings, ``[B, samples]``, that are silent, and that stay on one pitch class."""
     silent = wav.pow(2).mean(dim=1).sqrt() < SILENT_RMS
     classes = chromagram(wav).argmax(dim=-1)
     top = torch.stack([torch.bincount(row, minlength=12).max() / len(row) for row in classes])
@@ -118,7 +118,7 @@ def collapse(wav: Tensor) -> dict[str, float]:
 
 
 def train_classifier(codec: EncodecModel, folder: Path, num_clips: int, num_samples: int) -> StyleClassifier:
-    """A style classifier from decoded training clips, each cut into pieces of ``num_samples``."""
+    """Train a style classifier on decoded training clips, each split into pieces of ``num_samples``."""
     clips = load_clips(folder)
     rows, styles = [], []
     for index in range(min(num_clips, len(clips))):
@@ -142,7 +142,7 @@ def generation_figures(
 
     Args:
         melodies: float ``[B, samples]``.
-        prompts: B pairs (style, prompt), which need not be those of the melodies' clips.
+        prompts: B pairs (style, prompt), not necessarily those of the melodies' clips.
     """
     wav = generate(model, [prompt for _, prompt in prompts], melodies, num_threads=num_threads)
     pairs = similarities(melodies, wav)
@@ -159,7 +159,7 @@ def generation_figures(
 
 
 def load_recording(path: Path, num_samples: int) -> Tensor:
-    """A recording as float ``[1, num_samples]``: mono, 32 kHz, peak 0.8, repeated if it is shorter."""
+    """A recording as float ``[1, num_samples]``: mono, 32 kHz, peak 0.8, repeated if shorter."""
     import soundfile as sf
     import torchaudio
 
@@ -177,8 +177,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--melodies", type=int, default=64)
     parser.add_argument("--duration", type=float, default=10.0)
-    parser.add_argument("--recordings", type=Path, nargs="*", default=[], help="melodies from elsewhere")
-    parser.add_argument("--pictures", type=Path, help="folder for pictures of those melodies and what was made of them")
+    parser.add_argument("--recordings", type=Path, nargs="*", default=[], help="additional melody recordings")
+    parser.add_argument("--pictures", type=Path, help="folder for plots of those melodies and their pieces")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -188,7 +188,7 @@ def main() -> None:
 
 
 def all_figures(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every figure, as a JSON-ready dictionary."""
+    """All metrics, as a JSON-serialisable dictionary."""
     model = MusicgenMelodyForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
     engine_model = load_model(str(arguments.checkpoint), "cpu")
     codec = model.audio_encoder
@@ -225,7 +225,7 @@ def all_figures(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def recording_figures(melody: Tensor, out: Tensor, classifier: StyleClassifier) -> dict[str, Any]:
-    """Similarity of what the card's prompts gave to their melody, ``[3, samples]`` each, and the style heard."""
+    """Similarity of the card prompts' pieces to their melody, ``[3, samples]`` each, and the detected styles."""
     exact = chroma_cosine_similarity(melody, out)
     soft = chroma_cosine_similarity(melody, out, argmax=False)
     return {
@@ -235,12 +235,12 @@ def recording_figures(melody: Tensor, out: Tensor, classifier: StyleClassifier) 
 
 
 def prompt_of(label: Label) -> str:
-    """Mood and style in words, such as "sad jazz"."""
+    """Mood and style as text, such as "sad jazz"."""
     return f"{label.mood} {STYLES[label.style].names[0]}"
 
 
 def load_held_out_audio(folder: Path, duration_s: float) -> Tensor:
-    """The beginnings of a folder's clips, float32 ``[N, samples]``, whole code frames."""
+    """The starts of a folder's clips, float32 ``[N, samples]``, in whole code frames."""
     num_samples = int(duration_s * SAMPLE_RATE_HZ) // HOP_LEN * HOP_LEN
     shards = [np.load(path, mmap_mode="r")[:, :num_samples] for path in sorted(folder.glob("*.npy"))]
     return torch.cat([torch.from_numpy(shard.astype(np.float32)) / 32767 for shard in shards])

@@ -1,8 +1,8 @@
 """Training-time forward pass over the parameters of transformers' ``MusicgenMelodyForConditionalGeneration``.
 
-Owns the arithmetic of a training step (prefix of chroma and text, sinusoidal positions that may start anywhere, causal
-transformer in bfloat16 where the processor has it, a loss a codebook) and the special initial values.  The parameters
-stay those of the Hugging Face model, so a checkpoint is that model's own; tests hold this pass to transformers'.
+Implements a training step (prefix of chroma and text, sinusoidal positions with arbitrary start, causal transformer in
+bfloat16 where the processor supports it, one loss per codebook) and the special initialisation. It uses the parameters
+of the Hugging Face model, so checkpoints are unchanged; tests compare this pass with transformers'.
 """
 
 import math
@@ -24,7 +24,7 @@ MAX_STEPS = 1504
 
 
 def product_dtype() -> torch.dtype:
-    """bfloat16 where this processor multiplies it, else float32: without instructions for it bfloat16 is slower."""
+    """bfloat16 if the processor has instructions for it, else float32, which is faster without them."""
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
@@ -36,9 +36,9 @@ def sinusoidal_positions(length: int, dim: int) -> Tensor:
 
 
 def initialise(model: MusicgenMelodyForConditionalGeneration, seed: int, num_fit_steps: int = 400) -> None:
-    """Sets the first layer's heads to look at the present chroma frame, the next, the last steps and the text.
+    """Initialises the first layer's heads to attend to the current chroma frame, the next, recent steps and the text.
 
-    Mutates ``model`` in place.
+    Modifies ``model`` in place.
     """
     decoder = model.decoder.model.decoder
     dim, head_dim = decoder.config.hidden_size, decoder.config.hidden_size // decoder.config.num_attention_heads
@@ -50,7 +50,7 @@ def initialise(model: MusicgenMelodyForConditionalGeneration, seed: int, num_fit
         (0, 3, align.text_targets(MAX_STEPS, PREFIX_LEN, TEXT_LEN)),
     )
     with torch.no_grad():
-        # Strong enough to be seen beside the positions, whose root mean square is 0.7.
+        # Strong enough relative to the positions, whose root mean square is 0.7.
         model.audio_enc_to_dec_proj.weight.normal_(std=0.4)
         model.enc_to_dec_proj.weight.normal_(std=0.06)
         model.audio_enc_to_dec_proj.bias.zero_()
@@ -107,7 +107,7 @@ def hidden_states(
 def codebook_losses(
     model: MusicgenMelodyForConditionalGeneration, batch: Batch, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Mean cross-entropy of each codebook in nats a code, special positions left out: float32 ``[K]``."""
+    """Mean cross-entropy of each codebook in nats per code, excluding special positions: float32 ``[K]``."""
     x = hidden_states(model, batch, dtype)
     dtype = x.dtype
     losses = []
@@ -119,9 +119,9 @@ def codebook_losses(
 
 @torch.no_grad()
 def text_separation(model: MusicgenMelodyForConditionalGeneration) -> float:
-    """How well the decoder can tell the styles' names apart: 0 if two of them are the same to it.
+    """How well the decoder can distinguish the styles' names; 0 if two of them coincide.
 
-    The smallest distance between two styles' projected states (averaged over the tokens) over their mean norm.
+    The smallest distance between two styles' projected states (averaged over the tokens), relative to their mean norm.
     """
     tokenizer = build_tokenizer()
     ids = torch.tensor([tokenizer.encode(style.names[0]).ids for style in STYLES.values()])

@@ -1,6 +1,6 @@
-"""Generation for the evaluation: pieces by the project's engine, and codes by transformers to hold against them.
+"""Generation for the evaluation: pieces from the project's engine, and codes from transformers for comparison.
 
-Owns nothing but the calls.  Both make the same codes where they take the likeliest one; the tests show it.
+With greedy decoding both generate the same codes, as tests verify.
 """
 
 from collections.abc import Sequence
@@ -34,12 +34,12 @@ def generate_codes(
     Args:
         model: float32 or bfloat16, on the CPU, in eval mode.
         tokenizer: of the same checkpoint.
-        texts: B prompts, none of them empty.
+        texts: B non-empty prompts.
         melodies: float ``[B, samples]`` at 32 kHz, or None for no melody.
         duration_s: length of the result in seconds.
-        seed: of the global generator that transformers samples from.
-        guidance: scale of classifier-free guidance.
-        top_k: number of codes kept at each step; 0 or 1 takes the likeliest.
+        seed: seeds the global generator, which transformers samples from.
+        guidance: classifier-free guidance scale.
+        top_k: number of codes kept at each step; 0 or 1 is greedy.
 
     Returns:
         int64 ``[B, K, T]``.
@@ -51,7 +51,7 @@ def generate_codes(
     num_codebooks = model.config.decoder.num_codebooks
     batch_size = len(texts)
     captured: list[Tensor] = []
-    # generate() would decode as well, row by row; only its codes are wanted.
+    # generate() would also decode, row by row; only its codes are needed.
     original = model.audio_encoder.decode
 
     def keep(audio_codes: Tensor, *_: object, **__: object) -> object:
@@ -77,7 +77,7 @@ def generate_codes(
 
 
 class _CodesReadyError(Exception):
-    """Leaves transformers' generate before it decodes."""
+    """Aborts transformers' generate before it decodes."""
 
 
 def generate(
@@ -89,18 +89,18 @@ def generate(
     kv: KVDtype = "float32",
     num_threads: int = 1,
 ) -> Tensor:
-    """What the engine makes of prompts and melodies with MusicGen's own settings (guidance 3, top-k 250).
+    """Generate from prompts and melodies with the engine and MusicGen's default settings (guidance 3, top-k 250).
 
     Args:
         model: loaded on the CPU.
         prompts: B texts.
-        melodies: float ``[B, samples]`` at 32 kHz; the pieces get their length.
-        weights: kind of the decoder's matrices.
-        kv: kind of the keys and values.
+        melodies: float ``[B, samples]`` at 32 kHz; pieces have the same length.
+        weights: type of the decoder's matrices.
+        kv: dtype of keys and values.
         num_threads: of the engine.
 
     Returns:
-        float32 ``[B, samples]``; piece i is drawn with seed i.
+        float32 ``[B, samples]``; piece i uses seed i.
     """
     engine = EngineConfig(weights=weights, cache=CacheConfig(dtype=kv), num_threads=num_threads)
     musicgen = MusicGen(model, engine)

@@ -1,7 +1,7 @@
-"""The demo model's shapes, and its checkpoint in Hugging Face layout.
+"""The demo model's configuration, and its checkpoint in Hugging Face layout.
 
-Owns the configuration (the true melody architecture, small) and what is written to a checkpoint folder.  Knows nothing
-of training data or of how the weights came about.
+Defines a small version of MusicGen's melody architecture and the contents of a checkpoint folder. Independent of
+training.
 """
 
 import json
@@ -67,7 +67,7 @@ def model_config(codec: EncodecModel, vocabulary_size: int) -> MusicgenMelodyCon
 
 
 def load_codec(folder: Path) -> EncodecModel:
-    """The codec of a folder that holds an ``EncodecModel`` or a whole checkpoint, in float32 and eval mode."""
+    """The codec from a folder with an ``EncodecModel`` or a whole checkpoint, in float32 and eval mode."""
     if AutoConfig.from_pretrained(folder).model_type == "musicgen_melody":
         whole = MusicgenMelodyForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         return whole.audio_encoder.eval()
@@ -84,7 +84,7 @@ def build_model(codec: EncodecModel, seed: int) -> MusicgenMelodyForConditionalG
 
 
 def wrap_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers takes it."""
+    """The tokenizer wrapped for transformers."""
     return PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(), pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=512
     )
@@ -109,7 +109,7 @@ def save_checkpoint(model: MusicgenMelodyForConditionalGeneration, folder: Path)
     )
     half.save_pretrained(folder)
     wrap_tokenizer().save_pretrained(folder)
-    # The name that every transformers release knows.
+    # The name supported by all transformers releases.
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -1,7 +1,7 @@
-"""The optimiser of the transformer's matrices: momentum whose singular values are all made one (Muon, Jordan 2024).
+"""Muon (Jordan 2024), the optimiser of the transformer's matrices: orthogonalised momentum.
 
-Torch's own, `torch.optim.Muon`, to which a test holds this one, multiplies in bfloat16: without instructions for that a
-step of the demo model takes it ten seconds, and float32 some hundredths of one.
+`torch.optim.Muon`, which a test compares this one with, multiplies in bfloat16: without bfloat16 instructions, a step
+of the demo model takes ten seconds with it, but only some hundredths of a second in float32.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the Newton-Schulz iteration: singular values from 0 to 1 end near 1 after `NUM_ITERATIONS`."""
+"""Newton-Schulz coefficients: singular values in (0, 1] converge to about 1 after `NUM_ITERATIONS`."""
 NUM_ITERATIONS = 5
 RMS = 0.2
-"""Root mean square of an update over the rate: about that of AdamW, so that the same rates serve."""
+"""RMS of an update relative to the learning rate: about that of AdamW, so that the same rates can be used."""
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""Draws the loss curves of a training run from its log, and chromagrams.
+"""Plots the loss curves of a training run from its log, and chromagrams.
 
 python -m musicgen.demo.plot --run build/demo/run --out docs/demo-model-loss.png
 """
@@ -25,7 +25,7 @@ def plot(log: Path, out: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=80, layout="constrained")
     for k in range(len(train[0]["train"])):
         left.plot([r["step"] for r in train], [r["train"][k] for r in train], label=f"codebook {k + 1}")
-    left.set(title="training", xlabel="step", ylabel="nats a code")
+    left.set(title="training", xlabel="step", ylabel="nats per code")
     left.legend()
     for name in ("right", "wrong_melody", "no_melody", "wrong_text"):
         steps = [record["step"] for record in held]
@@ -37,7 +37,7 @@ def plot(log: Path, out: Path) -> None:
 
 
 def plot_chroma(recordings: list[tuple[str, Tensor]], out: Path) -> None:
-    """Chromagrams of recordings of one length, float ``[samples]`` each at 32 kHz, one under the other."""
+    """Chromagrams of recordings of equal length, float ``[samples]`` each at 32 kHz, stacked vertically."""
     import matplotlib
 
     matplotlib.use("Agg")

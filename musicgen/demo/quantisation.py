@@ -1,8 +1,7 @@
-"""What quantised weights and keys cost on the demo model: held-out perplexity, and how well the melody is followed.
+"""Quality loss of quantised weights and KV cache on the demo model: held-out perplexity and melody following.
 
-Owns the comparison.  Everything runs through the engine's own compiled step: the perplexity by feeding held-out codes
-to it token by token, as decoding does, with keys and values in pages of the kind under test; the generation by the
-engine.  Knows nothing of how a kernel works.
+Everything runs through the engine's compiled step: perplexity by feeding it held-out codes token by token, as in
+decoding, with a KV cache of the dtype under test; generation through the engine.
 
     python -m musicgen.demo.quantisation --data build/demo --out build/demo/quantisation.json
 """
@@ -50,7 +49,7 @@ class HeldOut:
 
 @torch.no_grad()
 def prepare(model: Model, clips: Clips, num_clips: int, num_steps: int) -> HeldOut:
-    """The first steps of held-out clips behind their own melody and words, projected by the engine's modules."""
+    """The first steps of held-out clips after their own melody and text, projected by the engine's modules."""
     batch = held_out_batch(clips, build_tokenizer(), list(range(num_clips)), num_steps)
     prefixes = []
     for chroma, ids in zip(batch.chroma, batch.text_ids, strict=True):
@@ -64,9 +63,9 @@ def prepare(model: Model, clips: Clips, num_clips: int, num_steps: int) -> HeldO
 
 @torch.inference_mode()
 def teacher_forced_losses(step: CpuStep, held: HeldOut, kv: KVDtype, num_threads: int) -> Tensor:
-    """Mean loss of each codebook in nats a code, float64 ``[K]``; positions without a code are left out.
+    """Mean loss of each codebook in nats per code, float64 ``[K]``, excluding positions without a code.
 
-    The prefix is one step, then every step feeds one token a row and reads its logits, as decoding does.
+    The prefix is one step; then every step feeds one token per row and reads its logits, as in decoding.
     """
     num_rows, prefix_len, _ = held.prefix.shape
     num_codebooks, num_steps = held.inputs.shape[1:]
@@ -107,7 +106,7 @@ def _pages(step: CpuStep, num_pages: int, kv: KVDtype) -> KVStore:
 
 
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A record for each kind of weights and keys: losses, perplexity, chroma cosine similarity."""
+    """One record per combination of weights and KV dtype: losses, perplexity, chroma cosine similarity."""
     model = load_model(str(arguments.checkpoint), "cpu")
     clips = load_clips(arguments.data / "held")
     held = prepare(model, clips, arguments.clips, arguments.steps)
@@ -133,7 +132,7 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def as_table(records: Sequence[dict[str, Any]]) -> str:
-    """Markdown: each kind beside float32 everywhere, with the differences from it."""
+    """Markdown table of all combinations, with the differences from float32 throughout."""
     lines = [
         "| weights | keys and values | perplexity, codebook 1 | all codebooks | change | chroma cosine | change |",
         "|---|---|---|---|---|---|---|",
@@ -154,10 +153,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=checkpoint_path())
     parser.add_argument("--data", type=Path, required=True, help="folder with held/, rendered and tokenised")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=64, help="clips of the perplexity")
-    parser.add_argument("--steps", type=int, default=400, help="steps of each of them")
-    parser.add_argument("--melodies", type=int, default=16, help="pieces made with each kind")
-    parser.add_argument("--duration", type=float, default=10.0, help="seconds of each of them")
+    parser.add_argument("--clips", type=int, default=64, help="clips for the perplexity")
+    parser.add_argument("--steps", type=int, default=400, help="steps per clip")
+    parser.add_argument("--melodies", type=int, default=16, help="pieces generated per combination")
+    parser.add_argument("--duration", type=float, default=10.0, help="seconds per piece")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

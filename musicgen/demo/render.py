@@ -1,8 +1,7 @@
 """Renders the demo model's scores to audio with FluidSynth.
 
-Owns the Standard MIDI File and the shards on disk: ``{name}_{index:04d}.npy`` (int16 ``[clips, 960000]``, 32 kHz mono)
-beside ``.json`` (the labels).  Knows nothing of codecs or models.  Needs the programs and sound font of the Debian
-packages ``fluidsynth`` and ``fluid-soundfont-gm`` (FluidR3, MIT licence).
+Writes shards to disk: ``{name}_{index:04d}.npy`` (int16 ``[clips, 960000]``, 32 kHz mono) and ``.json`` (the labels).
+Requires the Debian packages ``fluidsynth`` and ``fluid-soundfont-gm`` (FluidR3, MIT licence).
 
     python -m musicgen.demo.render --seed 1 --clips 640 --out build/demo --name train
 """
@@ -38,11 +37,11 @@ SAMPLE_RATE_HZ = 32000
 CLIP_SAMPLES = int(CLIP_S * SAMPLE_RATE_HZ)
 CLIPS_A_SHARD = 16
 GAP_S = 2.0
-"""Silence between clips of one MIDI file: the last notes' tails end in it."""
+"""Silence between clips of one MIDI file, in which the last notes decay."""
 TICKS_A_SECOND = 960
 DEFAULT_SOUND_FONT = "/usr/share/sounds/sf2/FluidR3_GM.sf2"
 CHANNEL_VOLUMES = {LEAD_CHANNEL: 127, COMP_CHANNEL: 64, BASS_CHANNEL: 72, DRUM_CHANNEL: 80}
-"""MIDI controller 7: the lead stays the strongest voice, so the chroma's maximum is the melody's."""
+"""MIDI controller 7: keeps the lead the strongest voice, so that the chroma's maximum is the melody."""
 PEAK = 0.8
 
 
@@ -74,7 +73,7 @@ def midi_file(scores: Sequence[Score]) -> bytes:
             events.append((on, 2, bytes([0x90 | note.channel, note.pitch, note.velocity])))
             events.append((max(off, on + 1), 0, bytes([0x80 | note.channel, note.pitch, 0])))
     end = round(len(scores) * (CLIP_S + GAP_S) * TICKS_A_SECOND)
-    # One tempo for all: 1,000,000 µs a quarter of TICKS_A_SECOND ticks, so a tick is a fixed time.
+    # A single tempo: 1,000,000 µs per quarter note of TICKS_A_SECOND ticks, so that a tick is a fixed time.
     track = b"\x00\xff\x51\x03" + (1_000_000).to_bytes(3, "big")
     last = 0
     for tick, _, message in sorted(events, key=lambda event: event[:2]):
@@ -100,7 +99,7 @@ def render(scores: Sequence[Score], sound_font: str = DEFAULT_SOUND_FONT) -> NDA
             subprocess.run(command, check=True, capture_output=True)
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
-                f"fluidsynth did not render with {sound_font}: {error}; install fluidsynth and fluid-soundfont-gm"
+                f"fluidsynth failed to render with {sound_font}: {error}; install fluidsynth and fluid-soundfont-gm"
             ) from error
         audio, _ = sf.read(str(wav), dtype="float32", always_2d=True)
     mono = audio.mean(axis=1)
@@ -115,9 +114,9 @@ def render(scores: Sequence[Score], sound_font: str = DEFAULT_SOUND_FONT) -> NDA
 def render_shard(
     seed: int, index: int, out: Path, name: str, num_clips: int = CLIPS_A_SHARD, *, grouped: bool = False
 ) -> Path:
-    """Writes shard ``index`` of a seed unless it is there already; returns the path of its ``.npy``.
+    """Writes shard ``index`` of a seed unless it exists; returns the path of its ``.npy``.
 
-    ``grouped``: melodies come in every style, and the shard holds the whole groups that fit into ``num_clips``.
+    ``grouped``: render every melody in every style; the shard holds as many whole groups as fit into ``num_clips``.
     """
     path = out / f"{name}_{index:04d}.npy"
     if path.exists():
@@ -139,7 +138,7 @@ def render_shard(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, required=True, help="held-out data takes another seed than training data")
+    parser.add_argument("--seed", type=int, required=True, help="use different seeds for held-out and training data")
     parser.add_argument("--clips", type=int, required=True, help="rounded up to whole shards")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default="train")

@@ -1,8 +1,8 @@
 """Procedural scores for the demo model's training data: styles, labels, notes.
 
-Owns what is played and which words describe it.  Knows nothing of MIDI bytes, synthesisers or audio.
-The scores are made for a small model: one clear lead line whose range spans little more than an octave, so that a
-pitch class nearly names a note, over an accompaniment that is absent or quiet.
+Decides what is played and which words describe it. Independent of MIDI encoding, synthesis and audio.
+The scores are designed for a small model: one clear lead line spanning little more than an octave, so that a pitch
+class nearly identifies a note, over a quiet accompaniment or none.
 """
 
 import random
@@ -15,10 +15,10 @@ MIN_NOTE_S = 0.28
 """Shorter notes blur in a chroma window of 512 ms."""
 
 SHARED_BPM = (72.0, 132.0)
-"""Tempi of a melody that is played in every style."""
+"""Tempo range of melodies that are played in every style."""
 
 LEAD_RANGE = (70, 83)
-"""MIDI pitches of the lead: in this register the demo's codec keeps pitch best."""
+"""MIDI pitches of the lead: the register in which the demo codec preserves pitch best."""
 
 MAJOR, MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)
 PROGRESSIONS = {"happy": ((0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4)), "sad": ((0, 5, 2, 6), (0, 3, 4, 0), (0, 5, 3, 4))}
@@ -40,7 +40,7 @@ INSTRUMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """Programs are General MIDI numbers from 0; ``bpm`` is the range of tempi in beats a minute."""
+    """Programs are General MIDI numbers from 0; ``bpm`` is the tempo range in beats per minute."""
 
     leads: tuple[int, ...]
     comp: int
@@ -66,7 +66,7 @@ STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a clip is, in words of this module's tables; clips of one ``group`` play the same melody."""
+    """Description of a clip with entries of this module's tables; clips of one ``group`` play the same melody."""
 
     style: str
     mood: str
@@ -96,7 +96,7 @@ class Score:
 
 
 def describe(label: Label, rng: random.Random) -> str:
-    """A text prompt for a clip: a random choice and order of the words that are true of it (at most seven words)."""
+    """A text prompt for a clip: a random selection and order of matching words (at most seven)."""
     energy = "fast" if label.bpm > 116 else "slow" if label.bpm < 84 else "mid"
     name = rng.choice(STYLES[label.style].names)
     parts = [name]
@@ -114,13 +114,13 @@ def describe(label: Label, rng: random.Random) -> str:
 
 
 def compose(rng: random.Random) -> Score:
-    """One clip; everything is drawn from ``rng``, so a seed names a score."""
+    """One clip, determined entirely by ``rng``."""
     style_name = rng.choice(list(STYLES))
     style = STYLES[style_name]
     mood = rng.choice(("happy", "sad"))
     low, high = style.bpm
     middle = (low + high) / 2
-    # Happy pieces take the faster part of the style's range, sad ones the slower: the mood can be heard.
+    # Happy pieces use the faster part of the style's tempo range, sad ones the slower, so that the mood is audible.
     bpm = (
         rng.uniform(middle - 0.1 * (high - low), high)
         if mood == "happy"
@@ -132,9 +132,9 @@ def compose(rng: random.Random) -> Score:
 
 
 def compose_in_every_style(rng: random.Random, group: str) -> tuple[Score, ...]:
-    """One melody with its harmony and tempo, arranged in each style: only style and lead differ between the clips.
+    """One melody with its harmony and tempo, arranged in every style: the clips differ only in style and lead.
 
-    Neither the melody nor the tempo then says which style is meant; the words do.
+    The style can then be inferred only from the text, not from melody or tempo.
     """
     mood, bpm = rng.choice(("happy", "sad")), rng.uniform(*SHARED_BPM)
     arrangement, melody_seed = _draw_arrangement(rng), rng.random()
@@ -153,7 +153,7 @@ def _draw_arrangement(rng: random.Random) -> str:
 
 
 def _play(label: Label, beat_s: float, rng: random.Random) -> Score:
-    """A clip in sections of about 10 s, each in a key of its own."""
+    """A clip in sections of about 10 s, each in its own key."""
     num_bars = int(CLIP_S / (4 * beat_s)) + 1
     bars_a_section = max(2, round(10.0 / (4 * beat_s)))
     notes: list[Note] = []

@@ -1,6 +1,6 @@
-"""A simple classifier of musical style, to check whether generated music sounds like its prompt.
+"""A simple classifier of musical style, to check whether generated music matches its prompt.
 
-Owns the features (statistics of a mel spectrogram) and a linear softmax classifier.  Knows nothing of the generator.
+A linear softmax classifier on statistics of a mel spectrogram.
 """
 
 import math
@@ -24,14 +24,15 @@ def mel_filter_bank(num_bands: int = NUM_BANDS, n_fft: int = N_FFT, sample_rate_
 
 
 def features(wav: Tensor) -> Tensor:
-    """Mean and deviation over time of log mel bands and of their rises: float ``[B, samples]`` → ``[B, 4·bands]``."""
+    """Mean and standard deviation over time of log mel bands and their increases: float ``[B, samples]`` →
+    ``[B, 4·bands]``."""
     window = torch.hann_window(N_FFT)
     bank = mel_filter_bank()
     rows = []
     for row in wav:
         power = torch.stft(row.float(), N_FFT, HOP_LEN, window=window, return_complex=True).abs().pow(2)
         bands = (bank @ power + 1e-4).log()
-        # Loudness is not style.
+        # Remove loudness, which does not indicate style.
         bands = bands - bands.mean()
         rises = bands.diff(dim=1).clamp_min(0)
         rows.append(torch.cat([bands.mean(1), bands.std(1), rises.mean(1), rises.std(1)]))
@@ -49,7 +50,7 @@ class StyleClassifier:
     bias: Tensor
 
     def predict(self, wav: Tensor) -> list[str]:
-        """The likeliest style of each recording, float ``[B, samples]`` at 32 kHz."""
+        """The most likely style of each recording, float ``[B, samples]`` at 32 kHz."""
         scores = ((features(wav) - self.mean) / self.deviation) @ self.weight + self.bias
         return [self.names[index] for index in scores.argmax(dim=1).tolist()]
 

@@ -1,8 +1,8 @@
-"""The demo model's tokenizer: the words of its scores, one token each, always eight tokens a prompt.
+"""The demo model's tokenizer: one token per word of its scores, always eight tokens per prompt.
 
-Owns the vocabulary and the normalisation.  Any text is accepted: words outside the vocabulary are dropped, the first
-seven that are left are kept, and the rest is filled up with ``_``.  So every prompt has the same length, which keeps
-the audio's absolute positions (they count the text) the same for every request.
+Accepts any text: words outside the vocabulary are dropped, the first seven remaining ones are kept, and shorter prompts
+are padded with ``_``. All prompts thus have the same length, which keeps the absolute positions of the audio (they
+follow the text) the same for all requests.
 """
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -11,7 +11,7 @@ from musicgen.demo.score import ENERGY_WORDS, INSTRUMENTS, MOOD_WORDS, STYLES
 
 NUM_WORDS = 7
 TEXT_LEN = NUM_WORDS + 1
-"""Tokens of every prompt that is not empty: the words and the end mark."""
+"""Tokens of every non-empty prompt: the words and the end marker."""
 PAD, END, UNKNOWN, FILLER = "<pad>", "</s>", "<unk>", "_"
 
 
@@ -38,12 +38,12 @@ def build_tokenizer() -> Tokenizer:
             normalizers.NFKC(),
             normalizers.Lowercase(),
             normalizers.Replace(Regex(rf"(?!{letters})."), " "),
-            # A whole word that is not one of ours.
+            # A whole word outside the vocabulary.
             normalizers.Replace(Regex(rf"(?<!{letters})(?!(?:{known})(?!{letters})){letters}+"), " "),
             normalizers.Replace(Regex(r"\z"), f" {FILLER}" * NUM_WORDS),
             normalizers.Replace(Regex(r"\s+"), " "),
             normalizers.Replace(Regex(r"\A "), ""),
-            # \K: only what follows the first seven words is matched, and removed.
+            # \K: matches, and removes, only what follows the first seven words.
             normalizers.Replace(Regex(rf"\A(?:[^ ]+ ){{{NUM_WORDS - 1}}}[^ ]+\K.*"), ""),
         ]
     )

@@ -1,8 +1,7 @@
-"""Turns rendered shards into training data: codes and chroma, cached beside the audio.
+"""Converts rendered shards to training data: codes and chroma, cached next to the audio.
 
-Owns the cache files ``{shard}.npz`` (``codes`` int16 ``[clips, 4, 1500]``; ``chroma`` and ``chroma_decoded`` int8
-``[clips, 235]``, the strongest pitch class of each frame of the original and of the codec's reconstruction).  Knows
-nothing of the language model.
+Writes cache files ``{shard}.npz`` (``codes`` int16 ``[clips, 4, 1500]``; ``chroma`` and ``chroma_decoded`` int8
+``[clips, 235]``, the strongest pitch class of each frame of the original and of the codec's reconstruction).
 
     python -m musicgen.demo.tokenise --data build/demo --codec build/demo/codec
 """
@@ -22,7 +21,7 @@ from musicgen.metrics import chromagram
 
 HOP_LEN = 640
 PIECE_FRAMES, CONTEXT_FRAMES = 100, 6
-"""Convolutions run on pieces of 2 s, whose activations fit in cache; the context covers their receptive field."""
+"""Convolutions run on 2 s pieces, whose activations fit in cache; the context covers the receptive field."""
 
 
 def _split_at_lstm(layers: nn.ModuleList) -> tuple[list[nn.Module], nn.Module, list[nn.Module]]:
@@ -37,7 +36,7 @@ def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 
 def _in_pieces(layers: list[nn.Module], x: Tensor, num_frames: int, hop_in: int, hop_out: int) -> Tensor:
-    """Applies non-causal convolutions piece by piece; equal to one pass, because the context is cut off again."""
+    """Applies non-causal convolutions in pieces with context, which is trimmed again; equal to a single pass."""
     pieces = []
     for start in range(0, num_frames, PIECE_FRAMES):
         stop = min(num_frames, start + PIECE_FRAMES)
@@ -73,7 +72,7 @@ def pitch_classes(wav: Tensor) -> Tensor:
 
 
 def tokenise_shard(codec: EncodecModel, path: Path) -> Path:
-    """Writes the cache of one shard unless it is there already."""
+    """Writes the cache of one shard unless it exists."""
     out = path.with_suffix(".npz")
     if out.exists():
         return out
@@ -93,9 +92,11 @@ def tokenise_shard(codec: EncodecModel, path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--codec", type=Path, required=True, help="folder of an EncodecModel or a checkpoint")
+    parser.add_argument("--codec", type=Path, required=True, help="folder with an EncodecModel or a checkpoint")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="this process's index, number of processes")
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(0, 1), help="index of this process and number of processes"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     codec = load_codec(arguments.codec)

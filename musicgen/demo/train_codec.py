@@ -1,7 +1,6 @@
-"""Trains the demo codec: a small EnCodec in Hugging Face layout, from nothing, on rendered shards.
+"""Trains the demo codec from scratch on rendered shards: a small EnCodec in Hugging Face layout.
 
-Owns the codec's shapes, its losses and the training of its codebooks.  Resumable and seeded; the schedule
-counts steps, so the result does not depend on the speed of the machine.  Knows nothing of the language model.
+Resumable and seeded; the schedule counts steps, so the result does not depend on the speed of the machine.
 
     python -m musicgen.demo.train_codec --data build/demo/train --run build/demo/codec-run
 """
@@ -28,11 +27,11 @@ CROP_SAMPLES = 640 * 32
 NUM_STEPS = 2400
 PEAK_RATE = 1e-3
 DECAY = 0.98
-"""Of the running means that the codebooks follow."""
+"""Decay of the running means that the codebooks follow."""
 DEAD_SIZE = 0.01
-"""An entry whose running count falls below this is put onto a random latent of the batch."""
+"""Entries whose running count falls below this are reset to a random latent of the batch."""
 RESOLUTIONS = ((256, 16), (512, 32), (1024, 64), (2048, 96), (4096, 0))
-"""(window in samples, mel bands; 0 bands: the first 600 bins as they are, the harmonics below 4.7 kHz)."""
+"""(window in samples, mel bands; 0 bands: the first 600 linear bins, for harmonics below 4.7 kHz)."""
 
 
 def codec_config() -> EncodecConfig:
@@ -67,7 +66,7 @@ class Codebook:
     sums: Tensor
 
     def place(self, latents: Tensor) -> None:
-        """First values: random latents of the data, ``[N, D]``, slightly spread."""
+        """Initialise with random latents of the data, ``[N, D]``, slightly perturbed."""
         chosen = latents[torch.randint(len(latents), (len(self.embed),))]
         self.embed.copy_(chosen + 0.05 * latents.std() * torch.randn_like(chosen))
         self.sizes.fill_(0.05)
@@ -92,7 +91,7 @@ class Codebook:
 def quantise(latent: Tensor, codebooks: list[Codebook], *, first: bool) -> tuple[Tensor, Tensor]:
     """Residual quantisation with straight-through gradients: ``[B, D, T]`` → the same, and the commitment loss.
 
-    Mutates the codebooks; ``first`` places them on the data.
+    Mutates the codebooks; ``first`` initialises them from the data.
     """
     rows, dim, num_frames = latent.shape
     residual = latent.transpose(1, 2).reshape(-1, dim)
@@ -131,7 +130,7 @@ def spectral_loss(made: Tensor, wanted: Tensor) -> Tensor:
 
 
 class CodecTrainer:
-    """The state of a codec's training; quantisation starts after ``warm_up_steps``, else the codebooks collapse."""
+    """Training state of a codec; quantisation starts after ``warm_up_steps``, otherwise the codebooks collapse."""
 
     def __init__(self, run: Path, num_steps: int, *, seed: int = 0, warm_up_steps: int = 400) -> None:
         torch.manual_seed(seed)
@@ -173,7 +172,7 @@ class CodecTrainer:
         return loss.item()
 
     def save(self) -> None:
-        """Writes the state to continue from, and the codec in Hugging Face layout."""
+        """Writes the training state, and the codec in Hugging Face layout."""
         state = {
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -187,7 +186,7 @@ class CodecTrainer:
         self.model.save_pretrained(self.run / "codec")
 
     def load(self) -> None:
-        """Continues from ``state.pt``."""
+        """Resumes from ``state.pt``."""
         state = torch.load(self.run / "state.pt", weights_only=False)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -199,7 +198,7 @@ class CodecTrainer:
 
 
 def train(trainer: CodecTrainer, data: Path, batch_size: int, save_every_s: float = 240.0) -> None:
-    """Runs the steps that are left, appending to ``log.jsonl``."""
+    """Runs the remaining steps, appending to ``log.jsonl``."""
     shards = [np.load(path, mmap_mode="r") for path in sorted(data.glob("*.npy"))]
     mean, saved_s = math.nan, trainer.used_s
     while trainer.step < trainer.num_steps:
@@ -221,7 +220,7 @@ def train(trainer: CodecTrainer, data: Path, batch_size: int, save_every_s: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of rendered shards")
-    parser.add_argument("--run", type=Path, required=True, help="state and log; the codec goes to its folder codec/")
+    parser.add_argument("--run", type=Path, required=True, help="folder for state, log and, in codec/, the codec")
     parser.add_argument("--steps", type=int, default=NUM_STEPS)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,8 @@
 """Trains the demo language model, text encoder and projections jointly on cached codes.
 
-Owns the training loop: optimisers, schedule, checkpoints, log.  Knows the data only as batches and the model only as
-losses.  Resumable: started again with the same ``--run`` it continues, random state included.
-The schedule counts steps, not time, so the result does not depend on the speed of the machine.
+Implements the training loop: optimisers, schedule, checkpoints, log. Resumable: run again with the same ``--run``, it
+continues, including the random state. The schedule counts steps, not time, so the result does not depend on the speed
+of the machine.
 
     python -m musicgen.demo.train_lm --data build/demo --codec build/demo/codec --run build/demo/run
 """
@@ -27,15 +27,15 @@ from musicgen.demo.muon import Muon
 from musicgen.demo.text import build_tokenizer
 
 LOSS_WEIGHTS = (2.0, 1.0, 0.6, 0.4)
-"""The first codebook carries the pitch; the weights add up to the number of codebooks."""
+"""The first codebook carries the pitch; the weights sum to the number of codebooks."""
 TEXT_RATE = 0.05
-"""Learning rate of text encoder and text projection, relative to AdamW's.  The decoder normalises what it is given, so
-nothing bounds the text states: at the full rate they grew to ten times the positions, in one direction, and the words
-in them could no longer be told apart."""
+"""Learning rate of text encoder and text projection, relative to AdamW's. The decoder normalises its inputs, so nothing
+bounds the text states: at the full rate they grew to ten times the positions, in one direction, and words became
+indistinguishable."""
 NUM_STEPS = 2000
 WARM_UP_STEPS = 60
 DECAY_FROM = 0.55
-"""Share of the steps after which the learning rate falls linearly, to 2 % of its peak."""
+"""Fraction of the steps after which the learning rate decays linearly, to 2 % of its peak."""
 CONDITIONS: tuple[tuple[str, dict[str, str]], ...] = (
     ("right", {}),
     ("wrong_melody", {"melody": "wrong"}),
@@ -48,7 +48,7 @@ CONDITIONS: tuple[tuple[str, dict[str, str]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``num_steps`` updates in all; ``crop`` is (clips, frames) of a batch, ``long_crop`` near the end."""
+    """``num_steps`` updates in total; ``crop`` is (clips, frames) of a batch, ``long_crop`` near the end."""
 
     num_steps: int
     seed: int
@@ -60,7 +60,7 @@ class Settings:
 
 
 def learning_rate_factor(step: int, progress: float) -> float:
-    """Warm-up, then 1, then a linear fall with the share of the steps that is done."""
+    """Warm-up, then 1, then linear decay with ``progress``."""
     fall = 1.0 if progress < DECAY_FROM else max(0.02, (1.0 - progress) / (1.0 - DECAY_FROM))
     return min(1.0, (step + 1) / WARM_UP_STEPS) * fall
 
@@ -68,7 +68,7 @@ def learning_rate_factor(step: int, progress: float) -> float:
 def build_optimisers(model: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon (Jordan 2024) for the transformer's matrices, AdamW for everything else.
 
-    Every group keeps its highest rate as ``peak``.
+    Every group stores its maximum rate as ``peak``.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -87,7 +87,7 @@ def build_optimisers(model: nn.Module, settings: Settings) -> list[torch.optim.O
 
 
 def choose_crop(settings: Settings, progress: float, rng: random.Random) -> tuple[int, int, int]:
-    """(clips, frames, offset) of the next batch: half of the crops start with the clip, where positions are learnt."""
+    """(clips, frames, offset) of the next batch: half of the crops start with the clip, to learn its positions."""
     batch_size, num_frames = settings.crop if progress < settings.long_from else settings.long_crop
     offset = 0 if rng.random() < 0.5 else rng.randrange(0, MAX_STEPS - num_frames, 16)
     return batch_size, num_frames, offset
@@ -95,7 +95,7 @@ def choose_crop(settings: Settings, progress: float, rng: random.Random) -> tupl
 
 @torch.no_grad()
 def evaluate(model: MusicgenMelodyForConditionalGeneration, clips: Clips, num_clips: int) -> dict[str, list[float]]:
-    """Held-out loss of each codebook in nats a code, in 8 s crops, for every pairing of conditions of interest."""
+    """Held-out loss of each codebook in nats per code, in 8 s crops, for all relevant pairings of conditions."""
     tokenizer, rows, result = build_tokenizer(), list(range(min(num_clips, len(clips)))), {}
     for name, keywords in CONDITIONS:
         parts: list[Tensor] = []
@@ -107,7 +107,7 @@ def evaluate(model: MusicgenMelodyForConditionalGeneration, clips: Clips, num_cl
 
 
 class Trainer:
-    """The state of a training run: model, optimisers, random state, step and time used."""
+    """State of a training run: model, optimisers, random state, step and elapsed time."""
 
     def __init__(self, settings: Settings, codec: EncodecModel, run: Path) -> None:
         self.settings, self.run = settings, run
@@ -124,7 +124,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the steps that is done."""
+        """Fraction of the steps completed."""
         return self.step / self.settings.num_steps
 
     def train_step(self, clips: Clips) -> Tensor:
@@ -151,12 +151,12 @@ class Trainer:
         print(line, flush=True)
 
     def log_held_out(self, clips: Clips, num_clips: int) -> None:
-        """Logs the held-out losses, and whether the words can still be told apart."""
+        """Logs the held-out losses, and how well the words can be distinguished."""
         losses = evaluate(self.model, clips, num_clips)
         self.log({"held_out": losses, "text_separation": round(text_separation(self.model), 4)})
 
     def save(self) -> None:
-        """Writes everything needed to continue, atomically."""
+        """Writes the complete training state atomically."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         state = {
             "model": {name: p.detach() for name, p in trained.items()},
@@ -169,20 +169,20 @@ class Trainer:
         os.replace(self.run / ".state.pt", self.run / "state.pt")
 
     def load(self) -> None:
-        """Continues from ``state.pt``."""
+        """Resumes from ``state.pt``."""
         state = torch.load(self.run / "state.pt", weights_only=False)
         self.model.load_state_dict(state["model"], strict=False)
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self.rng.setstate(state["rng"])
         self.step, self.used_s = state["step"], state["used_s"]
-        print(f"continuing at step {self.step} after {self.used_s / 60:.1f} minutes", flush=True)
+        print(f"resuming at step {self.step} after {self.used_s / 60:.1f} minutes", flush=True)
 
 
 def train(
     trainer: Trainer, data: Path, held_out: Clips, save_every_s: float = 180.0, eval_every_s: float = 420.0
 ) -> None:
-    """Runs the steps that are left, appending to ``log.jsonl``."""
+    """Runs the remaining steps, appending to ``log.jsonl``."""
     clips = load_clips(data)
     mean: Tensor | None = None
     saved_s = evaluated_s = trainer.used_s
@@ -206,14 +206,14 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and held/, tokenised")
-    parser.add_argument("--codec", type=Path, required=True, help="folder of an EncodecModel or a checkpoint")
-    parser.add_argument("--run", type=Path, required=True, help="state, log and checkpoint go here")
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="updates in all, over restarts")
+    parser.add_argument("--codec", type=Path, required=True, help="folder with an EncodecModel or a checkpoint")
+    parser.add_argument("--run", type=Path, required=True, help="folder for state, log and checkpoint")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="total updates, across restarts")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--frames", type=int, default=500, help="length of a crop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--export-only", action="store_true", help="write the checkpoint of the saved state and stop")
+    parser.add_argument("--export-only", action="store_true", help="export a checkpoint from the saved state and exit")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.run.mkdir(parents=True, exist_ok=True)

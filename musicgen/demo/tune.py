@@ -1,7 +1,7 @@
-"""A melody recording of the project's own making, for trying out melody conditioning without a recording at hand.
+"""Synthesises a melody recording, for trying out melody conditioning without a recording at hand.
 
-Owns the notes (the theme of the last movement of Beethoven's ninth symphony, 1824: public domain) and a small plucked
-synthesiser. Knows nothing of models.
+The notes are the theme of the last movement of Beethoven's ninth symphony (1824, public domain), played by a small
+plucked-string synthesiser.
 
     python -m musicgen.demo.tune out/ode-to-joy.wav
 """
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 SAMPLE_RATE_HZ = 32000
 BEAT_S = 30.0 / 64
-"""Sixteen bars of four beats in 30 s: the length that melody models see at once."""
+"""Sixteen bars of four beats in 30 s, the window of the melody models."""
 TONIC = 75
-"""MIDI pitch of the first degree (E flat); the tune then lies in the register of the demo model's training data."""
+"""MIDI pitch of the first degree (E flat), which puts the tune in the register of the demo model's training data."""
 SCALE = {-3: -5, 1: 0, 2: 2, 3: 4, 4: 5, 5: 7}
 """Degree of the scale → semitones above the tonic; −3 is the fifth below."""
 
@@ -35,12 +35,12 @@ ODE_TO_JOY: Notes = (*_OPEN, *_CLOSED, *_MIDDLE, *_CLOSED)
 """(degree of the scale, beats) of each note."""
 
 HARMONICS = (1.0, 0.5, 0.3, 0.15, 0.08)
-"""Amplitudes of the partials; each dies away faster than the one below it."""
+"""Amplitudes of the partials; each decays faster than the one below it."""
 DECAY_HZ, ATTACK_S, PEAK = 1.6, 0.008, 0.7
 
 
 def pluck(pitch: int, duration_s: float) -> NDArray[np.float64]:
-    """One note, `[duration_s · SAMPLE_RATE_HZ]` samples: partials that die away, faded out at its end."""
+    """One note, `[duration_s · SAMPLE_RATE_HZ]` samples: decaying partials, faded out at the end."""
     times_s = np.arange(round(duration_s * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
     frequency_hz = 440.0 * 2 ** ((pitch - 69) / 12)
     wave = np.zeros_like(times_s)

@@ -1,1 +1,1 @@
-"""Continuous batching over paged keys and values: requests in, codes out, one synchronous core."""
+"""Continuous batching with a paged KV cache: requests in, codes out, around a synchronous core."""

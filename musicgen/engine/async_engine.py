@@ -1,6 +1,6 @@
-"""The engine for asyncio: the only place where its thread meets an event loop.
+"""asyncio interface of the engine; the only code that bridges its thread and an event loop.
 
-One hop a step and request from the engine's thread to the loop; one queue a request; a stream that is left early
+One hop from the engine's thread to the loop per step and request, and one queue per request. Leaving a stream early
 cancels its request.
 """
 
@@ -20,17 +20,17 @@ class AsyncEngine:
     """An engine on its own thread, used from one event loop.
 
     Args:
-        core: used by this engine alone from now on.
+        core: owned by this engine from now on.
     """
 
     def __init__(self, core: EngineCore) -> None:
         self._thread = EngineThread(core)
 
     async def submit(self, request: EngineRequest) -> AsyncStream:
-        """Add a request; its stream must be used in an `async with`, which cancels what is not finished.
+        """Add a request; use its stream in an `async with`, which cancels the request on early exit.
 
         Raises:
-            InvalidRequestError, OverloadedError, EngineDeadError: as `EngineCore.add`.
+            InvalidRequestError, OverloadedError, EngineDeadError: see `EngineCore.add`.
         """
         loop = asyncio.get_running_loop()
         stream = AsyncStream(self._thread, request.request_id)
@@ -50,7 +50,7 @@ class AsyncEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        """Cancel a request by its id; nothing happens if it has ended."""
+        """Cancel a request by its id; no effect if it has ended."""
         self._thread.abort(request_id)
 
     def renew(self, request_id: str) -> None:
@@ -58,7 +58,7 @@ class AsyncEngine:
         self._thread.renew(request_id)
 
     async def stats(self) -> EngineStats:
-        """The engine's figures."""
+        """Engine statistics."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[object] = loop.create_future()
         self._thread.stats(_resolver(loop, answer))
@@ -72,7 +72,7 @@ class AsyncEngine:
             raise EngineDeadError(self._thread.failure)
 
     async def close(self) -> None:
-        """Cancel everything and end the thread."""
+        """Cancel all requests and stop the thread."""
         await asyncio.to_thread(self._thread.close)
 
 
@@ -102,7 +102,7 @@ class AsyncStream:
             self._thread.abort(self.request_id)
 
     async def next_event(self, timeout_s: float | None = None) -> EngineEvent | None:
-        """The next event, or None if there is none for `timeout_s`. A wait that is cut short loses no event."""
+        """The next event, or None after `timeout_s` without one. Cancelling the wait loses no event."""
         if self._next is None:
             self._next = asyncio.ensure_future(self._events.get())
         done, _ = await asyncio.wait({self._next}, timeout=timeout_s)
@@ -137,6 +137,6 @@ def _resolver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[object]) -
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """Call on the loop's thread. A loop that has closed has nobody left to tell."""
+    """Call on the loop's thread; does nothing if the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)

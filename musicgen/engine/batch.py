@@ -1,4 +1,4 @@
-"""What one step computes: the value that the scheduler makes, the runner computes and the core takes apart."""
+"""The batch of one step: built by the scheduler, computed by the runner, processed by the core."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from musicgen.engine.sequence import Row, Sequence
 
 MAX_GUIDANCE_ROWS = 3
-"""Rows that a sequence has at most."""
+"""Maximum rows per sequence."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowChunk:
-    """Positions `start` … `start + num_new` − 1 of one row, to be computed in this step."""
+    """Positions `start` … `start + num_new` − 1 of one row, computed in this step."""
 
     sequence: Sequence
     row: Row
@@ -21,18 +21,18 @@ class RowChunk:
 
     @property
     def end(self) -> int:
-        """Positions of the row when the step is done."""
+        """Length of the row in positions after the step."""
         return self.start + self.num_new
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScheduledBatch:
-    """One step. The rows of a deciding sequence are adjacent, and each one's last position gets logits."""
+    """One step. The rows of a deciding sequence are adjacent, and logits are computed for the last position of each."""
 
     chunks: list[RowChunk] = field(default_factory=list)
     deciding: list[Sequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    """Pages (from, to) to be copied before anything is computed."""
+    """Pages (from, to) to copy before the computation."""
 
     @property
     def num_tokens(self) -> int:
@@ -40,17 +40,17 @@ class ScheduledBatch:
 
     @property
     def num_decoded_rows(self) -> int | None:
-        """Rows of a step that does nothing but decode; None: it computes prompts too."""
+        """Rows of a decode-only step; None: the step also prefills."""
         num_rows = sum(sequence.num_rows for sequence in self.deciding)
         return num_rows if num_rows == len(self.chunks) == self.num_tokens else None
 
     @property
     def sequence(self) -> Sequence:
-        """Whose it is, where it has one."""
+        """The sequence of a batch with a single one."""
         return self.chunks[0].sequence
 
     def by_sequence(self) -> list[ScheduledBatch]:
-        """The same step, one sequence at a time; the first has all copies."""
+        """The step split by sequence; the first batch has all copies."""
         deciding = set(map(id, self.deciding))
         parts: dict[int, ScheduledBatch] = {}
         for chunk in self.chunks:

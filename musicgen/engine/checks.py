@@ -1,4 +1,4 @@
-"""What the engine refuses before anything is admitted: whatever could not be computed. Knows no capacity."""
+"""Request validation before admission: rejects requests that the model could not compute. Ignores capacity."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from musicgen.types import CodesRequest, Conditioning, EngineRequest, Window
 
 
 def check_request(request: EngineRequest, config: ModelConfig) -> None:
-    """Refuse what the model of `config` cannot generate, or the scheduler not weigh.
+    """Reject requests that the model of `config` cannot generate, or with invalid scheduling parameters.
 
     Raises:
-        InvalidRequestError: it says which part of the request it is.
+        InvalidRequestError: names the offending field.
     """
     if not 0 < request.weight < math.inf:
         raise InvalidRequestError("a finite number > 0", repr(request.weight), param="weight")
@@ -35,7 +35,7 @@ def check_request(request: EngineRequest, config: ModelConfig) -> None:
         _check_melody(conditioning, config)
     if codes.sampling.melody_guidance is not None and config.chroma is None:
         raise InvalidRequestError(
-            "None for a model without melody", repr(codes.sampling.melody_guidance), param="melody_guidance"
+            "None for models without melody conditioning", repr(codes.sampling.melody_guidance), param="melody_guidance"
         )
     _check_known(codes, config)
 
@@ -69,7 +69,9 @@ def _check_melody(conditioning: Conditioning, config: ModelConfig) -> None:
     if chroma is None:
         return
     if config.chroma is None:
-        raise InvalidRequestError("no melody for a model without one", str(list(chroma.shape)), param="chroma")
+        raise InvalidRequestError(
+            "None for models without melody conditioning", str(list(chroma.shape)), param="chroma"
+        )
     expected = (config.chroma.num_frames, config.chroma.num_chroma)
     if tuple(chroma.shape) != expected:
         raise InvalidRequestError(f"chroma {list(expected)}", str(list(chroma.shape)), param="chroma")
@@ -82,7 +84,7 @@ def _check_finite(states: Tensor, param: str) -> None:
 
 
 def _check_known(codes: CodesRequest, config: ModelConfig) -> None:
-    """Refuse known codes of a wrong shape, range or length."""
+    """Reject known codes of the wrong shape, range or length."""
     num_codebooks, size = config.decoder.num_codebooks, config.decoder.codebook_size
     known = codes.known_codes
     if known is not None:
@@ -102,7 +104,7 @@ def _check_known(codes: CodesRequest, config: ModelConfig) -> None:
     following = next(window for window, _ in codes.windows if window.end > codes.num_known_frames)
     if following.start > codes.num_known_frames:
         raise InvalidRequestError(
-            f"known codes up to frame {following.start} at least",
+            f"known codes up to at least frame {following.start}",
             f"{codes.num_known_frames} frames",
             param="known_codes",
         )

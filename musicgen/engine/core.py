@@ -1,7 +1,7 @@
-"""The engine: requests in, events out. A step is schedule → run → postprocess, and nothing else.
+"""The engine: requests in, events out. A step is schedule → run → postprocess.
 
-Synchronous and used by one thread at a time; `async_engine` is where threads and asyncio meet. Knows nothing of
-text, audio or transport.
+Synchronous and used by one thread at a time; see `thread` and `async_engine` for concurrency. Independent of text,
+audio and transport.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A look at the engine; the ledger holds whenever no call is under way:
-    admitted = running + finished + cancelled + failed, of those that began."""
+    """Engine statistics. Invariant between calls: accepted = waiting + running + finished + cancelled + failed."""
 
     num_waiting: int
     num_running: int
@@ -45,11 +44,11 @@ class EngineStats:
     pages_held: int
     pages_total: int
     waiting_frames: float
-    """Frames still to be decoded for waiting requests, guidance rows counted apart."""
+    """Frames left to decode for waiting requests, counted once per guidance row."""
     running_frames: float
-    """The same for requests that run."""
+    """The same for running requests."""
     step_s: float
-    """Running mean of the time of a step."""
+    """Running mean of the step time."""
 
 
 class EngineCore:
@@ -57,7 +56,7 @@ class EngineCore:
 
     Args:
         lm: the model.
-        clock: seconds, for queue times, leases and playback.
+        clock: time in seconds, for queue times, leases and playback.
     """
 
     def __init__(
@@ -84,17 +83,17 @@ class EngineCore:
     # --- requests ---
 
     def add(self, request: EngineRequest) -> float:
-        """Accept a request; returns the quoted seconds until it starts.
+        """Accept a request; returns the estimated seconds until it starts.
 
         Raises:
-            InvalidRequestError: it can never run here; nothing is admitted.
-            OverloadedError: too many wait; nothing is admitted.
-            DeadlineTooShortError: its deadline cannot be met; nothing is admitted.
+            InvalidRequestError: it can never run on this engine; not accepted.
+            OverloadedError: the waiting queue is full; not accepted.
+            DeadlineTooShortError: its deadline cannot be met; not accepted.
             EngineDeadError: the engine has failed.
         """
         self._check_alive()
         if request.request_id in self._sequences:
-            raise InvalidRequestError("a request id that is not in use", request.request_id, param="request_id")
+            raise InvalidRequestError("an unused request id", request.request_id, param="request_id")
         check_request(request, self.model_config)
         if len(self.scheduler.waiting) >= self.config.scheduler.max_waiting:
             raise OverloadedError(
@@ -107,7 +106,7 @@ class EngineCore:
         total_s = (quoted_steps + sequence.num_steps_left) * self._step_times.mean_s
         if request.deadline_s is not None and total_s > request.deadline_s:
             raise DeadlineTooShortError(
-                f"expected to finish within {request.deadline_s:.1f} s, would take about {total_s:.1f} s; retry later"
+                f"expected a deadline of at least {total_s:.1f} s, got {request.deadline_s:.1f} s; retry later"
             )
         self._sequences[request.request_id] = sequence
         self._num_accepted += 1
@@ -115,7 +114,7 @@ class EngineCore:
         return quoted_steps * self._step_times.mean_s
 
     def abort(self, request_id: str) -> bool:
-        """Cancel a request; its pages are free at once. False if it has ended, or never was."""
+        """Cancel a request and free its pages at once. False if it has ended or never existed."""
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return False
@@ -130,7 +129,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to do."""
+        """Whether `step` has work to do."""
         return bool(self._sequences or self._events)
 
     def stats(self) -> EngineStats:
@@ -152,11 +151,11 @@ class EngineCore:
     # --- a step ---
 
     def step(self) -> list[EngineEvent]:
-        """Advance everyone by one step; returns what there is to tell since the last call.
+        """Run one step; returns the events since the last call.
 
         Raises:
-            EngineDeadError: the step itself failed. Every request has failed then (`take_events` tells), and every
-                later call raises.
+            EngineDeadError: the step failed. All requests have failed (see `take_events`), and every later call
+                raises.
         """
         self._check_alive()
         began = self._clock()
@@ -173,15 +172,15 @@ class EngineCore:
         return self.take_events()
 
     def take_events(self) -> list[EngineEvent]:
-        """What there is to tell since the last call, without a step."""
+        """The events since the last call, without running a step."""
         events, self._events = self._events, []
         return events
 
     def _compute(self, batch: ScheduledBatch) -> tuple[ScheduledBatch, np.ndarray]:
-        """Run a step; returns what was computed, and the codes.
+        """Run a step; returns the batch that was computed, and its codes.
 
-        The kernels refuse arguments before they write anything. Whose they are they cannot tell, so each sequence is
-        tried by itself then: those that are refused fail, the others get the codes that they would have got together.
+        Kernels reject invalid arguments before writing anything, but cannot tell which sequence is at fault. The
+        sequences are then run one by one: rejected ones fail, the others get the same codes as in the whole batch.
         """
         try:
             return batch, self.runner.run(batch)
@@ -192,8 +191,8 @@ class EngineCore:
             try:
                 codes.append(self.runner.run(part))
             except KernelArgumentError:
-                logger.exception("request %s: the kernels refuse it", part.sequence.request.request_id)
-                self._end(part.sequence, FinishReason.FAILED, "the model's kernels refuse this request")
+                logger.exception("request %s: rejected by the kernels", part.sequence.request.request_id)
+                self._end(part.sequence, FinishReason.FAILED, "the model's kernels rejected this request")
             else:
                 computed.chunks.extend(part.chunks)
                 computed.deciding.extend(part.deciding)
@@ -207,7 +206,7 @@ class EngineCore:
             self._advance(sequence, decided)
 
     def _advance(self, sequence: Sequence, decided: np.ndarray) -> None:
-        """A sequence has decided the codes of one step."""
+        """Process the codes that a sequence decided in one step."""
         if sequence.phase is Phase.PREFILL:
             self.scheduler.began_decoding(sequence)
             if sequence.times.decoding is None:
@@ -229,7 +228,7 @@ class EngineCore:
             self._end(sequence, FinishReason.FINISHED)
 
     def _send(self, sequence: Sequence) -> None:
-        """Hand out the frames that are complete."""
+        """Emit the complete frames."""
         if sequence.num_frames == sequence.num_sent_frames:
             return
         codes = self.runner.frames(sequence.slot, sequence.num_sent_frames, sequence.num_frames)
@@ -249,15 +248,15 @@ class EngineCore:
     def _expire(self, now: float) -> None:
         for sequence in list(self._sequences.values()):
             if sequence.lease_until is not None and now > sequence.lease_until:
-                self._end(sequence, FinishReason.CANCELLED, "its lease ran out: nobody renewed it")
+                self._end(sequence, FinishReason.CANCELLED, "its lease expired without renewal")
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        """The one place where a request ends. If it cannot be closed, it is still there to fail with the engine."""
+        """The only place where a request ends. If closing it fails, it stays registered and fails with the engine."""
         if self._fatal is None:
             if sequence.is_open:
                 self.runner.close(sequence.slot)
             self.scheduler.remove(sequence)
-        else:  # whatever state the failure has left them in, everyone is told
+        else:  # every request gets its event, in whatever state the failure left it
             with contextlib.suppress(Exception):
                 self.scheduler.remove(sequence)
         del self._sequences[sequence.request.request_id]
@@ -266,7 +265,7 @@ class EngineCore:
         self._events.append(EndOfRequest(sequence.request.request_id, reason, usage, error))
 
     def die(self, error: Exception) -> EngineDeadError:
-        """Fail every request for `error`, and every later call; returns what to raise."""
+        """Fail every request and every later call with `error`; returns the exception to raise."""
         self._fatal = f"{type(error).__name__}: {error}"
         logger.error("the engine failed", exc_info=error)
         reason = f"the engine failed: {self._fatal}"
@@ -279,7 +278,7 @@ class EngineCore:
             raise EngineDeadError(f"the engine has failed: {self._fatal}; replace this replica")
 
     def check(self) -> None:
-        """Assert that pages, ledger and page tables agree. For tests and idle moments."""
+        """Assert that pages, counters and page tables are consistent. For tests and idle time."""
         running = self.scheduler.running
         self.allocator.check(row.pages for sequence in running for row in sequence.rows)
         stats = self.stats()
@@ -287,7 +286,7 @@ class EngineCore:
         assert stats.num_waiting + stats.num_running == len(self._sequences)
 
     def _new_sequence(self, request: EngineRequest) -> Sequence:
-        """The sequence with the plan of every window that is still to be made; their inputs are made as they open."""
+        """The sequence with the plans of its remaining windows; their inputs are computed when they open."""
         codes = request.codes
         windows = [
             (window, self._lm.plan_rows(conditioning, codes.sampling))
@@ -299,9 +298,9 @@ class EngineCore:
     def _too_large(self, demand: Demand) -> InvalidRequestError:
         most_rows, most_pages = self.config.scheduler.max_rows, self.allocator.num_pages
         if demand.num_rows > most_rows:
-            remedy = "ask for less guidance, or let the engine hold more rows"
+            remedy = "reduce guidance, or raise the engine's max_rows"
             return InvalidRequestError(
                 f"at most {most_rows} rows", str(demand.num_rows), remedy, param="guidance_scale"
             )
         expected, got = f"a request that fits {most_pages} pages", f"{demand.most_pages} pages"
-        return InvalidRequestError(expected, got, "shorten it, or give the engine more memory", param="duration")
+        return InvalidRequestError(expected, got, "shorten the piece, or give the engine more memory", param="duration")

@@ -1,6 +1,6 @@
-"""Decode steps: which rows are in which place of the buffers, and what changes from step to step.
+"""Decode-only steps: maps rows to buffer positions and updates what changes between steps.
 
-The runner's other path is for steps with a prefill in them, which have as many shapes as there are prompts.
+Steps with prefill take the runner's other path, because their shapes vary with the prompts.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ class DecodePath:
 
     Args:
         text_pages: for models with cross-attention.
-        codebook_size: real codes of a codebook.
+        codebook_size: codes per codebook, without the special token.
     """
 
     def __init__(self, steps: DecodeSteps, text_pages: TextPages | None, codebook_size: int) -> None:
         self._steps, self._text_pages, self._codebook_size = steps, text_pages, codebook_size
         self._buffers: DecodeBuffers | None = None
         self._rows: list[Row] = []
-        """Those in the buffers. A row belongs to one window of one sequence, and only gets pages."""
+        """Rows in the buffers. A row belongs to one window of one sequence, and its pages only grow."""
         self._num_pages: list[int] = []
-        """Of each row, those that are in the buffers."""
+        """Pages of each row that are in the buffers."""
 
     def run(self, batch: ScheduledBatch) -> np.ndarray:
-        """Compute a step of nothing but decode rows; returns the codes `[D, K]` of the deciding sequences."""
+        """Compute a decode-only step; returns the codes `[D, K]` of the deciding sequences."""
         rows = [chunk.row for chunk in batch.chunks]
         buffers = self._steps.buffers(len(rows), len(batch.deciding))
         if rows != self._rows or buffers is not self._buffers:
@@ -42,7 +42,7 @@ class DecodePath:
             codes[place] = chunk.sequence.next_codes
             kv_lens[place] = chunk.start + 1
             num_pages = len(chunk.row.pages)
-            if num_pages != self._num_pages[place]:  # whichever kind of step they came with
+            if num_pages != self._num_pages[place]:  # whether a decode or a prefill step added them
                 buffers.host["page_table"][place, :num_pages] = chunk.row.pages
                 self._num_pages[place] = num_pages
         for place, sequence in enumerate(batch.deciding):
@@ -50,7 +50,7 @@ class DecodePath:
         return self._steps.run(buffers)[: len(batch.deciding)]
 
     def _place(self, buffers: DecodeBuffers, batch: ScheduledBatch, rows: list[Row]) -> None:
-        """Write what stays as long as the same rows decode; the places behind them are nobody's."""
+        """Write the inputs that stay constant while the same rows decode; positions behind them are padding."""
         host = buffers.host
         buffers.clear()
         if self._text_pages is not None:
@@ -59,5 +59,5 @@ class DecodePath:
                 host["cross_lens"][place] = self._text_pages.lens[row_id(chunk)]
         for name, values in sampling_parameters(batch.deciding, self._codebook_size).items():
             host[name][: len(values)] = values
-        host["row_offsets"][len(batch.deciding) :] = len(rows)  # the others have none
+        host["row_offsets"][len(batch.deciding) :] = len(rows)  # padding requests have no rows
         self._buffers, self._rows, self._num_pages = buffers, rows, [0] * len(rows)

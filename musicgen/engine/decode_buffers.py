@@ -1,7 +1,7 @@
-"""The inputs and the output of a decode step of so many rows, at addresses that never change.
+"""Inputs and output of a decode step with a fixed number of rows, at fixed addresses.
 
-What is prepared once and run many times reads and writes these: a CUDA graph, or a checked call on the CPU. All inputs
-lie in one piece of memory, so that a step is sent with one copy. Knows neither sequences nor kernels.
+Used by steps that are prepared once and run many times: a CUDA graph, or a validated call on the CPU. All inputs share
+one allocation, so that one copy uploads a step. Independent of sequences and kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from musicgen.engine.transfer import Shape, lay_out, new_host_memory
 
 @dataclass(frozen=True, slots=True)
 class DecodeShape:
-    """What every number of rows has in common."""
+    """Properties shared by the buffers of all sizes."""
 
     num_codebooks: int
     max_pages: int
@@ -26,20 +26,20 @@ class DecodeShape:
     """None: no cross-attention."""
     special_token: int
     spare_page: int
-    """A page that nobody else has: rows that are not there write to it."""
+    """An otherwise unused page that padding rows write to."""
     spare_slot: int
     """The same in the buffer of codes."""
 
 
 class DecodeBuffers:
-    """A step of `num_rows` rows of one new position each, and of `num_requests` requests. Some may not be there.
+    """A step of `num_rows` rows of one new position each, and of `num_requests` requests. Some may be padding.
 
-    A row that is not there feeds the special token to a position of its own in the spare page, and attends to nothing
-    else. A request that is not there has no rows and decides step 0 of a piece of no frames, which is the special token
-    without a draw, in the spare slot.
+    A padding row feeds the special token to its own position in the spare page and attends to nothing else. A padding
+    request has no rows and decides step 0 of an empty piece in the spare slot, which yields the special token without
+    sampling.
 
     Attributes:
-        host: the inputs by the names of `StepBatch` and `SampleBatch`, to be written before `upload`.
+        host: the inputs by their names in `StepBatch` and `SampleBatch`, to be written before `upload`.
         step, sampling: the same on the device.
         out: `[num_requests, K]` int32 on the device, the codes.
     """
@@ -60,7 +60,7 @@ class DecodeBuffers:
         self.clear()
 
     def clear(self) -> None:
-        """Nobody is there."""
+        """Make all rows and requests padding."""
         for array in self.host.values():
             array.fill(0)
         self.host["query_offsets"][:] = np.arange(self.num_rows + 1)
@@ -71,15 +71,15 @@ class DecodeBuffers:
         self.host["slots"].fill(self.shape.spare_slot)
 
     def upload(self) -> None:
-        """Send the inputs to the device, behind what its current stream has to do.
+        """Copy the inputs to the device on its current stream.
 
-        They may be written again after the next `download`, which waits.
+        They may be overwritten after the next `download`, which synchronises.
         """
         if self._is_gpu:
             self._received.copy_(self._sent, non_blocking=True)
 
     def download(self) -> np.ndarray:
-        """The codes `[num_requests, K]` when they are there; a copy."""
+        """Wait for the codes `[num_requests, K]` and return a copy."""
         if self._is_gpu:
             self._out.copy_(self.out, non_blocking=True)
             torch.cuda.current_stream(self.out.device).synchronize()

@@ -1,10 +1,9 @@
-"""Runs decode steps on buffers that stay: as CUDA graphs, one for each of a few numbers of rows, or as prepared calls.
+"""Runs decode steps on persistent buffers: as CUDA graphs, captured for a few batch sizes, or as prepared calls.
 
-At a decode step a GPU needs less time for a kernel than the host for its launch; a graph launches all of them at once.
-It computes the same kernels on the same addresses each time, so a step of n rows runs in the smallest graph that holds
-them, and the rows that are not there are inert (see `decode_buffers`). Without graphs there are no more rows than are
-there, and buffers are made anew when their number changes. The graphs' buffers can be had on a CPU too: so everything
-but the capture itself is tested without a GPU.
+In a decode step, launching a kernel takes longer than running it; a graph launches all kernels at once. A graph has
+fixed kernels and addresses, so a step of n rows runs in the smallest graph that fits and is padded with inert rows (see
+`decode_buffers`). Without graphs there is no padding, and buffers are recreated when the number of rows changes. The
+graphs' buffers also work on a CPU, so everything but the capture itself is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -25,30 +24,30 @@ from musicgen.engine.decode_buffers import DecodeBuffers, DecodeShape
 logger = logging.getLogger(__name__)
 
 Call = Callable[[], object]
-"""A whole step: reads `step` and `sampling` of its buffers, writes `out`. To be captured, it may neither wait for the
-GPU nor look at a value. It must give the same for the same inputs, whatever it was run with before."""
+"""A whole step: reads `step` and `sampling` of its buffers, writes `out`. To be captured, it must neither synchronise
+nor read values on the host. It must be deterministic and keep no state between runs."""
 Prepare = Callable[[DecodeBuffers], Call]
-"""Makes the call for some buffers, and does everything that need not be done at each step."""
+"""Builds the call for a set of buffers, hoisting all work that need not be repeated at each step."""
 
 NUM_WARM_UPS = 2
-"""Runs before a capture, in which kernels are compiled and loaded and libraries take their workspaces."""
+"""Runs before a capture, to compile and load kernels and let libraries allocate workspaces."""
 
 
 def graph_sizes(max_rows: int) -> list[int]:
-    """Numbers of rows that get a graph: powers of two up to 16, then every eighth; the last is `max_rows`.
+    """Batch sizes to capture: powers of two up to 16, then multiples of 8; the last is `max_rows`.
 
-    A step computes at most twice the rows that are there, and from 16 on at most 7 more.
+    Padding at most doubles the rows of a step; from 16 rows on it adds at most 7.
     """
     sizes = [1, 2, 4, 8, *range(16, max_rows, 8)]
     return [*(size for size in sizes if size < max_rows), max_rows]
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why decode steps cannot be captured on a device; None if they can, or are run without capture."""
+    """Why decode steps cannot be captured on a device; None if they can, or need no capture."""
     if device.type != "cuda":
         return None
     slow = [choice.operation for choice in report(str(device)) if choice.backend == "reference"]
-    return f"{', '.join(slow)} on the reference, which looks at values" if slow else None
+    return f"{', '.join(slow)} on the reference backend, which reads values on the host" if slow else None
 
 
 @dataclass(slots=True, eq=False)
@@ -61,9 +60,9 @@ class DecodeSteps:
     """Runs decode steps.
 
     Args:
-        sizes: numbers of rows that get a graph, ascending; None: no graphs.
-        uses: what a call reads and writes besides its buffers. Where one of these is another object than when the call
-            was made, its addresses are too, and all calls are made anew.
+        sizes: batch sizes that get a graph, ascending; None: no graphs.
+        uses: the objects that a call reads and writes besides its buffers. If any of them has been replaced, its
+            addresses have changed, and all calls are rebuilt.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class DecodeSteps:
         self._guard = functools.partial(torch.cuda.device, device) if is_gpu else contextlib.nullcontext
 
     def buffers(self, num_rows: int, num_requests: int) -> DecodeBuffers:
-        """With room for so many: those that were used for as many before, or new ones, which are clear."""
+        """Buffers for this many rows and requests: the existing ones of that size, or new, cleared ones."""
         used = self._uses()
         if len(used) != len(self._used) or any(a is not b for a, b in zip(used, self._used, strict=True)):
             self._ready.clear()
@@ -94,19 +93,19 @@ class DecodeSteps:
         ready = self._ready.get((num_rows, num_requests))
         if ready is None:
             if self.sizes is None:
-                self._ready.clear()  # whoever comes or goes changes their number: one of each would be many
+                self._ready.clear()  # the number of rows changes often: keeping every size would add up
             ready = self._ready[num_rows, num_requests] = self._new(num_rows, num_requests)
         return ready.buffers
 
     def run(self, buffers: DecodeBuffers) -> np.ndarray:
-        """Compute what was written to `buffers.host`: the codes `[num_requests, K]`, absent requests included."""
+        """Run the step in `buffers.host`; returns the codes `[num_requests, K]`, including padding requests."""
         with self._guard():
             buffers.upload()
             self._ready[buffers.num_rows, buffers.num_requests].call()
             return buffers.download()
 
     def capture_all(self) -> None:
-        """Capture every size now, the largest first: the others then find their memory in its pool."""
+        """Capture all sizes now, largest first, so that the others reuse its memory pool."""
         for size in reversed(self.sizes or []):
             self.buffers(size, size)
 
@@ -117,13 +116,13 @@ class DecodeSteps:
             return _Ready(buffers, self._capture(self._prepare(buffers), num_rows))
 
     def _capture(self, call: Call, num_rows: int) -> Call:
-        """A graph of the step; of nobody's rows, so that neither warm-up nor capture changes anything for anyone."""
+        """Capture the step as a graph, with padding only, so that warm-up and capture have no side effects."""
         if not self._captures:
             return call
         try:
             return self._captured(call)
-        except Exception:  # slower is better than nothing: the engine goes on without graphs
-            logger.exception("a decode step of %d rows cannot be captured; decoding goes on without graphs", num_rows)
+        except Exception:  # fall back to running without graphs
+            logger.exception("cannot capture a decode step of %d rows; decoding continues without graphs", num_rows)
             self._captures = False
             return call
 
@@ -135,10 +134,10 @@ class DecodeSteps:
                 call()
         current.wait_stream(stream)
         if self._pool is None:
-            # One for all: whatever outlives a step lies outside of it, and steps run one after another.
+            # One pool for all graphs: they run one at a time, and nothing in the pool outlives a step.
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, such as the codec's, may allocate meanwhile.
+        # thread_local: other threads, such as the codec's, may allocate during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             call()
         return graph.replay

@@ -1,11 +1,11 @@
-"""Whose turn it is: weighted fair shares between tenants, of decode frames and of places.
+"""Weighted fair sharing between tenants, of decode frames and of slots.
 
-Every tenant has a virtual counter of the frames it was served, guidance rows counted apart and divided by its
-weight. The tenant with the smallest counter goes next. A tenant that comes back after a pause starts at the smallest
-counter of those that wait, or, if nobody does, at that of the tenant that was served last: a pause earns no credit.
+Every tenant has a virtual counter of the frames it was served, counted once per guidance row and divided by its weight.
+The tenant with the smallest counter goes next. A tenant that returns after a pause starts at the smallest counter of
+the waiting tenants, or, if none wait, at that of the tenant served last: idling earns no credit.
 
-Source: Sheng et al. 2024, "Fairness in Serving Large Language Models" (virtual token counter). Here a request is
-charged when it is admitted, because its length is known; what it was not served is given back when it is cancelled.
+Source: Sheng et al. 2024, "Fairness in Serving Large Language Models" (virtual token counter). Unlike there, a request
+is charged on admission, because its length is known; the unserved part is refunded when it is cancelled.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ class VirtualCounters:
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
         self._last: str | None = None
-        """The tenant that was served last."""
+        """The tenant served last."""
 
     def __getitem__(self, tenant: str) -> float:
         return self._served.get(tenant, 0.0)
 
     def lift(self, tenant: str, waiting: Collection[str]) -> None:
-        """A tenant without waiting requests brings one: its counter is raised."""
+        """Raise the counter of a tenant that had no waiting requests and submits one."""
         self._served[tenant] = self.lifted(tenant, waiting)
 
     def lifted(self, tenant: str, waiting: Collection[str]) -> float:
-        """What `lift` would make of the tenant's counter."""
+        """The tenant's counter after `lift`."""
         floor = min((self[other] for other in waiting if other != tenant), default=None)
         if floor is None:
             floor = 0.0 if self._last is None else self[self._last]
         return max(self[tenant], floor)
 
     def charge(self, tenant: str, num_frames: float, weight: float) -> None:
-        """Count frames as served; negative to give them back."""
+        """Count frames as served; negative to refund them."""
         self._served[tenant] = self[tenant] + num_frames / weight
         if num_frames > 0:
             self._last = tenant
 
 
 def burst(share: float) -> float:
-    """How many requests a tenant may ask for, of so large a share of places, before it counts as one that floods."""
+    """The demand up to which a tenant with this share of slots does not count as over its share."""
     return max(1.0, BURST * share)
 
 
 class Places:
-    """How many requests each tenant runs and asks for, and how many of all places are its share by weight.
+    """Running requests and demand (running plus waiting) of each tenant, and its share of the slots by weight.
 
-    Shares are among the tenants that ask; one that is alone is left half, because another may come. Whoever asks for
-    more than its share *floods*.
+    Shares are computed among the tenants with demand; a single tenant gets half, because another may arrive. A tenant
+    *floods* if its demand exceeds `burst` of its share.
     """
 
     def __init__(self, num_places: int) -> None:
@@ -64,22 +64,22 @@ class Places:
         self._running: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
         self._total = 0.0
-        """Of the weights."""
+        """Sum of the weights."""
         self._flooding: set[str] = set()
         self._is_stale = False
 
     def ask(self, tenant: str, weight: float) -> None:
-        """A request has come."""
+        """Record a new request."""
         self._asked[tenant] += 1
         self._weights[tenant] = weight
         self._is_stale = True
 
     def take(self, tenant: str) -> None:
-        """One of those that asked runs."""
+        """Record that a waiting request has started."""
         self._running[tenant] += 1
 
     def leave(self, tenant: str, *, ran: bool) -> None:
-        """A request has ended."""
+        """Record that a request has ended."""
         self._asked[tenant] -= 1
         self._running[tenant] -= ran
         if not self._asked[tenant]:
@@ -88,16 +88,16 @@ class Places:
 
     @property
     def some_flood(self) -> bool:
-        """Whether there are several tenants, and one of them floods."""
+        """Whether there are several tenants and at least one floods."""
         return len(self._weights) > 1 and bool(self._who_floods())
 
     def is_modest(self, tenant: str) -> bool:
-        """Whether others flood, and the tenant does not."""
+        """Whether other tenants flood and this one does not."""
         return self.some_flood and tenant not in self._who_floods()
 
     def is_owed(self, tenant: str, weight: float) -> bool:
-        """Whether others flood, and the tenant has less than its share of places, or, if it does not flood itself, runs
-        less than it may ask for."""
+        """Whether other tenants flood and this one runs fewer requests than its share (than `burst` of its share if it
+        does not flood itself)."""
         flooding = self._who_floods()
         if not flooding - {tenant}:
             return False

@@ -1,8 +1,8 @@
-"""How many pages and rows will be held when: lengths are known, so the future is arithmetic.
+"""Forecasts page and row usage. Lengths are known in advance, so future usage can be computed exactly.
 
-All demands advance together, one position a row a step. A demand only grows until it ends, so the most is held just
-before some demand ends, and it is enough to look at those moments. As long as a forecast fits, letting everyone
-advance together to the end never runs out of pages; the scheduler keeps that true at every step.
+All demands advance together, by one position per row and step. A demand only grows until it ends, so usage peaks just
+before some demand ends, and only those moments need checking. As long as a forecast fits, all requests can advance
+together to their ends without running out of pages; the scheduler maintains this invariant at every step.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from musicgen_kernels import PAGE_LEN
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What one request holds from `start` on, for `num_steps` steps."""
+    """Resources that one request holds from `start` on, for `num_steps` steps."""
 
     num_rows: int
     length: int
-    """Positions a row at `start`."""
+    """Positions per row at `start`."""
     num_steps: int
     """Steps until everything is released."""
     growth: int = 1
-    """Positions that each step adds to a row: 1, or 0 where `length` is the most it will ever be."""
+    """Positions that each step adds to a row: 1, or 0 if `length` is already the maximum."""
     num_held: int = 0
-    """Of its pages, those that are held already."""
+    """Number of its pages that are already held."""
     num_freed: int = 0
-    """Pages held now that its end will free: it is the last of their holders to end."""
+    """Currently held pages that it will free at its end, as the last of their holders to end."""
     start: int = 0
-    """Steps from now until it begins."""
+    """Steps from now until it starts."""
 
     @property
     def end(self) -> int:
@@ -59,28 +59,28 @@ class Capacity:
 
 
 class Forecast:
-    """The future of a set of demands.
+    """Predicted usage of a set of demands.
 
     Args:
-        num_held: pages held now, by anyone.
-        demands: all requests that hold pages, and any that are to be tried.
+        num_held: total pages held now.
+        demands: all requests that hold pages, and any candidates.
     """
 
     def __init__(self, num_held: int, demands: Iterable[Demand]) -> None:
         self._num_held, self._fields = num_held, _fields(demands)
 
     def add(self, demand: Demand) -> None:
-        """One more."""
+        """Add a demand."""
         self._fields = np.concatenate([self._fields, _fields([demand])])
 
     def fits(self, capacity: Capacity) -> bool:
-        """Whether pages, rows and requests suffice at every moment."""
+        """Whether pages, rows and requests stay within `capacity` at all times."""
         if not len(self._fields):
             return self._num_held <= capacity.num_pages
         return bool((self._held_at(self._ends).max(1) <= capacity.limits).all())
 
     def earliest_start(self, demand: Demand, capacity: Capacity) -> int | None:
-        """The first step at which `demand` could begin, of now and the ends of others; None if it never fits."""
+        """The first step at which `demand` could start: now or at the end of another demand; None if it never fits."""
         if demand.num_rows > capacity.num_rows or demand.most_pages > capacity.num_pages:
             return None
         ends = self._ends
@@ -101,7 +101,7 @@ class Forecast:
         return ends
 
     def _held_at(self, moments: np.ndarray) -> np.ndarray:
-        """`[3, moments]` pages, rows and requests that are held at each of `moments`, in steps from now."""
+        """`[3, moments]` pages, rows and requests held at each of `moments`, in steps from now."""
         rows, length, end, growth, num_held, num_freed, start = self._fields.T
         moments = moments[:, None]
         is_active = (moments >= start) & (moments <= end)

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: the machine's, and its container's where one bounds it."""
+"""Memory available to this process: the machine's, bounded by the container's limit if there is one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """Files of a control group's memory, and its cache that is given up before anybody is killed."""
+    """A control group's memory files, and its reclaimable cache."""
 
     limit: str
     used: str
@@ -27,17 +27,17 @@ _VERSIONS = (
 
 
 def available_bytes(cgroups: Path = CGROUPS) -> int:
-    """Bytes that can be taken without anything being swapped or killed.
+    """Bytes that can be allocated without swapping or an OOM kill.
 
-    The machine's figure alone would let a container with a limit take more than it has. Source of the files: the
-    kernel's `admin-guide/cgroup-v2` and `cgroup-v1/memory`.
+    The machine's value alone would exceed the limit of a container. Source of the files: the kernel's
+    `admin-guide/cgroup-v2` and `cgroup-v1/memory`.
     """
     rooms = [room for names in _VERSIONS if (room := _room(cgroups, names)) is not None]
     return max(0, min([psutil.virtual_memory().available, *rooms]))
 
 
 def _room(cgroups: Path, names: _Names) -> int | None:
-    """What the control group leaves; None: it sets no limit, or there is none of this version."""
+    """Bytes left in the control group; None: no limit, or no control group of this version."""
     try:
         limit = (cgroups / names.limit).read_text().strip()
         if limit == "max":

@@ -1,9 +1,8 @@
-"""Who owns which page: reference counts, sharing of equal prefixes, and pages kept for whoever comes next.
+"""Page allocator of the KV cache: reference counts, prefix sharing, and caching of unreferenced pages.
 
-A page holds 16 positions of one row. Pages whose whole content is known to be equal are shared: each is published
-under a key that stands for everything up to and including it. A page that nobody holds any more stays findable
-until its space is needed (least recently used first). The allocator knows page numbers and keys only, neither
-tensors nor requests.
+A page holds 16 positions of one row. Full pages with equal content are shared: each is published under a key that
+identifies everything up to and including it. Unreferenced pages stay in the cache until their space is needed (LRU).
+The allocator works with page numbers and keys only, not with tensors or requests.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ PageKey = bytes
 
 
 def num_pages_for(num_positions: int) -> int:
-    """Pages that hold `num_positions` positions of one row."""
+    """Number of pages for `num_positions` positions of one row."""
     return -(-num_positions // PAGE_LEN)
 
 
 def page_keys(contents: Sequence[bytes]) -> list[PageKey]:
-    """The keys of consecutive pages: each stands for its own content and everything before it."""
+    """The keys of consecutive pages: each identifies its own content and everything before it."""
     keys: list[PageKey] = []
     parent = b""
     for content in contents:
@@ -33,13 +32,13 @@ def page_keys(contents: Sequence[bytes]) -> list[PageKey]:
 
 
 class OutOfPagesError(RuntimeError):
-    """More pages were asked for than are free: the scheduler's forecast was wrong."""
+    """More pages were requested than are available: a bug in the scheduler's forecast."""
 
 
 class PageAllocator:
-    """Pages 0 … `num_pages` − 1: each is free, held by one or more rows, or kept (published and held by nobody).
+    """Pages 0 … `num_pages` − 1: each is free, held by one or more rows, or kept (published, but not held).
 
-    The page that was freed last is handed out first: on the CPU, pages that were never used take no memory.
+    The most recently freed page is allocated first: on the CPU, pages that were never used take no memory.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -52,7 +51,7 @@ class PageAllocator:
 
     @property
     def num_available(self) -> int:
-        """Pages that `allocate` can hand out, those that are kept included."""
+        """Pages that `allocate` can return, including kept ones."""
         return len(self._free) + len(self._kept)
 
     @property
@@ -63,10 +62,10 @@ class PageAllocator:
         return self._num_holders[page]
 
     def allocate(self, num_pages: int) -> list[int]:
-        """Hand out pages with one holder each.
+        """Allocate pages with one holder each.
 
         Raises:
-            OutOfPagesError: there are not that many; nothing is handed out.
+            OutOfPagesError: not enough pages are available; none is allocated.
         """
         if num_pages > self.num_available:
             raise OutOfPagesError(f"expected {num_pages} pages, got {self.num_available} available")
@@ -78,13 +77,13 @@ class PageAllocator:
         return pages
 
     def grow(self, num_pages: int) -> None:
-        """Own more pages than before."""
+        """Increase the number of pages."""
         self._free[:0] = reversed(range(self.num_pages, num_pages))
         self._num_holders += [0] * (num_pages - self.num_pages)
         self.num_pages = num_pages
 
     def find(self, key: PageKey) -> int | None:
-        """The page published under `key`, or None. Changes nothing."""
+        """The page published under `key`, or None. No side effects."""
         return self._page_of.get(key)
 
     def share(self, page: int) -> None:
@@ -94,21 +93,21 @@ class PageAllocator:
         self._num_holders[page] += 1
 
     def touch(self, page: int) -> None:
-        """A page that is kept was of use: let it be the last to go."""
+        """Mark a kept page as most recently used."""
         if page in self._kept:
             self._kept.move_to_end(page)
 
     def publish(self, page: int, key: PageKey) -> None:
-        """Let others find a page whose content is computed. The first page under a key stays."""
+        """Make a computed page available for sharing. The first page published under a key stays."""
         assert self._num_holders[page] > 0
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key
 
     def release(self, pages: Iterable[int]) -> None:
-        """Take one holder off each page."""
+        """Remove one holder from each page."""
         for page in pages:
-            assert self._num_holders[page] > 0, f"expected a page that is held, got page {page}: it was freed twice"
+            assert self._num_holders[page] > 0, f"expected a held page, got page {page}, which was freed twice"
             self._num_holders[page] -= 1
             if self._num_holders[page] == 0:
                 if page in self._key_of:
@@ -122,7 +121,7 @@ class PageAllocator:
         return page
 
     def check(self, holders: Iterable[Iterable[int]]) -> None:
-        """Assert that the books agree with the page tables of everyone who holds pages."""
+        """Assert that the reference counts match the page tables of all holders."""
         counted = [0] * self.num_pages
         for pages in holders:
             for page in pages:

@@ -1,4 +1,4 @@
-"""From a loaded decoder to the packed weights that the kernels' step runs on."""
+"""Packs a loaded decoder into the weights for the kernels' step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from musicgen.errors import InvalidRequestError
 from musicgen.models.transformer import Attention, Decoder, DecoderLayer
 
 OnLayer = Callable[[int, int], None]
-"""Called with the number of layers that are packed, and of all."""
+"""Called with the number of packed layers and the total."""
 
 KINDS: dict[WeightDtype, str] = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 
 
 def kind_of(weights: DecoderWeights) -> WeightDtype:
-    """What kind of weights a decoder was packed with."""
+    """The weight type of a packed decoder."""
     return next(name for name, kind in KINDS.items() if kind == weights.heads.kind)
 
 
@@ -32,16 +32,16 @@ def pack_decoder(
     release: bool = False,
     on_layer: OnLayer | None = None,
 ) -> DecoderWeights:
-    """Quantise and arrange the matrices of `decoder`; embeddings, norms and biases keep fp32.
+    """Quantise the matrices of `decoder` and reorder them for the kernels; embeddings, norms and biases stay fp32.
 
-    The result is on the device of the decoder's last norm. Layers that are in host memory go there one by one, as they
-    are: so a GPU never holds the whole fp32 model, and nothing is rounded twice.
+    The result is on the device of the decoder's last norm. Layers in host memory are moved there one by one in fp32: a
+    GPU never holds the whole fp32 model, and nothing is rounded twice.
 
     Args:
-        max_positions: the longest row, prefix included.
-        release: free each layer of `decoder` (mutated) once it is packed; it can only be packed from then on, not run.
+        max_positions: length of the longest row, including the prefix.
+        release: free each layer of `decoder` (mutated) once it is packed; the decoder can no longer be run afterwards.
     Raises:
-        InvalidRequestError: a kind of weights that has no kernel.
+        InvalidRequestError: no kernel supports this weight type.
     """
     if weights not in KINDS:
         raise InvalidRequestError(f"weights in {', '.join(KINDS)}", weights, param="weights")

@@ -1,6 +1,6 @@
-"""The pages of each row: what it shares with others, what it allocates, and what it lets others find.
+"""Page tables of the rows: sharing, allocation and publication of pages.
 
-The scheduler decides who gets pages; how a row comes by them is here. Knows nothing of time or turns.
+The scheduler decides which sequences get pages; this module assigns them. Independent of time and scheduling order.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from musicgen.engine.sequence import Phase, Row, Sequence
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Of the pages that a sequence holds: those that nobody else holds, now and when it ends."""
+    """Counts of the pages that only one sequence holds, now and at its end."""
 
     num_private: int
     num_freed: int
 
 
 class PageTables:
-    """Takes pages for sequences and gives them back.
+    """Allocates and releases the pages of sequences.
 
     Args:
-        allocator: only used through here while sequences run.
+        allocator: used exclusively through this object while sequences run.
     """
 
     def __init__(self, allocator: PageAllocator) -> None:
@@ -36,16 +36,16 @@ class PageTables:
 
     @property
     def has_copies(self) -> bool:
-        """Whether pages wait to be copied before the next step."""
+        """Whether page copies are pending for the next step."""
         return bool(self._copies)
 
     def take_copies(self) -> list[tuple[int, int]]:
-        """Pages (from, to) to be copied, in this order, before anything is computed."""
+        """Take the pending page copies (from, to), to be made in this order before the computation."""
         copies, self._copies = self._copies, []
         return copies
 
     def share_prefix(self, sequence: Sequence) -> None:
-        """Hold the full pages of the prefill that others have computed."""
+        """Share the full prefill pages that other sequences have computed."""
         for row in sequence.rows:
             for key in row.keys[: sequence.prefill_len // PAGE_LEN]:
                 page = self.allocator.find(key)
@@ -57,10 +57,10 @@ class PageTables:
                 row.num_published += 1
 
     def allocate_prefill(self, sequence: Sequence) -> None:
-        """The pages of the prefill that are not shared.
+        """Allocate the prefill pages that are not shared.
 
-        A part page at the end of an equal prefill is copied instead of computed again: it cannot be shared, because
-        its holder and this sequence both go on writing to it.
+        A partial last page of an equal prefill is copied rather than recomputed: it cannot be shared, because both
+        its holder and this sequence will write to it.
         """
         for row in sequence.rows:
             row.pages += self.allocator.allocate(num_pages_for(sequence.prefill_len) - len(row.pages))
@@ -69,23 +69,23 @@ class PageTables:
             is_only_part_missing = row.num_published == num_full < len(row.keys)
             source = self.allocator.find(row.keys[num_full]) if is_only_part_missing else None
             if source is not None:
-                # Nobody holds the source meanwhile: copies are made, in this order, before a step writes anything.
+                # The source needs no holder: copies are made, in order, before the step writes anything.
                 self.allocator.touch(source)
                 self._copies.append((source, row.pages[num_full]))
                 row.num_computed = sequence.prefill_len
 
     def num_pages_for_step(self, sequence: Sequence) -> int:
-        """Pages that one more decode step needs."""
+        """Number of new pages for the next decode step."""
         return sum(_is_full(sequence, row) for row in sequence.rows)
 
     def allocate_step(self, sequence: Sequence) -> None:
-        """The pages that one more decode step needs."""
+        """Allocate the new pages for the next decode step."""
         for row in sequence.rows:
             if _is_full(sequence, row):
                 row.pages += self.allocator.allocate(1)
 
     def publish(self, sequence: Sequence, row: Row) -> None:
-        """Let others find the pages of the prefill that are computed by now."""
+        """Publish the prefill pages computed so far for sharing."""
         while row.num_published < len(row.keys):
             end = min((row.num_published + 1) * PAGE_LEN, sequence.prefill_len)
             if row.num_computed < end:
@@ -94,13 +94,13 @@ class PageTables:
             row.num_published += 1
 
     def release(self, sequence: Sequence) -> None:
-        """Give up all pages; the rows are as if nothing had been computed."""
+        """Release all pages and reset the rows to their initial state."""
         for row in sequence.rows:
-            self.allocator.release(reversed(row.pages))  # what is kept loses its ends before its beginnings
+            self.allocator.release(reversed(row.pages))  # evict the ends of kept prefixes first
             row.pages, row.num_computed, row.num_published = [], 0, 0
 
     def is_being_computed(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
-        """Whether one of `running` is just computing what `sequence` could share."""
+        """Whether one of `running` is currently computing pages that `sequence` could share."""
         pending = {
             key
             for other in running
@@ -113,14 +113,14 @@ class PageTables:
         return bool(pending) and any(key in pending for key in missing)
 
     def holdings(self, sequences: Iterable[Sequence]) -> dict[int, Holding]:
-        """What each sequence holds alone, by `id`; of those that share a page, the last to end frees it.
+        """The holdings of each sequence, by `id`; a shared page is freed by the last of its holders to end.
 
-        Only pages of a prefill can be shared: the others are counted, not looked at.
+        Only prefill pages can be shared: the others are counted without inspecting them.
         """
         seen: set[int] = set()
         holdings = {}
         for sequence in sorted(sequences, key=lambda s: s.num_steps_left, reverse=True):
-            # Rows may share among themselves.
+            # Rows of one sequence may share pages.
             shareable = Counter(page for row in sequence.rows for page in row.pages[: len(row.keys)])
             num_own = sum(max(len(row.pages) - len(row.keys), 0) for row in sequence.rows)
             num_alone = sum(self.allocator.num_holders(page) == count for page, count in shareable.items())
@@ -131,5 +131,5 @@ class PageTables:
 
 
 def _is_full(sequence: Sequence, row: Row) -> bool:
-    """Whether the next position of a row that has its prefill needs another page."""
+    """Whether the next position of a row past its prefill needs a new page."""
     return max(row.num_computed, sequence.prefill_len) == len(row.pages) * PAGE_LEN

@@ -1,4 +1,4 @@
-"""The waiting requests: first come, first served within a tenant; the tenant served least goes next."""
+"""The waiting queue: FIFO within a tenant; the least-served tenant goes next."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _Lane = tuple[int, str]
 
 
 class WaitingQueue:
-    """A lane for each priority of each tenant.
+    """One FIFO lane per priority and tenant.
 
     Args:
-        counters: what each tenant has been served; a tenant that comes back is lifted here.
+        counters: service received by each tenant; returning tenants are lifted here.
     """
 
     def __init__(self, counters: VirtualCounters) -> None:
@@ -45,7 +45,7 @@ class WaitingQueue:
             del self._lanes[key]
 
     def next(self, seen: Collection[int] = ()) -> Sequence | None:
-        """Whose turn it is. Those in `seen` (by `id`) were tried in vain: others come before the rest of their lane."""
+        """The next sequence in turn. Sequences in `seen` (by `id`) have been tried; lanes with fewer go first."""
         best: Sequence | None = None
         best_turn: tuple[int, int, float, float] | None = None
         for (priority, tenant), lane in self._lanes.items():
@@ -58,9 +58,9 @@ class WaitingQueue:
         return best
 
     def in_turn(self, before: Sequence) -> Iterator[Sequence]:
-        """Everyone who goes before `before` (not in the queue yet) in turn, if nobody else comes.
+        """All sequences that would precede `before` (not in the queue yet), in turn, without further arrivals.
 
-        The counters are charged along the way, as they will be.
+        Simulates the charges to the counters along the way.
         """
         request = before.request
         lanes = {key: deque(lane.values()) for key, lane in self._lanes.items()}
@@ -74,7 +74,7 @@ class WaitingQueue:
         while turns:
             priority, counter, _, key = heappop(turns)
             tenant = key[1]
-            if counter == counters[tenant]:  # else it was charged meanwhile, in a lane of another priority
+            if counter == counters[tenant]:  # otherwise it has been charged since, through a lane of another priority
                 sequence = lanes[key].popleft()
                 if sequence is before:
                     return

@@ -1,7 +1,7 @@
-"""Runs one scheduled step on tensors: assemble the batch, one call of the kernels' step, one of the sampler.
+"""Runs a scheduled step on the device: assembles the batch, calls the kernels' step and the sampler.
 
-Owns the pages' memory, the texts' pages and the buffer of codes. Decides nothing: what is computed comes from the
-scheduler, what follows from it is the core's.
+Owns the KV cache memory, the text pages and the code buffer. The scheduler decides what is computed; the core
+processes the results.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """One model's decoder with its pages.
+    """The decoder of one model with its KV cache.
 
     Args:
-        lm: the language model; its matrices are packed.
-        weights: packed already.
-        release: free the model's own layers meanwhile, for models that fit in memory only once.
-        on_layer: progress of the packing.
+        lm: the language model; its matrices are packed here unless `weights` is given.
+        weights: the packed weights, if they exist already.
+        release: free the model's own layers during packing, for models that fit in memory only once.
+        on_layer: receives the progress of packing.
     Raises:
-        InvalidRequestError: a memory budget without room for a page, or weights without a kernel.
+        InvalidRequestError: the memory budget is below one page, or no kernel supports the weights.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ModelRunner:
         if weights is not None:
             config = replace(config, weights=kind_of(weights))
         self.config = config = config.resolved(self.device.type)
-        # torch's own number belongs to the calling thread; steps run on another one.
+        # torch's number of threads is per calling thread; steps run on another thread.
         self._num_threads = config.num_threads or torch.get_num_threads()
         self.max_row_len = max_row_len(lm.config)
         assert config.weights is not None
@@ -75,7 +75,7 @@ class ModelRunner:
         num_slots = config.scheduler.num_slots
         self.text_pages = TextPages(self._step, self.pages.k.dtype, num_slots) if self.weights.has_cross else None
         window_len = lm.config.delay_pattern.num_steps(lm.config.num_frames(lm.config.max_duration_s))
-        codes = (num_slots + 1, lm.config.decoder.num_codebooks, window_len)  # the last slot is nobody's
+        codes = (num_slots + 1, lm.config.decoder.num_codebooks, window_len)  # the last slot is the spare one
         self._codes = torch.full(codes, UNKNOWN_CODE, dtype=torch.int32, device=self.device)
         self._delays = torch.tensor(lm.config.delay_pattern.delays, dtype=torch.int32, device=self.device)
         self._graph_sizes = self._sizes_of_graphs()
@@ -87,10 +87,10 @@ class ModelRunner:
     # --- sequences ---
 
     def open(self, sequence: Sequence) -> None:
-        """Prepare an admitted sequence, or its next window: its buffer of codes, its texts."""
+        """Prepare the codes and texts of an admitted sequence, or of its next window."""
         delayed = sequence.delayed_codes()
         if delayed.shape[-1] > self._codes.shape[-1]:
-            longer = max(delayed.shape[-1], 2 * self._codes.shape[-1])  # seldom: it costs the graphs
+            longer = max(delayed.shape[-1], 2 * self._codes.shape[-1])  # rare: it invalidates the graphs
             grown = self._codes.new_full((*self._codes.shape[:2], longer), UNKNOWN_CODE)
             grown[..., : self._codes.shape[-1]] = self._codes
             self._codes = grown
@@ -100,19 +100,19 @@ class ModelRunner:
             self.text_pages.open(sequence.slot, sequence.inputs.text)
 
     def close(self, slot: int) -> None:
-        """The sequence of `slot` has ended."""
+        """Release the resources of the sequence in `slot`."""
         if self.text_pages is not None:
             self.text_pages.close(slot)
 
     def frames(self, slot: int, start: int, end: int) -> Tensor:
-        """Codes `[K, end - start]` (int32, on the host, a copy) of complete frames."""
+        """A copy of the codes `[K, end - start]` (int32, on the host) of complete frames."""
         pattern = self.model_config.delay_pattern
         return pattern.undo(self._codes[slot, :, start : pattern.num_steps(end)]).cpu()
 
     # --- one step ---
 
     def run(self, batch: ScheduledBatch) -> np.ndarray:
-        """Compute a step; returns the codes `[D, K]` (int32) that the deciding sequences have decided."""
+        """Compute a step; returns the codes `[D, K]` (int32) of the deciding sequences."""
         if batch.copies:
             self._copy_pages(batch.copies)
         if is_decode(batch):
@@ -121,7 +121,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run_mixed(self, batch: ScheduledBatch) -> np.ndarray:
-        """A step with prefill in it: everything is assembled anew."""
+        """Run a step that includes prefill; all inputs are assembled from scratch."""
         decoder, deciding = self.model_config.decoder, batch.deciding
         fields = step_inputs(batch, decoder.num_codebooks, num_pages_for(self.max_row_len))
         if self.text_pages is not None:
@@ -139,11 +139,11 @@ class ModelRunner:
     # --- decode steps ---
 
     def _sizes_of_graphs(self) -> list[int] | None:
-        """Numbers of rows of decode steps that run as graphs; None: none does."""
+        """Batch sizes of decode steps to capture as graphs; None: no graphs."""
         if not self.config.cuda_graphs:
             return None
         if reason := why_not(self.device):
-            logger.warning("decode steps run without CUDA graphs: %s", reason)
+            logger.warning("running decode steps without CUDA graphs: %s", reason)
             return None
         return graph_sizes(min(self.config.scheduler.max_step_rows, self.config.scheduler.num_rows))
 
@@ -160,11 +160,11 @@ class ModelRunner:
         return DecodeSteps(self._graph_sizes, shape, self.device, self._prepare_decode, self._decode_memory)
 
     def _decode_memory(self) -> tuple[object, ...]:
-        """What a prepared step has the addresses of, and is sometimes allocated anew."""
+        """The objects whose addresses a prepared step holds, and which may be reallocated."""
         return self._codes, self._text_store()
 
     def _prepare_decode(self, buffers: DecodeBuffers) -> Call:
-        """A decode step of these buffers; the CPU's one call is checked now, and never again."""
+        """A decode step on these buffers; the CPU's single call is validated only now."""
         if not isinstance(self._step, CpuStep):
             return functools.partial(self._compute_decode, buffers)
         decoder = self.model_config.decoder
@@ -185,7 +185,7 @@ class ModelRunner:
         self._sampler(logits, buffers)()
 
     def _sampler(self, logits: Tensor, buffers: DecodeBuffers) -> Callable[[], object]:
-        # The CPU's compiled sampler refuses requests without rows; there are such in tests only.
+        # The CPU's compiled sampler rejects requests without rows, which occur only in tests.
         backend = "reference" if self._graph_sizes is not None and self.device.type == "cpu" else None
         arguments = (logits, buffers.sampling, self._delays, self._codes)
         return prepare_sample_step(*arguments, out=buffers.out, backend=backend)
@@ -204,7 +204,7 @@ class ModelRunner:
 
 
 def _prefix(batch: ScheduledBatch) -> Tensor | None:
-    """`[P, dim]` embeddings of the positions that are prefix, in the order of the step."""
+    """`[P, dim]` embeddings of the prefix positions, in step order."""
     parts = []
     for chunk in batch.chunks:
         end = min(chunk.end, chunk.sequence.prefix_len)

@@ -1,13 +1,13 @@
-"""Who is admitted, and what each step computes. Knows pages, lengths and clocks; neither tensors nor sampling.
+"""Admission control and batch composition. Works with pages, lengths and clocks, not with tensors or sampling.
 
-Admission: a request is admitted when, letting everyone advance together to the end, pages and rows always suffice.
-So nothing is ever taken back for want of memory. A request that does not fit yet holds up only those that would
-delay it. There are more places than `max_requests`: while others ask for more than their share of places, a tenant that
-has less than its own need not wait for an end.
+Admission: a request is admitted if pages and rows suffice for all requests advancing together to their ends, so no
+request is ever preempted for lack of memory. A request that does not fit yet blocks only those that would delay it.
+There are more slots than `max_requests`: while other tenants are over their share of slots, a tenant below its own need
+not wait for a request to end.
 
-A step keeps that promise: either everyone advances, or some do and the forecast still fits, or a *round* begins, in
-which all take turns until each has advanced by one step. While a tenant asks for more than its share, the listeners of
-others who hear nothing yet go before all that can wait.
+Each step preserves this invariant: either all sequences advance, or some do and the forecast still fits, or a *round*
+starts, in which all take turns until each has advanced by one step. While a tenant is over its share, streams of other
+tenants that have not received their first audio go before all work that can be deferred.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from musicgen.engine.step_times import StepTimes
 from musicgen.engine.turns import Turns
 
 MAX_BACKFILL = 8
-"""Requests behind one that does not fit yet that are tried at a time."""
+"""Requests tried at a time behind one that does not fit yet."""
 MAX_QUOTED = 64
-"""Waiting requests that a quoted start looks through."""
+"""Waiting requests considered when estimating a start."""
 MAX_SLIP_STEPS = 64
-"""If the start of the first in turn slips by more than so many steps, only those that are owed a place pass it."""
+"""If the start of the first request in turn slips by more steps than this, only requests owed a slot overtake it."""
 MAX_OWED_SLIP_STEPS = 512
-"""If it slips by more than so many, nobody does."""
+"""If it slips by more steps than this, no request overtakes it."""
 RETRY_STEPS = 16
-"""Admission is tried again after so many steps, even if nothing began or ended."""
+"""Admission is retried after this many steps, even if no request started or ended."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prefill:
-    """What a sequence in prefill computes of it in one step."""
+    """The part of a sequence's prefill computed in one step."""
 
     sequence: Sequence
     num_new: tuple[int, ...]
     """Positions of each row."""
     is_ready: bool
-    """Its first decode step can be joined on."""
+    """Its first decode step can run in the same step."""
 
 
 class Scheduler:
     """Waiting and running sequences.
 
     Args:
-        allocator: owns the pages; only the scheduler decides who takes and releases them.
+        allocator: owns the pages; only the scheduler allocates and releases them.
         frame_rate_hz: for playback deadlines.
     """
 
@@ -62,7 +62,7 @@ class Scheduler:
         self.config, self.allocator, self.pages = config, allocator, PageTables(allocator)
         self.capacity = Capacity(allocator.num_pages, config.max_rows, config.max_requests)
         self.whole_capacity = Capacity(allocator.num_pages, config.num_rows, config.num_slots)
-        """With the places for tenants that have less than their share."""
+        """Including the slots reserved for tenants below their share."""
         self.counters, self.places = VirtualCounters(), Places(config.max_requests)
         self.waiting = WaitingQueue(self.counters)
         self.running: list[Sequence] = []
@@ -72,7 +72,7 @@ class Scheduler:
         self._steps_to_retry = 0
         self._num_steps = 0
 
-    # --- coming and going ---
+    # --- adding and removing ---
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.add(sequence)
@@ -80,7 +80,7 @@ class Scheduler:
         self._steps_to_retry = 0
 
     def remove(self, sequence: Sequence) -> None:
-        """End a sequence, waiting or running: its pages and slot are free afterwards."""
+        """End a waiting or running sequence and free its pages and slot."""
         if sequence.phase is Phase.ENDED:
             return
         self.places.leave(sequence.request.tenant, ran=sequence.phase is not Phase.WAITING)
@@ -95,12 +95,12 @@ class Scheduler:
         self._steps_to_retry = 0
 
     def began_decoding(self, sequence: Sequence) -> None:
-        """Its prefill is complete, and what it published may be what another waits for."""
+        """Called when a prefill is complete; other sequences may be waiting for the pages it published."""
         sequence.phase = Phase.DECODE
         self._steps_to_retry = 0
 
     def open_window(self, sequence: Sequence) -> None:
-        """Take the pages of a running sequence's new window; the admission has counted on them."""
+        """Allocate the pages of a running sequence's next window, which admission has accounted for."""
         self.pages.share_prefix(sequence)
         self.pages.allocate_prefill(sequence)
         sequence.phase = Phase.PREFILL
@@ -112,8 +112,8 @@ class Scheduler:
         return Forecast(0, [sequence.demand()]).fits(self.capacity)
 
     def steps_to_start(self, sequence: Sequence) -> int:
-        """Decode steps until a sequence about to be added could begin, everyone before it in turn considered; one that
-        is owed a place that is free waits for nobody."""
+        """Estimated decode steps until a sequence about to be added could start, after all that precede it in turn. A
+        sequence that is owed a slot starts at once if one is free."""
         forecast = Forecast(self.allocator.num_held, self._demands().values())
         if self._is_owed(sequence) and forecast.earliest_start(sequence.demand(), self.whole_capacity) == 0:
             return 0
@@ -126,7 +126,7 @@ class Scheduler:
         return start + int(sum(other.cost for other in ahead) / self.capacity.num_rows)
 
     def _demands(self, *more: Sequence) -> dict[int, Demand]:
-        """The demands of everyone who runs, and `more`, by `id`."""
+        """The demands of all running sequences and `more`, by `id`."""
         sequences = [*self.running, *more]
         holdings = self.pages.holdings(sequences)
         demands = {}
@@ -138,10 +138,10 @@ class Scheduler:
     # --- one step ---
 
     def schedule(self, now: float, step_times: StepTimes) -> ScheduledBatch:
-        """Decide what the next step computes. Page tables are ready for it afterwards.
+        """Compose the next step and prepare the page tables for it.
 
         Args:
-            step_times: what steps took.
+            step_times: measured step times.
         """
         self._steps_to_retry -= 1
         if self.waiting and self._steps_to_retry <= 0 and not self._round:
@@ -155,19 +155,19 @@ class Scheduler:
                 return self._new_batch(chosen, prefills)
         decoding, prefills, ready = self._who_could(self.running)
         chosen = self._who_advances(decoding, ready, len(ready) < len(prefills))
-        if decoding and not chosen:  # they wait for those behind, so the step is all theirs
+        if decoding and not chosen:  # decoding waits for sequences in prefill, which get the whole step
             prefills = self._prefill(self.running, self.config.idle_prefill_tokens)
         return self._new_batch(chosen, prefills)
 
     def _who_could(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[_Prefill], list[Sequence]]:
-        """Of `sequences` those that decode, what is computed of those in prefill, and who of these could decode too."""
+        """Of `sequences`: those in decode, the prefills of this step, and the sequences that finish theirs with it."""
         decoding = [s for s in sequences if s.phase is Phase.DECODE]
         budget = self.config.prefill_tokens if decoding else self.config.idle_prefill_tokens
         prefills = self._prefill(sequences, budget)
         return decoding, prefills, [p.sequence for p in prefills if p.is_ready]
 
     def _new_batch(self, chosen: list[Sequence], prefills: list[_Prefill]) -> ScheduledBatch:
-        """The batch in which `chosen` decide a step, with pages for the positions that they feed."""
+        """The batch in which `chosen` decide a step; allocates pages for the positions that they feed."""
         batch = ScheduledBatch(deciding=chosen)
         behind = {id(prefill.sequence): prefill for prefill in prefills}
         for sequence in chosen:
@@ -186,10 +186,10 @@ class Scheduler:
         return batch
 
     def _prefill(self, sequences: list[Sequence], budget: int) -> list[_Prefill]:
-        """Whose prompts advance within `budget` positions. The nearest to silence go first.
+        """Distribute `budget` prefill positions, earliest playback deadline first.
 
-        A sequence is ready for its first decode step when it has nothing left to prefill, or when the budget has
-        room for that step too.
+        A sequence is ready for its first decode step if it has nothing left to prefill, or if the budget also covers
+        that step.
         """
         prefills = []
         prefilling = [s for s in sequences if s.phase is Phase.PREFILL]
@@ -206,11 +206,11 @@ class Scheduler:
         return prefills
 
     def _who_advances(self, decoding: list[Sequence], ready: list[Sequence], some_behind: bool) -> list[Sequence]:
-        """Everyone, if nobody is behind and the step holds all; else those whose listeners are nearest to silence.
+        """All sequences, if none is behind and all fit in the step; otherwise those with the earliest deadlines.
 
         Args:
-            ready: sequences whose prefill ends with this step, so that they can decode too.
-            some_behind: others are still in prefill.
+            ready: sequences whose prefill ends with this step, so that they can decode in it.
+            some_behind: whether others are still in prefill.
         """
         everyone = decoding + ready
         self._round &= {id(s) for s in everyone}
@@ -222,7 +222,7 @@ class Scheduler:
                 if chosen and self._is_safe_after(chosen):
                     return chosen
             if some_behind:
-                return []  # the forecast counts on those behind to be as far as the others: they catch up first
+                return []  # the forecast assumes that all advance together: sequences behind catch up first
             self._round = {id(s) for s in everyone}
         chosen = self._turns.fill(sorted((s for s in everyone if id(s) in self._round), key=self._turns.need))
         self._round -= {id(s) for s in chosen}
@@ -249,11 +249,11 @@ class Scheduler:
     # --- admission ---
 
     def _admit(self, now: float) -> None:
-        """Admit in turn; behind one that does not fit yet, only those that do not delay it.
+        """Admit in turn; behind a request that does not fit yet, only requests that do not delay it (backfill).
 
-        How long others take is known, but for how their prefills fall into steps. So that a stream of small requests
-        does not put off a large one for ever, they stop when its start has slipped by `MAX_SLIP_STEPS`; those that are
-        owed a place when it has by `MAX_OWED_SLIP_STEPS`.
+        Durations are known except for how prefills are split over steps. So that a stream of small requests cannot
+        starve a large one, backfill stops when its start has slipped by `MAX_SLIP_STEPS`, or by `MAX_OWED_SLIP_STEPS`
+        for requests that are owed a slot.
         """
         first: Sequence | None = None
         reserved: Demand | None = None
@@ -261,7 +261,7 @@ class Scheduler:
         for sequence in self._candidates():
             if not self._free_slots or num_tried > MAX_BACKFILL:
                 return
-            if len(self.running) < self._room_for(sequence).num_requests:  # else it need not be tried
+            if len(self.running) < self._room_for(sequence).num_requests:  # otherwise it cannot fit
                 if first is not None and reserved is None:
                     reserved, slip = self._reserve(first)
                     if slip > MAX_OWED_SLIP_STEPS:
@@ -274,7 +274,7 @@ class Scheduler:
             first = first or sequence
 
     def _reserve(self, sequence: Sequence) -> tuple[Demand, int]:
-        """What the first in turn will take when it can, and by how many steps that has slipped."""
+        """The future demand of the first request in turn, and by how many steps its start has slipped."""
         demand = sequence.demand()
         forecast = Forecast(self.allocator.num_held, self._demands().values())
         reserved = demand.at(forecast.earliest_start(demand, self._room_for(sequence)) or 0)
@@ -283,21 +283,21 @@ class Scheduler:
         return reserved, start - sequence.promised_step
 
     def _room_for(self, sequence: Sequence) -> Capacity:
-        """Those that are owed a place find more of them."""
+        """The capacity available to a sequence: more slots if it is owed one."""
         return self.whole_capacity if self._is_owed(sequence) else self.capacity
 
     def _is_owed(self, sequence: Sequence) -> bool:
         return self.places.is_owed(sequence.request.tenant, sequence.request.weight)
 
     def _candidates(self) -> Iterator[Sequence]:
-        """Waiting sequences in turn; the order follows the counters as they change."""
+        """Waiting sequences in turn, re-evaluated as the counters change."""
         seen: set[int] = set()
         while (sequence := self.waiting.next(seen)) is not None:
             seen.add(id(sequence))
             yield sequence
 
     def _take(self, sequence: Sequence, reserved: Demand | None, now: float) -> bool:
-        """Admit `sequence` if it fits beside those that run and the one that is `reserved` for."""
+        """Admit `sequence` if it fits together with the running sequences and the `reserved` demand."""
         if not self._take_prefill_pages(sequence, reserved):
             return False
         self.waiting.remove(sequence)
@@ -310,7 +310,7 @@ class Scheduler:
         return True
 
     def _take_prefill_pages(self, sequence: Sequence, reserved: Demand | None) -> bool:
-        """Share what others have computed, allocate the rest; all or nothing."""
+        """Share the pages that others have computed and allocate the rest, all or nothing."""
         self.pages.share_prefix(sequence)
         demands = [*self._demands(sequence).values(), *([] if reserved is None else [reserved])]
         if not Forecast(self.allocator.num_held, demands).fits(self._room_for(sequence)):

@@ -1,4 +1,4 @@
-"""One request inside the engine: its rows, how far each is computed, and its times. Decides nothing."""
+"""State of one request inside the engine: its rows, their progress, and timestamps. Contains no scheduling policy."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Phase(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One guidance row of the current window. Positions: the prefix, then one for each step that is fed."""
+    """One guidance row of the current window. Positions: the prefix, then one per step fed."""
 
     index: int
-    """Among the rows of its request: conditional first, null last."""
+    """Index among the rows of its request: conditional first, null last."""
     keys: list[PageKey]
-    """Of the full pages of its prefill, then of the part page if there is one."""
+    """Keys of the full prefill pages, then of the partial page if there is one."""
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
@@ -42,7 +42,7 @@ class Row:
 
 @dataclass(slots=True)
 class Times:
-    """When things happened, in seconds of the engine's clock."""
+    """Timestamps in seconds of the engine's clock."""
 
     arrived: float
     admitted: float | None = None
@@ -51,11 +51,11 @@ class Times:
 
 
 class Sequence:
-    """A request's state. Set by the engine core and the scheduler; read by the runner.
+    """State of a request. Written by the engine core and the scheduler; read by the runner.
 
     Args:
-        windows: what is known of each window that is still to be made; its inputs are made when it opens.
-        slot: of the runner's buffer of codes, while admitted.
+        windows: plans of the remaining windows; their inputs are computed when they open.
+        slot: index in the runner's code buffer while admitted.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class Sequence:
         self.lease_until = None if request.lease_s is None else now + request.lease_s
         self.slot = -1
         self.is_open = False
-        """Whether the runner has been told of it."""
+        """Whether the runner has opened it."""
         self.rows: list[Row] = []
         self.num_frames = self.num_sent_frames = request.codes.num_known_frames
-        """Complete frames, and those that were handed out."""
+        """Complete frames, and frames emitted."""
         self.due_frames = self._next_due(0)
-        """Frames that must be complete for the next chunk to be handed out."""
+        """Frames that must be complete before the next chunk is emitted."""
         self.promised_step: int | None = None
-        """The scheduler's step by which it was to start when its turn came; see `Scheduler`."""
+        """The scheduler step at which it was to start when it became first in turn; see `Scheduler`."""
         self.next_codes: np.ndarray
-        """`[K]` codes of the step that is fed next."""
+        """`[K]` codes of the step to feed next."""
         self.window_index = 0
         self.known = self._known_codes()
         self._open_window()
@@ -92,18 +92,18 @@ class Sequence:
 
     @property
     def next_step(self) -> int:
-        """The delayed step that is decided next, counted from the beginning of the piece."""
+        """The delayed step to decide next, counted from the start of the piece."""
         return self.window.start + self.num_computed - self.prefix_len + 1
 
     def demand(self, num_private: int = 0, num_freed: int = 0) -> Demand:
-        """What its pages come to, from now to its end.
+        """Its demand from now to its end.
 
-        A piece of several windows is taken to need its widest window all the time, and to lose what it shares:
-        the next window may share nothing.
+        A piece of several windows is assumed to need its widest window throughout and to share no pages, because the
+        next window may not share any.
 
         Args:
-            num_private: of the pages held, those that nobody else holds.
-            num_freed: of the pages held, those that nobody else holds when it ends.
+            num_private: held pages that no other sequence holds.
+            num_freed: held pages that no other sequence will hold when it ends.
         """
         if len(self.windows) > 1:
             windows = range(self.window_index, len(self.windows))
@@ -125,7 +125,7 @@ class Sequence:
 
     @property
     def cost(self) -> float:
-        """Frames to make, guidance rows counted apart."""
+        """Frames to generate, counted once per guidance row."""
         return float((self.request.codes.num_frames - self.num_frames) * self.num_rows)
 
     def usage(self, now: float) -> Usage:
@@ -140,28 +140,28 @@ class Sequence:
         )
 
     def _next_due(self, num_handed_out: int) -> float:
-        """Frames at which the chunk after one of `num_handed_out` is due: at the end where nobody listens."""
+        """Frames at which the chunk after one of `num_handed_out` is due; at the end for non-streaming requests."""
         policy = self.request.chunks
         return math.inf if policy is None else self.num_sent_frames + policy.next_frames(num_handed_out)
 
     # --- changes ---
 
     def sent(self) -> None:
-        """All complete frames have been handed out."""
+        """Mark all complete frames as emitted."""
         num_handed_out, self.num_sent_frames = self.num_frames - self.num_sent_frames, self.num_frames
         self.due_frames = self._next_due(num_handed_out)
 
     def next_window(self, known: Tensor) -> None:
-        """Go on to the next window; `known` are the `[K, T]` codes of the piece so far."""
+        """Advance to the next window; `known` are the `[K, T]` codes of the piece so far."""
         self.window_index += 1
         self.known = known
         self._open_window()
 
     def feed(self, decided: np.ndarray) -> None:
-        """The codes `[K]` of the step just decided are fed next.
+        """Feed the codes `[K]` of the step just decided in the next step.
 
-        In the first steps of a later window the delays reach back to frames before it. They hold the special token
-        there, as in its prefill: so it does not matter which of the two has computed them.
+        In the first steps of a later window the delays reach back to frames before it. The special token is used there,
+        as in prefill, so that prefill and decode compute the same.
         """
         step, pattern = self.num_computed - self.prefix_len, self.pattern
         if step <= pattern.max_delay:
@@ -170,35 +170,35 @@ class Sequence:
         self.next_codes = decided
 
     def prefill_codes(self) -> Tensor:
-        """`[K, S]` delayed codes of the window's known steps; the last one is fed by the first decode step."""
+        """`[K, S]` delayed codes of the window's known steps; the first decode step feeds the last one."""
         pattern, special = self.pattern, self.config.decoder.special_token
         delayed = pattern.apply(self.known[:, self.window.start :], special)
         return delayed[:, : pattern.first_step_after(self.num_known - self.window.start)]
 
     def delayed_codes(self) -> Tensor:
-        """`[K, S]` the delayed sequence of the piece up to the window's end, unknown places marked."""
+        """`[K, S]` delayed codes of the piece up to the window's end, with `UNKNOWN_CODE` where not yet known."""
         pattern, special = self.pattern, self.config.decoder.special_token
         unknown = self.known.new_full((pattern.num_codebooks, self.window.end - self.num_known), UNKNOWN_CODE)
         return pattern.apply(torch.cat([self.known, unknown], -1), special)
 
     def _open_window(self) -> None:
-        """Set what stays as long as the window does: it is looked at several times a step."""
+        """Cache values that are constant within the window and used several times per step."""
         self.window, planned = self.windows[self.window_index]
         self.inputs: GuidanceRows = planned.make()
         self.num_rows, self.prefix_len = self.inputs.num_rows, self.inputs.prefix_len
         self.num_known = self.known.shape[-1]
-        """Frames that were known when the window was opened."""
+        """Frames known when the window was opened."""
         self.prefill_len = self.prefix_len + self.num_known - self.window.start
-        """Positions a row that are known beforehand, but for the last: that one is the first decode step."""
+        """Positions per row known in advance, except the last, which the first decode step feeds."""
         self.row_len = self._row_len(self.window_index)
-        """Positions a row when the window is complete. The last step is decided, not fed."""
+        """Positions per row when the window is complete. The last step is decided but not fed."""
         codes = self.prefill_codes()
         self.next_codes = codes[:, -1].numpy().copy()
         prefilled = codes[:, :-1].contiguous()
         self.rows = [Row(i, self._keys(i, prefilled)) for i in range(self.num_rows)]
 
     def _keys(self, row: int, codes: Tensor) -> list[PageKey]:
-        """Keys of the pages of the prefill: the prefix's embeddings and the codes, and what they attend to."""
+        """Keys of the prefill pages, covering the prefix embeddings, the codes and the cross-attention inputs."""
         prefix, text = self.inputs.prefix, self.inputs.text
         attended = b"" if text is None else text[row].cpu().numpy().tobytes()
         prefix_len = self.prefix_len

@@ -1,4 +1,4 @@
-"""What a step is told of its rows and of the sequences that decide, as arrays. Knows neither devices nor kernels."""
+"""Builds the input arrays of a step from its rows and deciding sequences. Independent of devices and kernels."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from musicgen.engine.sequence import Sequence
 
 
 def row_id(chunk: RowChunk) -> int:
-    """A row's number among those that can be open at the same time."""
+    """A row's index among all rows that can be open."""
     return chunk.sequence.slot * MAX_GUIDANCE_ROWS + chunk.row.index
 
 
 def is_decode(batch: ScheduledBatch) -> bool:
-    """Whether every row feeds one step's codes and decides the next: no prefix, no prefill."""
+    """Whether every row feeds one step's codes and decides the next, without prefix or prefill."""
     return bool(batch.chunks) and all(
         chunk.num_new == 1 and chunk.start >= chunk.sequence.prefill_len for chunk in batch.chunks
     )
 
 
 def step_inputs(batch: ScheduledBatch, num_codebooks: int, max_pages: int) -> dict[str, np.ndarray]:
-    """The fields of a `StepBatch` but for the texts and the prefix itself; `prefix_index` only where there is one."""
+    """The fields of a `StepBatch` except texts and prefix; `prefix_index` only if there is a prefix."""
     chunks = batch.chunks
     ends = list(itertools.accumulate(chunk.num_new for chunk in chunks))
     deciding = set(map(id, batch.deciding))
@@ -46,7 +46,7 @@ def step_inputs(batch: ScheduledBatch, num_codebooks: int, max_pages: int) -> di
 
 
 def _codes(chunk: RowChunk, num_codebooks: int) -> np.ndarray:
-    """`[num_new, K]` codes of the chunk's positions; zeros where there is a prefix."""
+    """`[num_new, K]` codes of the chunk's positions; zeros at prefix positions."""
     sequence = chunk.sequence
     if chunk.start >= sequence.prefill_len:
         return sequence.next_codes[None]
@@ -59,13 +59,13 @@ def _codes(chunk: RowChunk, num_codebooks: int) -> np.ndarray:
 
 
 def decided_steps(batch: ScheduledBatch) -> np.ndarray:
-    """The delayed step, counted from the beginning of the piece, that each deciding sequence decides."""
+    """The delayed step that each deciding sequence decides, counted from the start of the piece."""
     ends = {id(chunk.sequence): chunk.end for chunk in batch.chunks}
     return np.array([s.window.start + ends[id(s)] - s.prefix_len for s in batch.deciding], dtype=np.int32)
 
 
 def sampling_parameters(sequences: list[Sequence], codebook_size: int) -> dict[str, np.ndarray]:
-    """The fields of a `SampleBatch` of those sequences, but for the steps that they decide."""
+    """The fields of a `SampleBatch` of these sequences, except the steps."""
     params = [sequence.request.codes.sampling for sequence in sequences]
 
     def ints(values: list[int]) -> np.ndarray:
@@ -82,6 +82,6 @@ def sampling_parameters(sequences: list[Sequence], codebook_size: int) -> dict[s
         "guidance": floats([p.guidance_scale for p in params]),
         "guidance_beta": floats([1.0 if p.melody_guidance is None else p.melody_guidance for p in params]),
         "temperature": floats([0.0 if p.greedy else p.temperature for p in params]),
-        "top_k": ints([min(p.top_k, codebook_size) for p in params]),  # kernels take no more than 31 bits
+        "top_k": ints([min(p.top_k, codebook_size) for p in params]),  # kernels use int32
         "top_p": floats([p.top_p for p in params]),
     }

@@ -1,4 +1,4 @@
-"""The pages of texts, for models with cross-attention. Owns their numbers; the runner says when they are needed."""
+"""Pages of text keys and values, for models with cross-attention."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from musicgen.engine.kv_cache import PageAllocator, num_pages_for
 from musicgen.models.t5 import MAX_TEXT_TOKENS
 
 PAGES_A_TEXT = 2
-"""There is room for so many a request at first, texts of 32 tokens. More come seldom, and cost every decode step that
-was prepared with the old addresses."""
+"""Initial pages per request, for texts of 32 tokens. Growing beyond that is rare, and invalidates all decode steps
+prepared with the old addresses."""
 
 
 class TextPages:
-    """Keys and values of the texts of models with cross-attention: written once, read at every step.
+    """Cross-attention keys and values of the texts: written once, read at every step.
 
     Args:
-        step: the decoder that they are computed with.
-        dtype: of keys and values, as of the other pages.
-        num_slots: requests that are open at the same time. One row of each has a text.
+        step: the decoder that computes them.
+        dtype: of keys and values, as in the other pages.
+        num_slots: maximum open requests. One row of each has a text.
     """
 
     def __init__(self, step: CpuStep | StepByOperations, dtype: torch.dtype, num_slots: int) -> None:
@@ -36,12 +36,12 @@ class TextPages:
         self._allocator = PageAllocator(num_pages)
         self._pages: dict[int, list[int]] = {}
         self.lens = np.zeros(num_slots * MAX_GUIDANCE_ROWS, dtype=np.int32)
-        """By row id; 0 for rows without text, whose cross-attention is zero."""
+        """Text lengths by row id; 0 for rows without text, whose cross-attention is zero."""
         self.table = np.zeros((len(self.lens), num_pages_for(MAX_TEXT_TOKENS)), dtype=np.int32)
         """`[row ids, max_pages]`"""
 
     def open(self, slot: int, text: Tensor) -> None:
-        """Write the texts `[R, L, dim]` of a sequence's rows."""
+        """Compute and store keys and values for the texts `[R, L, dim]` of a sequence's rows."""
         self.close(slot)
         first = slot * MAX_GUIDANCE_ROWS
         self._pages[slot] = []
@@ -67,7 +67,7 @@ class TextPages:
         self._step.write_cross(states, table, offsets, offsets[1:], self.store)
 
     def _grow(self, num_pages: int) -> None:
-        """So many pages in all; their numbers stay."""
+        """Grow to `num_pages` pages in total, keeping page numbers."""
         old, num_old = self.store, self._allocator.num_pages
         layers, _, heads, _, head_dim = old.k.shape
         self.store = new_kv_store(layers, num_pages, heads, head_dim, old.k.dtype, device=old.k.device)

@@ -1,7 +1,7 @@
-"""The engine on a thread of its own: commands in through one queue, events out to each request's listener.
+"""Runs the engine on its own thread: calls in through one queue, events out to each request's listener.
 
-The only code that touches an `EngineCore` while the thread runs. Listeners are called on the engine's thread and must
-return at once; `async_engine` and the API hand events on to theirs.
+The only code that accesses an `EngineCore` while the thread runs. Listeners are called on the engine's thread and must
+not block; `async_engine` and the API forward events to their own threads.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from musicgen.types import EndOfRequest, EngineEvent, EngineRequest
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[list[EngineEvent]], None]
-"""Gets all events of its request of one step, in order."""
+"""Receives the events of its request in one step, in order."""
 Done = Callable[[object, BaseException | None], None]
-"""Gets the outcome of a call: a result, or an error."""
+"""Receives the outcome of a call: a result or an error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """Something to be done on the engine's thread, and where the outcome goes."""
+    """A call to execute on the engine's thread, and the callback for its outcome."""
 
     action: Callable[[], object]
     done: Done
 
 
 class EngineThread:
-    """Runs an engine until `close`. All methods may be called from any thread.
+    """Runs an engine until `close`. All methods are thread-safe.
 
     Args:
-        core: used by this thread alone from now on.
+        core: owned by this thread from now on.
     """
 
     def __init__(self, core: EngineCore, name: str = "musicgen-engine") -> None:
@@ -46,18 +46,18 @@ class EngineThread:
         self._failure: str | None = None
         self._closed = False
         self._lock = threading.Lock()
-        """Held while a call is put, or the last ones are taken: none is left without an answer."""
+        """Held while a call is enqueued or the last ones are drained, so that every call gets an answer."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     @property
     def failure(self) -> str | None:
-        """Why the engine is dead; None while it is well."""
+        """Why the engine failed; None if it has not."""
         return self._failure
 
     def submit(self, request: EngineRequest, listener: Listener, done: Done) -> None:
-        """Add a request. `done(quoted_start_s, None)` or `done(None, error)` is called on the engine's thread, before
-        any event."""
+        """Add a request. Calls `done(quoted_start_s, None)` or `done(None, error)` on the engine's thread, before any
+        event."""
 
         def add() -> float:
             quoted_s = self._core.add(request)
@@ -67,7 +67,7 @@ class EngineThread:
         self._call(add, done)
 
     def abort(self, request_id: str) -> None:
-        """Cancel a request; nothing happens if it has ended."""
+        """Cancel a request; no effect if it has ended."""
         self._call(lambda: self._core.abort(request_id))
 
     def renew(self, request_id: str) -> None:
@@ -75,11 +75,11 @@ class EngineThread:
         self._call(lambda: self._core.renew(request_id))
 
     def stats(self, done: Done) -> None:
-        """Hand an `EngineStats` to `done`."""
+        """Pass an `EngineStats` to `done`."""
         self._call(self._core.stats, done)
 
     def close(self, timeout_s: float | None = 60.0) -> None:
-        """Cancel everything, tell every listener, end the thread."""
+        """Cancel all requests, notify all listeners, stop the thread."""
         with self._lock:
             if not self._closed:
                 self._calls.put(None)
@@ -96,7 +96,7 @@ class EngineThread:
 
     def _refusal(self) -> EngineDeadError:
         why = "" if self._failure is None else f": {self._failure}"
-        return EngineDeadError(f"expected a running engine, got one that is closed{why}")
+        return EngineDeadError(f"expected a running engine, got a closed one{why}")
 
     # --- on the engine's thread ---
 
@@ -107,7 +107,7 @@ class EngineThread:
             except EngineDeadError as error:
                 self._failure = str(error)
                 events = self._core.take_events()
-            except Exception as error:  # not even the core has expected it: nobody may wait for a thread that is gone
+            except Exception as error:  # unexpected even by the core: no caller may be left waiting for a dead thread
                 self._failure = str(self._core.die(error))
                 events = self._core.take_events()
             self._dispatch(events)
@@ -116,7 +116,7 @@ class EngineThread:
         self._shut_down()
 
     def _serve_calls(self) -> bool:
-        """Do what was asked for; waits while there is no work. False when the thread is to end."""
+        """Execute pending calls; blocks while the engine is idle. False when the thread should stop."""
         while True:
             try:
                 call = self._calls.get(block=not self._core.has_work)
@@ -159,23 +159,23 @@ class EngineThread:
 
 
 def _tell(callback: Callable[..., None], *args: object) -> None:
-    """Call somebody else's code; its error is its own, and must not reach other requests."""
+    """Invoke a user callback; its exceptions are logged and must not affect other requests."""
     try:
         callback(*args)
     except Exception:
-        logger.exception("a listener of the engine failed")
+        logger.exception("an engine listener raised an exception")
 
 
 class EngineStream:
-    """The events of one request, for a thread that waits for them.
+    """The events of one request, as a blocking iterator.
 
-    Closing it before its end, or leaving its `with`, cancels the request.
+    Closing it early, or leaving its `with` block, cancels the request.
 
     Args:
-        sink: where the events go; a queue of its own by default, which is what iterating reads. Requests may share
-            one, read by whoever made it.
+        sink: queue that receives the events; by default a private one, which iteration reads. A shared one is read by
+            its creator.
     Raises:
-        InvalidRequestError, OverloadedError, EngineDeadError: as `EngineCore.add`, from the constructor.
+        InvalidRequestError, OverloadedError, EngineDeadError: see `EngineCore.add`; raised by the constructor.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class EngineStream:
             self._events.put(event)
 
     def __iter__(self) -> Iterator[EngineEvent]:
-        """All events, the terminal one last; nothing after it."""
+        """All events up to the terminal one."""
         while not self._exhausted:
             event = self._events.get()
             self._exhausted = isinstance(event, EndOfRequest)
@@ -219,7 +219,7 @@ class EngineStream:
 
 
 def get_stats(engine: EngineThread) -> EngineStats:
-    """The engine's figures, for a thread that waits for them."""
+    """Engine statistics; blocks until they are available."""
     answer: queue.SimpleQueue[tuple[object, BaseException | None]] = queue.SimpleQueue()
     engine.stats(lambda result, error: answer.put((result, error)))
     result, error = answer.get()

@@ -1,7 +1,7 @@
-"""The melody features of MusicGen: which pitch class is loudest in each frame of a recording.
+"""MusicGen's melody features: the dominant pitch class in each frame of a recording.
 
-Each recording is handled alone: padding it to the length of another would change what it sounds like here. Knows
-nothing of files, stems or the language model.
+Recordings are processed one at a time: padding to a common length would change the result. Independent of files, stems
+and the language model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _A440_OVER_16_HZ = 440.0 / 16
 
 
 def chroma_filter_bank(sample_rate: int, n_fft: int, num_chroma: int) -> np.ndarray:
-    """How much each FFT bin adds to each pitch class, C first.
+    """Contribution of each FFT bin to each pitch class, C first.
 
     A bin's weight is a Gaussian bump around the pitch classes nearest to its frequency, as wide as the bin is in
     pitch; each bin's weights have length 1, times a Gaussian over octaves around the fifth (width 2 octaves).
@@ -48,7 +48,7 @@ def chroma_filter_bank(sample_rate: int, n_fft: int, num_chroma: int) -> np.ndar
 
 
 class ChromaExtractor(nn.Module):
-    """Recordings to one-hot chroma frames.
+    """Extracts one-hot chroma frames from recordings.
 
     Source: MusicGen (Copet et al. 2023), section 2.3: the dominant pitch class of each frame, so that the model
     cannot copy the recording. Equal to transformers' `MusicgenMelodyFeatureExtractor` for one recording at a time.
@@ -69,8 +69,8 @@ class ChromaExtractor(nn.Module):
 
     @property
     def max_samples(self) -> int:
-        """Samples, at the model's rate, of which the features are made: the most that give `num_frames`, in whole
-        seconds where that is possible (30 s for the released models), because the cut shows in the last frames."""
+        """Samples used, at the model's rate: the most that yield `num_frames`, in whole seconds if possible (30 s for
+        the released models), because truncation affects the last frames."""
         hop, rate = self.config.hop_length, self.config.sample_rate
         most = self.config.num_frames * hop - 1
         whole_s = most // rate * rate
@@ -78,15 +78,15 @@ class ChromaExtractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, recordings: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-        """Extract the chroma of each recording by itself.
+        """Extract the chroma of each recording separately.
 
         Args:
             recordings: (`[N]` or `[C, N]` float waveform, its sample rate in Hz); channels are averaged.
         Returns:
-            For each, `[num_frames, num_chroma]` float32 one-hot: longer recordings cut, shorter ones repeated from
-            their beginning.
+            For each, `[num_frames, num_chroma]` float32 one-hot: longer recordings are truncated, shorter ones
+            repeated.
         Raises:
-            InvalidRequestError: a waveform of another shape, or without samples.
+            InvalidRequestError: a waveform of the wrong shape, or without samples.
         """
         return [self._one(waveform, sample_rate) for waveform, sample_rate in recordings]
 
@@ -97,11 +97,11 @@ class ChromaExtractor(nn.Module):
             raise InvalidRequestError("a float waveform [N] or [C, N], N ≥ 1", got, param="melody")
         mono = resample(channels.to(self.filters).mean(dim=0), sample_rate, self.config.sample_rate)
         mono = mono[: self.max_samples]
-        if mono.shape[0] < self.config.n_fft:  # one window, the recording in its middle
+        if mono.shape[0] < self.config.n_fft:  # one window, centred on the recording
             missing = self.config.n_fft - mono.shape[0]
             mono = F.pad(mono, (missing // 2, missing - missing // 2))
         chroma = self.filters @ self.spectrogram(mono)
-        # Dividing by the loudest class changes no argmax, but rounds like the features that the model was trained on.
+        # Normalising does not change the argmax, but rounds like the features the model was trained on.
         chroma = F.normalize(chroma, p=float("inf"), dim=0, eps=1e-6)
         one_hot = F.one_hot(chroma.argmax(dim=0), self.config.num_chroma).to(self.filters.dtype)
         num_repeats = -(-self.config.num_frames // one_hot.shape[0])

@@ -1,7 +1,7 @@
-"""EnCodec's decoder: codes to samples, whole or piece by piece through one path.
+"""EnCodec's decoder: codes to samples, whole or incrementally, through one code path.
 
-A whole decode is a loop over pieces, so the two cannot differ. What a stream must carry between pieces is one value
-of fixed size, `DecoderState`. Knows one mono signal a row; stereo and streams of different ages are in
+A whole decode is a loop over pieces, so the results are the same. The state of a stream between pieces is one value of
+fixed size, `DecoderState`. Each row is one mono signal; stereo and streams of different ages are handled in
 `codec_stream.py`, checkpoints in `weights/codec.py`.
 """
 
@@ -21,12 +21,12 @@ from musicgen.errors import InvalidRequestError
 from musicgen.models.seanet import Piece, StreamConv, StreamResidual, StreamUpsample, elu
 
 _WHOLE_PIECE_FRAMES = 250
-"""Frames a whole decode handles at a time, to bound its memory."""
+"""Frames per piece in a whole decode, to bound its memory."""
 _UPSAMPLED_FRAMES = 25
-"""Of these, about how many are upsampled at a time: the widest activation (4 MB for MusicGen) stays in the cache."""
+"""Approximate frames upsampled at a time, so that the widest activation (4 MB for MusicGen) stays in cache."""
 _FUSED_LSTM_SIZE = 8000
-"""Torch's LSTM rearranges all weights at each call, ours costs more a frame. So torch's is faster only from
-width² / this many frames on: 5 for the embedded model (width 192), 131 for Meta's (1024)."""
+"""torch's LSTM reorders all weights at each call; ours costs more per frame. torch's is faster only from
+width² / this many frames on: 5 for the demo model (width 192), 131 for Meta's (1024)."""
 
 _LayerState = tuple[Tensor, Tensor]
 """`[B, D]` the hidden state and the cell of a layer of the LSTM."""
@@ -34,14 +34,14 @@ _LayerState = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecoderState:
-    """What the decoder must remember of B signals of the same age. A value: decoding returns a new one."""
+    """Decoder state of B signals of the same age. Immutable: decoding returns a new one."""
 
     values: Tensor
     """`[B, state_size]` float32: LSTM states and convolution tails, in the order of `EncodecDecoder.state_shapes`."""
     num_frames: int
-    """Frames taken in so far."""
+    """Frames consumed so far."""
     num_samples: int
-    """Samples given out so far; behind `num_frames` by up to the look-ahead."""
+    """Samples returned so far; lags `num_frames` by up to the look-ahead."""
 
 
 class EncodecDecoder(nn.Module):
@@ -96,13 +96,13 @@ class EncodecDecoder(nn.Module):
 
         Args:
             codes: `[B, K, T]` integers in [0, codebook_size), T ≥ 0, K ≤ the codec's codebooks.
-            state: of the frames before; not changed.
-            last: True if no frame follows: the samples held back are given out.
+            state: after the preceding frames; not modified.
+            last: True if no frame follows: flushes the buffered samples.
         Returns:
-            `[B, N]` float32 samples, the next ones of each signal: all that the frames so far determine, and with
-            `last` all there are, so that the pieces of T frames in all add up to T · hop_length samples.
+            `[B, N]` float32, the next samples of each signal: all that the frames so far determine, and with `last` all
+            remaining ones, so that T frames yield T · hop_length samples in total.
         Raises:
-            InvalidRequestError: codes of a wrong shape or range.
+            InvalidRequestError: codes of the wrong shape or out of range.
         """
         self.check_codes(codes)
         latents = self._dequantise(codes)
@@ -126,7 +126,7 @@ class EncodecDecoder(nn.Module):
         """`[B, K, T]` codes → `[B, T · hop_length]` float32 samples.
 
         Raises:
-            InvalidRequestError: as `decode`.
+            InvalidRequestError: see `decode`.
         """
         num_frames = codes.shape[-1]
         samples = torch.empty(codes.shape[0], num_frames * self.config.hop_length, device=self.codebooks.device)
@@ -139,13 +139,13 @@ class EncodecDecoder(nn.Module):
         return samples
 
     def check_codes(self, codes: Tensor) -> None:
-        """Raises: InvalidRequestError: not `[B, K, T]` integers in range; see `decode`."""
+        """Raises: InvalidRequestError: not `[B, K, T]` integers, or out of range; see `decode`."""
         num_codebooks, codebook_size, _ = self.codebooks.shape
         if codes.ndim != 3 or not 1 <= codes.shape[1] <= num_codebooks or codes.is_floating_point():
             expected = f"integers [B, K, T] with K ≤ {num_codebooks}"
             raise InvalidRequestError(expected, f"{codes.dtype} {list(codes.shape)}", param="codes")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
-            got = f"a range of {int(codes.min())} to {int(codes.max())}"
+            got = f"values from {int(codes.min())} to {int(codes.max())}"
             raise InvalidRequestError(f"codes in [0, {codebook_size})", got, param="codes")
 
     def _dequantise(self, codes: Tensor) -> Tensor:
@@ -161,7 +161,9 @@ class EncodecDecoder(nn.Module):
         x, conv_tail = self.conv_in(x, tails[0][: self.conv_in.tail_len], piece)
         x, hidden, cell = self._recur(x, tails[1], tails[2])
         rest, out = tails[3:], []
-        num_parts = max(1, round(x.shape[0] / _UPSAMPLED_FRAMES))  # of one size: a small rest costs nearly as much
+        num_parts = max(
+            1, round(x.shape[0] / _UPSAMPLED_FRAMES)
+        )  # of equal size: a small remainder costs nearly as much
         size = max(-(-x.shape[0] // num_parts), self.min_first_frames)
         for start in range(0, x.shape[0], size):
             part = Piece(piece.first and start == 0, piece.last and start + size >= x.shape[0])
@@ -170,7 +172,7 @@ class EncodecDecoder(nn.Module):
         return torch.cat(out, dim=1), [conv_tail, hidden, cell, *rest]
 
     def _recur(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The LSTM with its skip: `[n, B, D]` and two `[layers, B, D]` → the same."""
+        """The LSTM with its skip connection: `[n, B, D]` and two `[layers, B, D]` → the same."""
         if x.is_cuda or x.shape[0] * _FUSED_LSTM_SIZE >= x.shape[2] ** 2:
             y, (hidden, cell) = self.lstm(x, (hidden.contiguous(), cell.contiguous()))
             return x + y, hidden, cell
@@ -207,7 +209,7 @@ class EncodecDecoder(nn.Module):
         return tails
 
     def _pack(self, tails: list[Tensor]) -> Tensor:
-        """The inverse of `_unpack`; a tail that is shorter than its place (after a last piece) is filled up."""
+        """The inverse of `_unpack`; a tail shorter than its slot (after a last piece) is padded."""
         parts = []
         for tail, (length, _) in zip(tails, self.state_shapes, strict=True):
             filled = F.pad(tail, (0, 0, 0, 0, 0, length - tail.shape[0]))
@@ -218,7 +220,7 @@ class EncodecDecoder(nn.Module):
 def _recur_layer(x: Tensor, state: _LayerState, weights: Sequence[Tensor]) -> tuple[Tensor, _LayerState]:
     """One layer of the LSTM, frame by frame: `[n, B, D]` and two `[B, D]` → the same.
 
-    Each gate is a product of its own: one product with so few rows stays on one thread, four are shared out.
+    Each gate is a separate product: a single one with so few rows would run on one thread, four run in parallel.
     """
     num_frames, batch, dim = x.shape
     hidden, cell = state
@@ -243,7 +245,7 @@ def _residual(config: CodecConfig, dim: int, index: int) -> StreamResidual:
 
 
 def _min_first_frames(decoder: EncodecDecoder) -> int:
-    """Frames a first piece must have so that every layer has enough to reflect and something to give out."""
+    """Minimum frames of a first piece, so that every layer has enough input for reflection and produces output."""
     num_frames = 1
     while not _gives_samples(decoder, num_frames):
         num_frames += 1
@@ -263,8 +265,7 @@ def _gives_samples(decoder: EncodecDecoder, length: int) -> bool:
 
 
 def _state_shapes(decoder: EncodecDecoder) -> list[tuple[int, int]]:
-    """(length, channels) of each tail in the order of the layers. The first also holds frames until there are enough
-    to begin."""
+    """(length, channels) of each tail in layer order. The first also buffers frames until there are enough to start."""
     length, dim = decoder.conv_in.tail_shape
     shapes = [(max(length, decoder.min_first_frames - 1), dim)]
     shapes += [(decoder.lstm.num_layers, decoder.lstm.hidden_size)] * 2

@@ -1,7 +1,7 @@
-"""EnCodec's encoder: samples to codes, through transformers' own model.
+"""EnCodec's encoder: samples to codes, using transformers' model.
 
-Only audio prompts need it, so it is built when first used. Knows one mono signal; each call is one item, because a
-shorter item of a padded batch would get codes of silence that it does not have alone.
+Needed only for audio prompts, so it is built on first use. Encodes one mono signal at a time, because batch padding
+would change the codes of shorter signals.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from musicgen.errors import InvalidRequestError, WeightsError
 
 
 class EncodecEncoder:
-    """Turns audio prompts into codes.
+    """Encodes audio prompts.
 
     Args:
-        config: the codec's.
-        tensors: the codec's, in transformers' names with the weight normalisation folded (`weights/codec.py`); only
-            those of the encoder and the quantiser are kept.
+        config: codec configuration.
+        tensors: codec tensors with transformers' names and weight normalisation folded (`weights/codec.py`); only those
+            of the encoder and the quantiser are kept.
     """
 
     def __init__(self, config: CodecConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -35,7 +35,7 @@ class EncodecEncoder:
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """What it is made of, in transformers' names."""
+        """Its tensors, with transformers' names."""
         return self._tensors
 
     def to(self, device: torch.device | str) -> EncodecEncoder:
@@ -50,12 +50,11 @@ class EncodecEncoder:
         """Encode one signal.
 
         Args:
-            samples: `[N]` or `[C, N]` float, at the codec's sample rate, N ≥ 1; the channels of a stereo signal are
-                encoded apart.
+            samples: `[N]` or `[C, N]` float, at the codec's sample rate, N ≥ 1; stereo channels are encoded separately.
         Returns:
             `[K · C, T]` int64, T = ⌈N / hop_length⌉; for C = 2 in the order 1L 1R 2L 2R and so on.
         Raises:
-            InvalidRequestError: another shape, or no samples.
+            InvalidRequestError: wrong shape, or no samples.
         """
         channels = samples[None] if samples.ndim == 1 else samples
         if channels.ndim != 2 or channels.shape[0] not in (1, 2) or channels.shape[1] == 0:
@@ -78,8 +77,8 @@ class EncodecEncoder:
         missing = [n for n in result.missing_keys if not n.endswith((".inited", ".cluster_size", ".embed_avg"))]
         if missing or result.unexpected_keys:
             raise WeightsError(
-                f"codec encoder: expected the tensors of EncodecModel, got missing {missing[:8]} and extra "
-                f"{result.unexpected_keys[:8]}; another version of transformers may have renamed them"
+                f"codec encoder: expected the tensors of EncodecModel, got missing {missing[:8]} and unexpected "
+                f"{result.unexpected_keys[:8]}; this version of transformers may have renamed them"
             )
         return model.eval().to(self._device)
 
@@ -90,7 +89,7 @@ def _hf_config(config: CodecConfig) -> Any:
     bits = math.log2(config.codebook_size)
     if bits != int(bits):
         raise WeightsError(f"codec encoder: expected a power of 2 as codebook_size, got {config.codebook_size}")
-    # transformers derives the number of codebooks from a bandwidth, rounding down: half a codebook more is safe.
+    # transformers derives the number of codebooks from a bandwidth by rounding down: add half a codebook.
     kbps = (config.num_codebooks + 0.5) * math.ceil(config.frame_rate_hz) * bits / 1000
     return EncodecConfig(
         sampling_rate=config.sample_rate, target_bandwidths=[kbps], hidden_size=config.hidden_size,

@@ -1,7 +1,7 @@
-"""From a request's conditioning to the rows of the decoder: projections and guidance rows.
+"""Turns a request's conditioning into decoder rows: projections and guidance rows.
 
-A request takes one to three rows that live and die together: conditional, melody-only (double guidance), null.
-Knows nothing of sampling.
+A request has one to three rows with a common lifetime: conditional, melody-only (double guidance), null. Independent of
+sampling.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class GuidanceRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedRows:
-    """Rows that are not made yet: how many and how long is known without them."""
+    """The number and lengths of rows that have not been computed yet."""
 
     num_rows: int
     prefix_len: int
@@ -43,12 +43,12 @@ class PlannedRows:
 
     @classmethod
     def of(cls, rows: GuidanceRows) -> PlannedRows:
-        """Rows that there are."""
+        """The plan of existing rows."""
         return cls(rows.num_rows, rows.prefix_len, lambda: rows)
 
 
 def null_chroma(num_frames: int, num_chroma: int) -> Tensor:
-    """No melody: `[num_frames, num_chroma]` one-hot in bin 0. Source: audiocraft `ChromaStemConditioner`."""
+    """Chroma for no melody: `[num_frames, num_chroma]` one-hot in bin 0. Source: audiocraft `ChromaStemConditioner`."""
     chroma = torch.zeros(num_frames, num_chroma)
     chroma[:, 0] = 1.0
     return chroma
@@ -60,9 +60,9 @@ def _is_guided(conditioning: Conditioning, sampling: SamplingParams) -> bool:
 
 
 class LanguageModel(nn.Module):
-    """The decoder with the projections of its conditions.
+    """The decoder with its conditioning projections.
 
-    A projection that a checkpoint does not have (transformers leaves it out where the widths agree) is the identity.
+    A projection missing from a checkpoint (transformers omits it if the widths are equal) is the identity.
     """
 
     def __init__(self, config: ModelConfig, *, project_text: bool = True) -> None:
@@ -78,10 +78,10 @@ class LanguageModel(nn.Module):
         return self.decoder.out_norm.weight.device
 
     def guidance_rows(self, conditioning: Conditioning, sampling: SamplingParams) -> GuidanceRows:
-        """The rows that a request needs: the null row only where guidance changes something.
+        """The rows of a request, with the null row only if guidance has an effect.
 
         Raises:
-            AssertionError: double guidance without a melody model (the API refuses it before).
+            AssertionError: double guidance without a melody model (rejected earlier by the API).
         """
         text = self._project_text(conditioning.text)
         null_text = torch.zeros_like(text)
@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
         return GuidanceRows(torch.stack(prefixes), None, len(prefixes))
 
     def plan_rows(self, conditioning: Conditioning, sampling: SamplingParams) -> PlannedRows:
-        """`guidance_rows`, to be made later: those of a piece of an hour are 600 MB together."""
+        """The plan for `guidance_rows`, which are computed later: those of a one-hour piece would take 600 MB."""
         num_rows, prefix_len = 1 + _is_guided(conditioning, sampling), 0
         if self.config.chroma is not None:
             num_rows += num_rows == 2 and sampling.melody_guidance is not None
@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
         return PlannedRows(num_rows, prefix_len, functools.partial(self.guidance_rows, conditioning, sampling))
 
     def _project_text(self, text: Tensor | None) -> Tensor:
-        """`[L, dim]`; no text is one zero position, the length of audiocraft's empty prompt."""
+        """`[L, dim]`; no text is one zero position, as long as audiocraft's empty prompt."""
         if text is None:
             return torch.zeros(1, self.config.decoder.dim, device=self.device)
         projected: Tensor = self.text_proj(text.to(self.device))

@@ -1,11 +1,11 @@
-"""The layers of EnCodec's SEANet decoder, each able to take its input in pieces.
+"""Streaming layers of EnCodec's SEANet decoder, which process their input in pieces.
 
-A layer here is its weights plus two pure functions of (input, tail): what comes out, and the tail to hand to the next
-piece. A tail is the last inputs that later outputs still need, so its size is fixed. Because the convolutions look
-ahead, a layer's output lags its input by its right padding until the last piece makes up for it.
+A layer is its weights plus a pure function of (input, tail) that returns the output and the tail for the next piece. A
+tail holds the last inputs that later outputs still need, so its size is fixed. Because the convolutions look ahead, a
+layer's output lags its input by its right padding until the last piece catches up.
 
 Time is the outermost axis, `[n, B, C]`: a shifted window of any batch is then one contiguous matrix, so every
-convolution is a few matrix products without copies. Knows nothing of codes, of streams or of checkpoints.
+convolution is a few matrix products without copies. Independent of codes, streams and checkpoints.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _MIN_OUTPUTS = 24
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where a piece lies in its signal: padding is added only at the signal's true ends."""
+    """The position of a piece in its signal: padding is added only at the signal's ends."""
 
     first: bool
     last: bool
 
 
 def pad_time(x: Tensor, left: int, right: int, mode: PadMode) -> Tensor:
-    """Pad `[n, B, C]` in time, as EnCodec pads.
+    """Pad `[n, B, C]` in time as EnCodec does.
 
-    Reflection needs more samples than it adds; a shorter signal is first followed by just enough zeros, which are cut
-    off again afterwards. Source: EnCodec (Défossez et al. 2022), the padding of its convolutions.
+    Reflection needs more samples than it adds; shorter signals are first extended with just enough zeros, which are
+    removed afterwards. Source: EnCodec (Défossez et al. 2022), the padding of its convolutions.
     """
     if left == 0 and right == 0:
         return x
@@ -52,11 +52,11 @@ def pad_time(x: Tensor, left: int, right: int, mode: PadMode) -> Tensor:
 
 
 def extend(x: Tensor, tail: Tensor, piece: Piece, left: int, right: int, mode: PadMode) -> tuple[Tensor, Tensor]:
-    """Put a piece between what came before it and, at the ends of the signal, padding.
+    """Prepend the tail of the preceding piece, and add padding at the ends of the signal.
 
     Args:
         x: `[n, B, C]` the new input.
-        tail: `[left + right, B, C]` the end of what this function returned before; ignored for a first piece.
+        tail: `[left + right, B, C]` the tail previously returned; ignored for a first piece.
     Returns:
         The extended piece, and the next tail, a view of it.
     """
@@ -68,14 +68,14 @@ def extend(x: Tensor, tail: Tensor, piece: Piece, left: int, right: int, mode: P
 def elu(x: Tensor) -> Tensor:
     """max(x, exp(min(x, 0)) − 1), which is the ELU because exp(x) ≥ 1 + x.
 
-    Several times faster on a CPU than torch's, whose expm1 is slow, and off by less than 1e-7.
+    Several times faster on a CPU than torch's, whose expm1 is slow; the error is below 1e-7.
     """
     negative = x.clamp(max=0).exp_().sub_(1)
     return torch.maximum(x, negative, out=negative)
 
 
 class StreamConv(nn.Module):
-    """A convolution of stride 1 that keeps the length of its signal."""
+    """A convolution of stride 1 that preserves the signal's length."""
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int, dilation: int, pad_mode: PadMode) -> None:
         super().__init__()
@@ -109,15 +109,15 @@ class StreamConv(nn.Module):
         return out.view(num_out, batch, out_dim)
 
     def _convolve_thin(self, extended: Tensor, num_out: int) -> Tensor:
-        """As `convolve` for one signal with few outputs: several steps of time make a row of the product, with a
-        weight that has each output's taps where its inputs are and zeros elsewhere."""
+        """Like `convolve`, for one signal with few outputs: several time steps form one row of the product, with a
+        banded weight that holds each output's taps and zeros elsewhere."""
         _, in_dim, out_dim = self.weight.shape
         steps = self.steps_per_row
         if missing := -num_out % steps:  # at a signal's ends
             extended = F.pad(extended, (0, 0, 0, 0, 0, missing))
         rows = extended.flatten().unfold(0, (steps + self.tail_len) * in_dim, steps * in_dim)
-        own, beyond = rows.tensor_split([steps * in_dim], dim=1)  # rows that overlap would be copied
-        # Repeated with one zero less than a period, the taps begin one place later for each output.
+        own, beyond = rows.tensor_split([steps * in_dim], dim=1)  # overlapping rows would be copied
+        # Repeating the taps with a period shortened by one shifts them by one place per output.
         taps = F.pad(self.weight, (0, 0, 0, 0, 0, steps)).repeat(steps, 1, 1)[:-steps]
         weight = taps.view(steps, -1, in_dim, out_dim).permute(1, 2, 0, 3).flatten(2)
         out = torch.addmm(self.bias.repeat(steps), own, weight[:steps].flatten(0, 1))
@@ -146,8 +146,8 @@ class StreamUpsample(nn.Module):
         self.tail_shape = (1, in_dim)
 
     def forward(self, x: Tensor, tail: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-        """`[n, B, in_dim]` → `[n · ratio, B, out_dim]`, less or more at the signal's ends. `weight[0]` meets the
-        present input, `weight[1]` the one before it."""
+        """`[n, B, in_dim]` → `[n · ratio, B, out_dim]`, fewer or more at the signal's ends. `weight[0]` applies to the
+        current input, `weight[1]` to the previous one."""
         extended, _ = extend(x, tail, piece, 1, 1, "constant")
         batch, in_dim, out_dim = extended.shape[1], extended.shape[2], self.bias.shape[0]
         rows = extended.reshape(-1, in_dim)
@@ -159,7 +159,7 @@ class StreamUpsample(nn.Module):
 
 
 class StreamResidual(nn.Module):
-    """ELU, convolution, ELU, pointwise convolution, plus the input (through a pointwise convolution if so built)."""
+    """ELU, convolution, ELU, pointwise convolution, plus the input (optionally through a pointwise convolution)."""
 
     def __init__(
         self, dim: int, hidden_dim: int, kernel_size: int, dilation: int, pad_mode: PadMode, conv_shortcut: bool
@@ -171,8 +171,8 @@ class StreamResidual(nn.Module):
         self.tail_shape = self.conv.tail_shape
 
     def forward(self, x: Tensor, tail: Tensor, piece: Piece) -> tuple[Tensor, Tensor]:
-        """`[n, B, dim]` → `[n, B, dim]`, less or more at the signal's ends. The tail is of the input before the ELU,
-        so that it serves both branches (padding commutes with the ELU, whose value at 0 is 0)."""
+        """`[n, B, dim]` → `[n, B, dim]`, fewer or more at the signal's ends. The tail is taken before the ELU, so that
+        it serves both branches (padding commutes with the ELU, which maps 0 to 0)."""
         extended, tail = self.conv.extend(x, tail, piece)
         hidden = self.conv.convolve(elu(extended))
         out = self.project.convolve(elu(hidden))

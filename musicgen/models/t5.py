@@ -1,7 +1,7 @@
-"""The text encoder: one prompt → T5 states, through transformers.
+"""The text encoder: one prompt → T5 states, using transformers.
 
-Prompts are encoded one by one: padding would become part of the melody models' prefix. Knows nothing of guidance.
-transformers is imported when an encoder is made: it takes seconds, and few processes encode text.
+Prompts are encoded one at a time: padding would become part of the melody models' prefix. Independent of guidance.
+transformers is imported only when an encoder is created: it takes seconds, and few processes encode text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
 MAX_TEXT_TOKENS = 512
-"""Longest prompt; T5 was trained up to this length."""
+"""Maximum prompt length, the length T5 was trained with."""
 
 
 class Tokenizer(Protocol):
@@ -37,7 +37,7 @@ class TextEncoder:
 
     Args:
         model: a transformers `T5EncoderModel`, in fp32.
-        tokenizer: its tokenizer, which ends every prompt in `</s>`.
+        tokenizer: its tokenizer, which appends `</s>` to every prompt.
     """
 
     def __init__(self, model: T5EncoderModel, tokenizer: Tokenizer) -> None:
@@ -46,7 +46,7 @@ class TextEncoder:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> TextEncoder:
-        """A whole T5 checkpoint, such as `t5-base`, which audiocraft checkpoints name but do not hold."""
+        """Load a T5 checkpoint such as `t5-base`, which audiocraft checkpoints reference but do not contain."""
         from transformers import T5EncoderModel
 
         try:
@@ -74,10 +74,10 @@ class TextEncoder:
     def encode(self, prompt: str | None) -> Tensor | None:
         """States `[L, text_dim]` in fp32, or None for no prompt.
 
-        None and the empty string are both no prompt, as in audiocraft; a blank is a prompt.
+        As in audiocraft, None and the empty string mean no prompt, but whitespace is a prompt.
 
         Raises:
-            InvalidRequestError: the prompt is longer than `MAX_TEXT_TOKENS` tokens, or no Unicode text.
+            InvalidRequestError: the prompt is longer than `MAX_TEXT_TOKENS` tokens, or not valid Unicode.
         """
         if not prompt:
             return None
@@ -88,7 +88,7 @@ class TextEncoder:
         return states[0].float()
 
     def tokenize(self, prompt: str) -> list[int]:
-        """The tokens of a prompt. Raises: InvalidRequestError: more than `MAX_TEXT_TOKENS`, or no Unicode text."""
+        """The tokens of a prompt. Raises: InvalidRequestError: more than `MAX_TEXT_TOKENS`, or not valid Unicode."""
         _check_text(prompt)
         tokens = self.tokenizer.encode(prompt)
         if len(tokens) > MAX_TEXT_TOKENS:
@@ -102,18 +102,18 @@ def _check_text(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        got = f"a half of a surrogate pair at character {error.start}"
-        raise InvalidRequestError("a prompt of Unicode text", got, "write it in UTF-8", param="prompt") from error
+        got = f"a lone surrogate at character {error.start}"
+        raise InvalidRequestError("valid Unicode text", got, "encode it as UTF-8", param="prompt") from error
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a checkpoint.
 
-    transformers (5.23) looks at the checkpoint's configuration on the way, and warns of MusicGen's padding, which is no
-    code of a codebook; that is as it must be, and not told.
+    transformers (5.23) also reads the checkpoint's configuration and warns about MusicGen's padding token, which lies
+    outside the codebooks by design; the warning is suppressed.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: the checkpoint has no tokenizer that can be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -122,7 +122,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
             tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"{name_or_path}: expected a tokenizer (tokenizer.json or spiece.model), got none that loads: {error}"
+            f"{name_or_path}: expected a tokenizer (tokenizer.json or spiece.model), got an error: {error}"
         ) from error
     return tokenizer
 

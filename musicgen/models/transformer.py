@@ -1,7 +1,7 @@
 """The decoder transformer: embeddings of K codebooks → pre-norm layers → K heads.
 
-Plain PyTorch on any device, readable first: this is the oracle that faster runners are held to. It knows neither
-guidance, sampling nor the delay pattern, only rows of already delayed codes.
+Plain PyTorch for any device, optimised for readability: the reference that faster implementations are tested against.
+Works on rows of delayed codes; guidance, sampling and the delay pattern are handled elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LAYER_NORM_EPS = 1e-5
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values of one layer. `self_kv` is filled up to the state's `length`."""
+    """KV cache of one layer. `self_kv` is filled up to the state's `length`."""
 
     self_kv: Tensor
     """`[2, B, H, max_len, D]`."""
@@ -30,17 +30,17 @@ class LayerCache:
 
 @dataclass(slots=True)
 class DecoderState:
-    """What B rows that advance together carry from one forward pass to the next."""
+    """State of B rows that advance together, between forward passes."""
 
     layers: list[LayerCache]
     length: int
-    """Positions already in the cache, prefix included."""
+    """Positions already in the cache, including the prefix."""
 
 
 def sinusoidal_positions(start: int, length: int, dim: int, device: torch.device) -> Tensor:
     """Position embeddings `[length, dim]` in fp32: all cosines, then all sines.
 
-    The angle is computed from an integer position in fp32: in 16 bits its error would reach whole radians.
+    Angles are computed from integer positions in fp32: with 16 bits the error would reach whole radians.
     Source: audiocraft `create_sin_embedding` and transformers' sinusoidal embedding, which agree.
     """
     half = dim // 2
@@ -111,7 +111,7 @@ class DecoderLayer(nn.Module):
         return self.fc1.weight.dtype
 
     def forward(self, x: Tensor, cache: LayerCache, length: int) -> Tensor:
-        # The residual stream and the norms stay in fp32; matmuls run in the weights' dtype.
+        # The residual stream and the norms stay in fp32; matmuls use the weights' dtype.
         x = x + self.self_attn.self_attend(self.norm1(x).to(self.compute_dtype), cache.self_kv, length)
         if self.cross_attn is not None:
             assert self.norm_cross is not None
@@ -124,8 +124,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The language model over delayed codes.
 
-    Parameters are fp32 except the layers' matrices, which `set_compute_dtype` may put in 16 bits, as audiocraft's
-    autocast does.
+    Parameters are fp32 except the layers' matrices, which `set_compute_dtype` can convert to 16 bits, as with
+    audiocraft's autocast.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         self.heads = nn.Linear(config.dim, config.num_codebooks * config.codebook_size, bias=False)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Convert the matrices of the layers to `dtype`; norms, embeddings and heads keep fp32."""
+        """Convert the matrices of the layers to `dtype`; norms, embeddings and heads stay fp32."""
         for layer in self.layers:
             for module in layer.modules():
                 if isinstance(module, nn.Linear):
@@ -167,11 +167,11 @@ class Decoder(nn.Module):
         """Advance by a prefix and S delayed steps.
 
         Args:
-            codes: `[B, K, S]` delayed codes, special token included.
+            codes: `[B, K, S]` delayed codes, including the special token.
             state: mutated: its caches and length grow by P + S.
-            prefix: `[B, P, dim]` embeddings before the first step; only with an empty state.
+            prefix: `[B, P, dim]` embeddings before the first step; requires an empty state.
         Returns:
-            Logits `[B, S, K, V]` in fp32, of the S steps only.
+            Logits `[B, S, K, V]` in fp32, for the S steps only.
         """
         num_codebooks, codebook_size = self.config.num_codebooks, self.config.codebook_size
         offsets = torch.arange(num_codebooks, device=codes.device) * (codebook_size + 1)

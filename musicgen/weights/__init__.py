@@ -1,8 +1,8 @@
-"""Checkpoints: names, files, and a name map for each layout.
+"""Checkpoint loading: model names, files, and a name map for each layout.
 
-The doors are `load_model`, for all of a model, and `open_checkpoint`, for parts of one.
+Entry points: `load_model` for a whole model, `open_checkpoint` for individual components.
 
-They are imported on first use: names and licences are listed without torch.
+Both are imported on first use, so that listing names and licences does not import torch.
 """
 
 from __future__ import annotations

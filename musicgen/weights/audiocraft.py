@@ -1,6 +1,6 @@
-"""Checkpoints in audiocraft's layout: `state_dict.bin` with the language model, `compression_state_dict.bin`.
+"""Checkpoints in audiocraft layout: `state_dict.bin` (language model) and `compression_state_dict.bin` (codec).
 
-The text encoder is not in the files: it is loaded from the hub by the name that the configuration gives.
+The files do not contain the text encoder, which is loaded from the hub by the name in the configuration.
 Source of the names and options: audiocraft `models/{builders,loaders,lm}.py` and `config/`.
 """
 
@@ -49,18 +49,17 @@ REQUIRED_DECODER = {
     "past_context": None,
     "norm": "layer_norm",
 }
-"""Options of the transformer, where a file has them: the released ones are of several versions of audiocraft."""
+"""Transformer options, checked if present: the released files come from several versions of audiocraft."""
 REQUIRED_CHROMA = {"nfft": None, "winlen": None, "winhop": None}
 
 
 class AudiocraftCheckpoint:
-    """The checkpoint in `folder`: its configuration is read at once, each part when asked for.
+    """The checkpoint in `folder`. The configuration is read eagerly, each component on demand.
 
-    The tensors of both files stay on the disk until then, except those of the format before torch 1.6, which can only
-    be read whole.
+    Tensors stay on disk until needed, except in the pre-1.6 torch format, which can only be read as a whole.
 
     Raises:
-        WeightsError: a file is missing or unsafe, or an unsupported option; from the methods: tensors that do not fit.
+        WeightsError: missing or unsafe file, or unsupported option; from the methods: tensors that do not fit.
     """
 
     def __init__(self, folder: Path, name: str, license: str) -> None:
@@ -102,7 +101,7 @@ class AudiocraftCheckpoint:
         return encoder
 
     def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:
-        """Both sides of the codec, in fp32 on the CPU."""
+        """The codec's decoder and encoder, in fp32 on the CPU."""
         return codec.build_codec(self.config.codec, self._codec.tensors())
 
 
@@ -110,7 +109,7 @@ class AudiocraftCheckpoint:
 class _CodecFile:
     config: CodecConfig
     tensors: Callable[[], Mapping[str, Tensor]]
-    """Reads and checks them."""
+    """Reads and validates them."""
 
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
@@ -123,7 +122,7 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _codec_file(path: Path) -> _CodecFile:
-    """The codec of the file itself, or of where it points to."""
+    """The codec in the file itself, or in the checkpoint it points to."""
     pointer = load_bin(path).get("pretrained")
     if pointer is None:
         text, state = _read(path)
@@ -137,7 +136,7 @@ def _codec_file(path: Path) -> _CodecFile:
 
 
 def _text_dim(state: Mapping[str, Tensor], folder: Path) -> int:
-    """Width of the text encoder's states, which the configuration does not tell."""
+    """Width of the text encoder's states, which is not in the configuration."""
     name = f"{TEXT}.output_proj.weight"
     if name not in state or state[name].ndim != 2:
         raise WeightsError(f"{folder / LM_FILE}: expected a matrix {name}, got none; download it again")
@@ -168,7 +167,7 @@ def _decoder_config(xp: XpConfig) -> DecoderConfig:
 
 
 def _chroma_config(xp: XpConfig) -> ChromaConfig | None:
-    """The melody's features; their length is that of what the model was trained on, which is not among them."""
+    """Melody feature settings; the file lacks their length, which is derived from the training segment."""
     if "self_wav" not in xp.get("conditioners", dict):
         xp.require("fuser.cross", ["description"])
         xp.require("fuser.prepend", [], [])
@@ -192,7 +191,7 @@ def _chroma_config(xp: XpConfig) -> ChromaConfig | None:
 
 
 def _audio_channels(xp: XpConfig) -> int:
-    """Stereo models interleave the codes of two mono passes of the codec."""
+    """Stereo models interleave the codes of two mono codec passes."""
     if not xp.raw("interleave_stereo_codebooks.use", False):
         return 1
     xp.require("interleave_stereo_codebooks.per_timestep", False, False)
@@ -200,7 +199,7 @@ def _audio_channels(xp: XpConfig) -> int:
 
 
 def _check_pattern(xp: XpConfig, config: ModelConfig, origin: str) -> None:
-    """Refuse another pattern than the delays of `config`; files of the first release may name it as `q_modeling`."""
+    """Require the delay pattern of `config`; files of the first release may name it `q_modeling`."""
     num_codebooks, delays = config.decoder.num_codebooks, "codebooks_pattern.delay.delays"
     in_order = list(range(num_codebooks))
     if xp.raw("codebooks_pattern.modeling", None) is None:
@@ -221,7 +220,7 @@ def _check_codec_fits(config: ModelConfig, origin: str) -> None:
     if ours != theirs:
         raise WeightsError(
             f"{origin}: expected {theirs[0]} codebooks of {theirs[1]}, which the codec of {CODEC_FILE} has, "
-            f"got {ours[0]} of {ours[1]}; check that both files are of one model"
+            f"got {ours[0]} of {ours[1]}; check that both files belong to the same model"
         )
 
 

@@ -1,7 +1,7 @@
-"""Reading tensors from checkpoint files, and moving them into a module by a name map.
+"""Reads tensors from checkpoint files and loads them into modules by a name map.
 
-A name map gives, for each parameter of a module, the parts of the checkpoint that make it up: one tensor, several
-concatenated along their first axis, or rows of a fused one. Nothing in a file is ever executed.
+A name map gives, for each parameter of a module, its source in the checkpoint: one tensor, several to concatenate along
+the first axis, or rows of a fused one. No code in a file is ever executed.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from musicgen.errors import WeightsError
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor of the checkpoint, or rows `start:stop` of its first axis in units of a third (fused Q, K, V)."""
+    """A checkpoint tensor, or rows `start:stop` of its first axis in units of a third (fused Q, K, V)."""
 
     name: str
     thirds: tuple[int, int] | None = None
 
 
 NameMap = Mapping[str, tuple[Part, ...]]
-"""Parameter of a module → the parts that are concatenated into it."""
+"""Module parameter → the parts concatenated into it."""
 
 MAX_NAMES_SHOWN = 8
 
 
 class TensorSource(Mapping[str, Tensor]):
-    """Named tensors of a checkpoint, read when asked for.
+    """Named tensors of a checkpoint, read on demand.
 
     Args:
         readers: name → function that reads it.
-        origin: where they come from, for error messages.
+        origin: their source, for error messages.
     """
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]], origin: str) -> None:
@@ -57,11 +57,11 @@ class TensorSource(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._readers)
 
-    def __contains__(self, name: object) -> bool:  # without reading it
+    def __contains__(self, name: object) -> bool:  # without reading the tensor
         return name in self._readers
 
     def under(self, prefix: str) -> TensorSource:
-        """The tensors whose names start with `prefix`, without it."""
+        """The tensors whose names start with `prefix`, which is stripped."""
         readers = {n.removeprefix(prefix): r for n, r in self._readers.items() if n.startswith(prefix)}
         return TensorSource(readers, f"{self.origin} ({prefix}*)")
 
@@ -71,12 +71,11 @@ def from_dict(tensors: Mapping[str, Tensor], origin: str) -> TensorSource:
 
 
 def from_safetensors(folder: Path, file: str = "model.safetensors") -> TensorSource:
-    """The tensors of one file, or of the shards that its index names. A shard is opened when one of its tensors is
-    read, so that those of other parts of a model need not be there.
+    """The tensors of one file, or of the shards listed in its index. A shard is opened when one of its tensors is read,
+    so shards of components that are not loaded may be missing.
 
     Raises:
-        WeightsError: no such file, a damaged one, or an unreadable index; when reading: a missing, damaged or other
-            shard.
+        WeightsError: missing or corrupted file, or unreadable index; when reading: missing, corrupted or wrong shard.
     """
     index = folder / f"{file}.index.json"
     if not index.is_file():
@@ -84,7 +83,7 @@ def from_safetensors(folder: Path, file: str = "model.safetensors") -> TensorSou
         return TensorSource({name: partial(only.read, name) for name in only.names()}, str(folder))
     shard_of = read_json(index).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise WeightsError(f"{index}: expected a weight_map of names; download the checkpoint again")
+        raise WeightsError(f"{index}: expected a weight_map with names; download the checkpoint again")
     shards = {
         shard: _SafetensorsFile(folder / shard, {name for name, its_shard in shard_of.items() if its_shard == shard})
         for shard in set(shard_of.values())
@@ -93,10 +92,10 @@ def from_safetensors(folder: Path, file: str = "model.safetensors") -> TensorSou
 
 
 class _SafetensorsFile:
-    """A file that is opened when first used, and mapped, not read: only the tensors asked for come from the disk.
+    """A file that is opened on first use and memory-mapped: only requested tensors are read from disk.
 
     Args:
-        expected: the names that an index promises.
+        expected: the names listed in an index.
     """
 
     def __init__(self, path: Path, expected: Set[str] | None = None) -> None:
@@ -114,16 +113,18 @@ class _SafetensorsFile:
         if self._handle is None:
             if not self._path.is_file():
                 raise WeightsError(
-                    f"{self._path.parent}: expected {self._path.name}, got no such file; download the checkpoint again"
+                    f"{self._path.parent}: expected {self._path.name}, which is missing; download the checkpoint again"
                 )
             try:
                 handle: Any = safe_open(self._path, framework="pt")
             except SafetensorError as error:
-                raise WeightsError(f"{self._path}: expected a safetensors file, got a damaged one ({error})") from error
+                raise WeightsError(
+                    f"{self._path}: expected a safetensors file, got a damaged or invalid one ({error})"
+                ) from error
             if self._expected is not None and self._expected != set(handle.keys()):
                 different = sorted(self._expected ^ set(handle.keys()))[:MAX_NAMES_SHOWN]
                 raise WeightsError(
-                    f"{self._path}: expected the tensors that its index names, got others ({'; '.join(different)}); "
+                    f"{self._path}: expected the tensors listed in its index, got others ({'; '.join(different)}); "
                     "download the checkpoint again"
                 )
             self._handle = handle
@@ -134,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        WeightsError: no such file, or not a JSON object.
+        WeightsError: missing file, or not a JSON object.
     """
     try:
         content = json.loads(path.read_text())
@@ -146,10 +147,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_bin(path: Path) -> dict[str, object]:
-    """A `torch.save` file of plain data (tensors, containers, strings), without running any code in it.
+    """Load a `torch.save` file of plain data (tensors, containers, strings), without executing code from it.
 
     Raises:
-        WeightsError: unreadable, not a dictionary, or it holds something that would have to be executed.
+        WeightsError: unreadable, not a dictionary, or contains anything that would require executing code.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -166,13 +167,13 @@ def load_bin(path: Path) -> dict[str, object]:
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Modules made inside have shapes and no values, for `assemble` to fill."""
+    """Modules created inside have shapes but no values, for `assemble` to fill."""
     with torch.device("meta"), _NoInitialisation():
         yield
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Skips `nn.init`: without values it has no effect, but on the meta device it imports torch's compiler (2 s)."""
+    """Skips `nn.init`, which has no effect on the meta device but would import torch's compiler (2 s)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -184,12 +185,12 @@ class _NoInitialisation(TorchFunctionMode):
 def assemble(module: nn.Module, source: TensorSource, name_map: NameMap, *, ignored: Iterable[str] = ()) -> None:
     """Fill `module` (mutated, may be on the meta device) from `source`.
 
-    Each parameter becomes fp32 in host memory; move or convert the module afterwards.
+    Parameters are fp32 in host memory; move or convert the module afterwards.
 
     Args:
-        ignored: names of the source that are known and not needed.
+        ignored: source names that are expected but not needed.
     Raises:
-        WeightsError: names every missing, extra or mis-shaped tensor.
+        WeightsError: lists all missing, unexpected or mis-shaped tensors.
     """
     wanted = {name: parameter.shape for name, parameter in module.state_dict().items()}
     assert wanted.keys() == name_map.keys(), wanted.keys() ^ name_map.keys()
@@ -207,7 +208,7 @@ def assemble(module: nn.Module, source: TensorSource, name_map: NameMap, *, igno
             misshaped.append(f"{origin}: expected {tuple(wanted[name])}, got {tuple(value.shape)}")
             continue
         tensors[name] = value
-    _refuse(source.origin, {"missing": missing, "not known": extra, "of another shape": misshaped})
+    _refuse(source.origin, {"missing": missing, "unexpected": extra, "of the wrong shape": misshaped})
     module.load_state_dict(tensors, assign=True)
     module.requires_grad_(False)
 
@@ -221,7 +222,7 @@ def _read(source: TensorSource, part: Part) -> Tensor:
 
 
 def _refuse(origin: str, problems: Mapping[str, list[str]]) -> None:
-    """Raise one WeightsError that lists all problems, if there is any."""
+    """Raise one WeightsError listing all problems, if there are any."""
     found = []
     for what, names in problems.items():
         if names:
@@ -230,5 +231,5 @@ def _refuse(origin: str, problems: Mapping[str, list[str]]) -> None:
     if found:
         raise WeightsError(
             f"{origin}: the tensors do not fit the configuration. {'. '.join(found)}. "
-            "Check that configuration and weights are of the same model, or download both again"
+            "Check that configuration and weights belong to the same model, or download both again"
         )

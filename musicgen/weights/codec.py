@@ -1,8 +1,7 @@
-"""EnCodec checkpoints of Hugging Face and of audiocraft: one name map each.
+"""EnCodec checkpoints in Hugging Face and audiocraft format: one name map each.
 
-Both formats become one set of tensors: Hugging Face's names, weight normalisation folded in, float32. From it come the
-state of `EncodecDecoder` and that of the transformers encoder. Knows names and shapes; files are read elsewhere in
-this package.
+Both formats are converted to a common one: Hugging Face's names, weight normalisation folded in, float32. It provides
+the state of `EncodecDecoder` and of the transformers encoder. Handles names and shapes; files are read elsewhere.
 """
 
 from __future__ import annotations
@@ -35,20 +34,20 @@ CodecTensors = Mapping[str, Tensor]
 
 
 def codec_tensors_from_hf(tensors: CodecTensors, config: CodecConfig) -> dict[str, Tensor]:
-    """Check the tensors of transformers' `EncodecModel` and fold their weight normalisation.
+    """Validate the tensors of transformers' `EncodecModel` and fold their weight normalisation.
 
     Args:
-        tensors: its state dictionary, with either spelling of the normalisation, or folded already; any float dtype.
+        tensors: its state dict, with either naming of the normalisation, or already folded; any float dtype.
     Returns:
         The tensors of `codec_shapes(config)`, float32.
     Raises:
-        WeightsError: names what is missing, extra or mis-shaped.
+        WeightsError: lists missing, unexpected or mis-shaped tensors.
     """
     names = tensors.keys()
     folded = _fold_weight_norm({name: tensors[name] for name in names if not name.endswith(_TRAINING_ONLY)})
     wanted = codec_shapes(config)
     problems = [f"missing {name}" for name in sorted(wanted.keys() - folded.keys())]
-    problems += [f"extra {name}" for name in sorted(folded.keys() - wanted.keys())]
+    problems += [f"unexpected {name}" for name in sorted(folded.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & folded.keys()):
         if tuple(folded[name].shape) != wanted[name]:
             problems.append(f"{name}: expected {wanted[name]}, got {tuple(folded[name].shape)}")
@@ -56,13 +55,13 @@ def codec_tensors_from_hf(tensors: CodecTensors, config: CodecConfig) -> dict[st
         more = f" and {len(problems) - MAX_NAMES_SHOWN} more" if len(problems) > MAX_NAMES_SHOWN else ""
         listed = "; ".join(problems[:MAX_NAMES_SHOWN]) + more
         raise WeightsError(
-            f"codec: the tensors do not fit the configuration: {listed}; check that both are of one model"
+            f"codec: the tensors do not fit the configuration: {listed}; check that both belong to the same model"
         )
     return folded
 
 
 def codec_tensors_from_audiocraft(tensors: CodecTensors, config: CodecConfig) -> dict[str, Tensor]:
-    """As `codec_tensors_from_hf`, for `best_state` of a `compression_state_dict.bin`."""
+    """Like `codec_tensors_from_hf`, for `best_state` of a `compression_state_dict.bin`."""
     renamed = {}
     for name in tensors:
         new_name = name
@@ -73,10 +72,10 @@ def codec_tensors_from_audiocraft(tensors: CodecTensors, config: CodecConfig) ->
 
 
 def build_codec(config: CodecConfig, tensors: Mapping[str, Tensor]) -> tuple[EncodecDecoder, EncodecEncoder]:
-    """The decoder, ready, and the encoder, which builds itself when first used.
+    """The decoder, and the encoder, which is built on first use.
 
     Args:
-        tensors: what one of the `codec_tensors_from_*` returned.
+        tensors: the result of one of the `codec_tensors_from_*`.
     """
     from musicgen.models.encodec import EncodecDecoder
     from musicgen.models.encodec_encoder import EncodecEncoder
@@ -87,7 +86,7 @@ def build_codec(config: CodecConfig, tensors: Mapping[str, Tensor]) -> tuple[Enc
 
 
 def decoder_state(config: CodecConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dictionary of `EncodecDecoder`: convolutions as `[kernel, in, out]`, transposed ones as the two halves
+    """The state dict of `EncodecDecoder`: convolutions as `[kernel, in, out]`, transposed ones as the two halves
     `[2, in, ratio · out]` of their kernel."""
     layers = (f"quantizer.layers.{k}.codebook.embed" for k in range(config.num_codebooks))
     state = {"codebooks": torch.stack([tensors[name] for name in layers])}
@@ -107,7 +106,7 @@ def decoder_state(config: CodecConfig, tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def decoder_name_map(config: CodecConfig) -> dict[str, str]:
-    """Convolutions of `EncodecDecoder` → those of transformers' `EncodecModel` (ELUs count as layers there)."""
+    """Convolutions of `EncodecDecoder` → those of transformers' `EncodecModel` (where ELUs count as layers)."""
     names = {"conv_in": "decoder.layers.0"}
     index = 2  # after the LSTM
     for stage in range(len(config.upsampling_ratios)):
@@ -125,7 +124,7 @@ def decoder_name_map(config: CodecConfig) -> dict[str, str]:
 
 
 def codec_shapes(config: CodecConfig) -> dict[str, tuple[int, ...]]:
-    """Name, in Hugging Face's terms, and shape of every tensor of the codec, weight normalisation folded."""
+    """Hugging Face name and shape of every tensor of the codec, with weight normalisation folded."""
     top = config.num_filters * 2 ** len(config.upsampling_ratios)
     shapes: dict[str, tuple[int, ...]] = {
         f"quantizer.layers.{k}.codebook.embed": (config.codebook_size, config.codebook_dim)
@@ -186,7 +185,7 @@ def _transposed(config: CodecConfig) -> set[str]:
 
 
 def _fold_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """w = g · v / ‖v‖, the norm over all axes but the first, for each pair that is there; the rest in float32."""
+    """w = g · v / ‖v‖, with the norm over all axes but the first, for each pair; the other tensors in float32."""
     folded = {name: tensor.float() for name, tensor in tensors.items()}
     for gain_name, direction_name in _NORM_PARTS:
         for name in [name for name in folded if name.endswith("." + direction_name)]:
@@ -194,6 +193,6 @@ def _fold_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if base + gain_name in folded:
                 gain, direction = folded.pop(base + gain_name), folded.pop(name)
                 if gain.shape != (direction.shape[0],) + (1,) * (direction.ndim - 1):
-                    raise WeightsError(f"codec: {base + gain_name}: expected one gain a row, got {tuple(gain.shape)}")
+                    raise WeightsError(f"codec: {base + gain_name}: expected one gain per row, got {tuple(gain.shape)}")
                 folded[base + "weight"] = torch._weight_norm(direction, gain, 0)
     return folded

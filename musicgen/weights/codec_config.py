@@ -1,7 +1,7 @@
-"""The settings of an EnCodec, read from Hugging Face's configuration or from audiocraft's.
+"""EnCodec configuration, read from Hugging Face or audiocraft settings.
 
-Only the kind of codec that MusicGen uses is accepted: mono, non-causal, weight-normalised, in one chunk. Anything else
-is refused by name, because its tensors would load and then decode to noise. Knows no tensors.
+Only the variant that MusicGen uses is accepted: mono, non-causal, weight-normalised, unchunked. Others are rejected
+explicitly, because their tensors would load but decode to noise.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HF_DEFAULTS: dict[str, Any] = {
     "residual_kernel_size": 3, "dilation_growth_rate": 2, "use_causal_conv": True, "pad_mode": "reflect",
     "compress": 2, "num_lstm_layers": 2, "codebook_size": 1024, "codebook_dim": 128, "use_conv_shortcut": True,
 }  # fmt: skip
-"""What a file leaves out is as in transformers' `EncodecConfig`; there `codebook_dim` follows `hidden_size`."""
+"""Defaults of missing settings, as in transformers' `EncodecConfig`; `codebook_dim` defaults to `hidden_size`."""
 _HF_REQUIRED = {
     "use_causal_conv": False, "norm_type": "weight_norm", "normalize": False, "chunk_length_s": None,
     "audio_channels": 1,
@@ -39,7 +39,7 @@ def codec_config_from_hf(given: Mapping[str, Any]) -> CodecConfig:
     """The codec of an `EncodecConfig` dictionary (`audio_encoder` in a MusicGen `config.json`).
 
     Raises:
-        WeightsError: not a valid configuration, or a codec of a kind that MusicGen does not use.
+        WeightsError: invalid configuration, or a codec variant that MusicGen does not use.
     """
     if given.get("codebook_dim") is None:
         given = {**given, "codebook_dim": given.get("hidden_size", HF_DEFAULTS["hidden_size"])}
@@ -62,12 +62,12 @@ def codec_config_from_hf(given: Mapping[str, Any]) -> CodecConfig:
 
 
 def _num_codebooks(config: CodecConfig, bandwidth_kbps: float) -> int:
-    """Whole codebooks of a bandwidth. Source: transformers' `EncodecConfig.num_quantizers`."""
+    """The number of whole codebooks for a bandwidth. Source: transformers' `EncodecConfig.num_quantizers`."""
     bits_per_frame = (config.codebook_size - 1).bit_length()
     num = int(1000 * bandwidth_kbps // (math.ceil(config.frame_rate_hz) * bits_per_frame)) if bits_per_frame else 0
     if num < 1:
         got = f"{bandwidth_kbps} kbit/s for codebooks of {config.codebook_size}"
-        raise WeightsError(f"codec configuration: expected the bandwidth of at least one codebook, got {got}")
+        raise WeightsError(f"codec configuration: expected bandwidth for at least one codebook, got {got}")
     return num
 
 
@@ -75,9 +75,9 @@ def codec_config_from_audiocraft(xp_cfg: str, origin: str = "codec") -> CodecCon
     """The codec of the YAML text under `xp.cfg` in a `compression_state_dict.bin`.
 
     Args:
-        origin: where the text comes from, for messages.
+        origin: source of the text, for error messages.
     Raises:
-        WeightsError: unreadable, a setting missing, or a codec of a kind that MusicGen does not use.
+        WeightsError: unreadable, missing setting, or a codec variant that MusicGen does not use.
     """
     xp = XpConfig(xp_cfg, origin)
     for path, wanted in (("compression_model", "encodec"), ("encodec.autoencoder", "seanet"),
@@ -85,7 +85,7 @@ def codec_config_from_audiocraft(xp_cfg: str, origin: str = "codec") -> CodecCon
                          ("seanet.activation", "ELU"), ("seanet.activation_params.alpha", 1.0),
                          ("seanet.channels", 1)):  # fmt: skip
         xp.require(path, wanted)
-    # What audiocraft's code takes when a file, written by another version of it, says nothing.
+    # audiocraft's defaults for settings missing from files of other versions.
     xp.require("encodec.renormalize", False, False)
     xp.require("seanet.disable_norm_outer_blocks", 0, 0)
     for side in ("encoder", "decoder"):
@@ -107,7 +107,7 @@ def codec_config_from_audiocraft(xp_cfg: str, origin: str = "codec") -> CodecCon
 
 def _require(name: str, got: Any, expected: Any) -> None:
     if got != expected:
-        raise WeightsError(f"codec: expected {name} = {expected!r}, got {got!r}; MusicGen has no such codec")
+        raise WeightsError(f"codec: expected {name} = {expected!r}, got {got!r}; MusicGen does not use such a codec")
 
 
 def _positive_numbers(name: str, values: Any, kinds: tuple[type, ...]) -> list[float]:

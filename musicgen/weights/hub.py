@@ -1,8 +1,7 @@
-"""Where a checkpoint lies on disk: a local folder, the embedded demo, or a Hugging Face snapshot.
+"""Resolves a model name to a folder on disk: a local folder, the bundled demo, or a Hugging Face snapshot.
 
-Downloads (with progress, resumed after a break) are huggingface_hub's; `HF_HOME`, `HF_HUB_CACHE` and
-`HF_HUB_OFFLINE` mean what they mean there. It is imported when a repository is looked for; folders need none. Knows
-nothing of what is in the files.
+Downloads (resumable, with progress) use huggingface_hub and honour `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE`.
+huggingface_hub is imported only to look up a repository. Independent of the contents of the files.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ AUDIOCRAFT_FILES = ["state_dict.bin", "compression_state_dict.bin"]
 
 
 def demo_checkpoint() -> Path:
-    """The folder of the embedded demo model."""
+    """The folder of the bundled demo model."""
     return Path(str(files("musicgen").joinpath("demo", "checkpoint")))
 
 
 def resolve(name: str) -> Path:
-    """The local folder of a model, downloaded if need be.
+    """The local folder of a model, downloaded if necessary.
 
     Args:
         name: a short name, a Hugging Face repository id, or a local folder.
     Raises:
-        InvalidRequestError: nothing goes by that name.
-        WeightsError: the name is known, but its files are not here and could not be fetched.
+        InvalidRequestError: unknown name.
+        WeightsError: the files are not cached and could not be downloaded.
     """
     if name == DEMO_MODEL:
         return demo_checkpoint()
@@ -50,7 +49,7 @@ def resolve(name: str) -> Path:
 
 
 def is_cached(repo_id: str) -> bool:
-    """Whether a repository's configuration is in the local cache (its weights then usually are)."""
+    """Whether a repository's configuration is in the local cache (usually with its weights)."""
     from huggingface_hub import try_to_load_from_cache
 
     names = ("config.json", *AUDIOCRAFT_FILES)
@@ -67,11 +66,11 @@ def _download(repo_id: str) -> Path:
             folder = Path(snapshot_download(repo_id, allow_patterns=[*SAFE_FILES, *AUDIOCRAFT_FILES]))
     except RepositoryNotFoundError as error:
         raise InvalidRequestError(
-            "a model that exists on the Hugging Face hub", repr(repo_id), "see `musicgen models`", param="model"
+            "an existing model on the Hugging Face hub", repr(repo_id), "see `musicgen models`", param="model"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise WeightsError(
-            f"{repo_id}: expected its files in the local cache or from the Hugging Face hub, got neither "
-            f"({type(error).__name__}); check the network, or HF_HOME and HF_HUB_OFFLINE, or use `--model demo`"
+            f"{repo_id}: expected its files in the local cache or on the Hugging Face hub, got neither "
+            f"({type(error).__name__}); check the network, HF_HOME and HF_HUB_OFFLINE, or use `--model demo`"
         ) from error
     return folder

@@ -24,12 +24,12 @@ from musicgen.weights.settings import complete
 
 MODEL_TYPES = ("musicgen", "musicgen_melody")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-"""One file, or the list of its shards. Facebook's repositories hold both layouts beside each other: these go first."""
+"""A single file, or the index of its shards. Facebook's repositories contain both layouts; these take precedence."""
 POSITION_TABLE = "decoder.model.decoder.embed_positions.weights"
-"""A table that some files hold and that is computed here."""
+"""A table stored in some files, but computed here."""
 TEXT, CODEC = "text_encoder.", "audio_encoder."
 
-# What a file leaves out is as transformers' configuration classes have it.
+# Missing settings default to those of transformers' configuration classes.
 DECODER_DEFAULTS = {
     "num_hidden_layers": 24,
     "hidden_size": 1024,
@@ -46,10 +46,10 @@ TEXT_DEFAULTS = {"model_type": "t5", "d_model": 512}
 
 
 class HuggingFaceCheckpoint:
-    """The checkpoint in `folder`: its configuration is read at once, each part when asked for.
+    """The checkpoint in `folder`. The configuration is read eagerly, each component on demand.
 
     Raises:
-        WeightsError: not a MusicGen checkpoint, or an unsupported option; from the methods: tensors that do not fit.
+        WeightsError: not a MusicGen checkpoint, or unsupported option; from the methods: tensors that do not fit.
     """
 
     def __init__(self, folder: Path, name: str, license: str) -> None:
@@ -88,13 +88,13 @@ class HuggingFaceCheckpoint:
         shared, tied = "shared.weight", "encoder.embed_tokens.weight"
         embedding = shared if shared in source else tied
         names = {name: (Part(embedding if name in (shared, tied) else name),) for name in model.state_dict()}
-        # Some files hold the whole T5; its decoder is not used.
+        # Some files contain the whole T5; its decoder is not used.
         unused = {n for n in source if n in (shared, tied) or n.startswith(("decoder.", "lm_head."))}
         assemble(model, source, names, ignored=unused)
         return TextEncoder(model, load_tokenizer(self._folder))
 
     def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:
-        """Both sides of the codec, in fp32 on the CPU."""
+        """The codec's decoder and encoder, in fp32 on the CPU."""
         tensors = codec.codec_tensors_from_hf(self._tensors.under(CODEC), self.config.codec)
         return codec.build_codec(self.config.codec, tensors)
 
@@ -139,7 +139,7 @@ def _model_config(raw: Mapping[str, Any], folder: Path, name: str, license: str)
 
 
 def _chroma_config(raw: Mapping[str, Any], folder: Path) -> ChromaConfig:
-    """Its framing from `preprocessor_config.json` where there is one, else the released models' constants."""
+    """Framing from `preprocessor_config.json` if present, otherwise the constants of the released models."""
     model = complete(raw, MELODY_DEFAULTS, str(folder / "config.json"))
     path = folder / "preprocessor_config.json"
     framing_defaults = {"sampling_rate": 32000, "n_fft": 16384, "hop_length": 4096}

@@ -1,4 +1,4 @@
-"""From a model's name to its parts: find the folder, recognise its layout, load what is asked for, move it."""
+"""Loads a model by name: resolves the folder, detects its layout, loads the requested components onto a device."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import TextEncoder
 from musicgen.weights import audiocraft, hub, huggingface, packed, registry
 
-UNKNOWN_LICENSE = "unknown; see the model's own card"
+UNKNOWN_LICENSE = "unknown; see the model card"
 
 
 class Layout(Protocol):
-    """Files of one layout: the configuration, and each part as it leaves the disk, in fp32 on the CPU.
+    """A checkpoint layout: the configuration, and each component as loaded from disk, in fp32 on the CPU.
 
-    A method reads the tensors of its own part and checks them: that none is missing, unknown or of another shape.
+    Each method reads only the tensors of its component and rejects missing, unexpected or mis-shaped ones.
     """
 
     config: ModelConfig
@@ -37,10 +37,10 @@ class Layout(Protocol):
 
 
 class Checkpoint:
-    """A model on the disk. Each method loads its part and no other, anew each time; all of them raise WeightsError.
+    """A model on disk. Each call loads only its component, without caching; all methods may raise WeightsError.
 
     Args:
-        device: where parts go.
+        device: target device.
         dtype: of the decoder's matrices, to run the language model itself; None leaves its layers in host memory for
             the engine to pack.
     """
@@ -53,16 +53,16 @@ class Checkpoint:
         return self._layout.config
 
     def language_model(self) -> tuple[LanguageModel, DecoderWeights | None]:
-        """The language model; beside it its packed decoder, where the checkpoint holds only that (see `Model`).
+        """The language model, and its packed decoder if the checkpoint holds only that (see `Model`).
 
         Raises:
-            WeightsError: also for a decoder that was packed for another kind of device.
+            WeightsError: also if the decoder was packed for another type of device.
         """
         lm, packed_decoder = self._layout.language_model()
         if packed_decoder is not None:
             return lm, packed_decoder
         if self._dtype is None:
-            for part in (lm.text_proj, lm.chroma_proj, lm.decoder.out_norm):  # the last tells where the model is
+            for part in (lm.text_proj, lm.chroma_proj, lm.decoder.out_norm):  # out_norm determines the model's device
                 if part is not None:
                     part.to(self._device)
         else:
@@ -71,22 +71,22 @@ class Checkpoint:
         return lm, None
 
     def text_encoder(self) -> TextEncoder:
-        """The text encoder. Of all parts only this one imports transformers to load."""
+        """The text encoder. The only component whose loading imports transformers."""
         encoder = self._layout.text_encoder()
         encoder.to(self._device)
         return encoder
 
     def chroma(self) -> ChromaExtractor | None:
-        """What makes a melody's features, on the CPU; None for a model that takes no melody."""
+        """The melody feature extractor, on the CPU; None for models without melody conditioning."""
         return None if self.config.chroma is None else ChromaExtractor(self.config.chroma)
 
     def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:
-        """Both sides of the codec."""
+        """The codec's decoder and encoder."""
         decoder, encoder = self._layout.codec()
         return decoder.to(self._device), encoder.to(self._device)
 
     def model(self) -> Model:
-        """All parts."""
+        """All components."""
         lm, packed_decoder = self.language_model()
         codec_decoder, codec_encoder = self.codec()
         return Model(
@@ -97,7 +97,7 @@ class Checkpoint:
 def open_checkpoint(
     name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Checkpoint:
-    """Find a model and read its configuration, for those who need only parts of it; otherwise as `load_model`."""
+    """Resolve a model and read its configuration, to load only some components; otherwise like `load_model`."""
     target = _device(device)
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise InvalidRequestError("float32, float16 or bfloat16", str(dtype), param="dtype")
@@ -113,9 +113,9 @@ def load_model(name: str, device: str | torch.device | None = None, dtype: torch
     Args:
         name: a short name (`musicgen models` lists them), a Hugging Face repository id, or a local folder in
             Hugging Face or audiocraft layout.
-        device: default: the GPU if there is one, else the CPU.
-        dtype: of the decoder's matrices, for those who run the language model itself on the device. By default its
-            layers stay in host memory in fp32, from where the engine packs them onto the device one by one.
+        device: default: the GPU if available, else the CPU.
+        dtype: of the decoder's matrices, to run the language model itself on the device. By default its layers stay in
+            host memory in fp32, from where the engine packs them onto the device one by one.
     Raises:
         InvalidRequestError: unknown name, device or dtype.
         WeightsError: the files cannot be used.
@@ -145,5 +145,5 @@ def _device(device: str | torch.device | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         got = f"{device!r} ({reason})"
-        raise InvalidRequestError("a device of this machine, such as cpu", got, param="device") from error
+        raise InvalidRequestError("an available device, such as cpu", got, param="device") from error
     return target

@@ -1,8 +1,8 @@
-"""Checkpoints of our own: everything a model needs, the decoder's matrices quantised and arranged for the kernels.
+"""Our own checkpoint format: a complete model with the decoder's matrices quantised and laid out for the kernels.
 
-A folder with `musicgen.json` (the configuration), `packed.safetensors` and the tokenizer. It loads without the
-original checkpoint, in the memory that it runs in. Matrices are in the order of the device that they were packed on:
-"tiles" runs on CPUs, "rows" on GPUs. The configuration says which.
+A folder with `musicgen.json` (the configuration), `packed.safetensors` and the tokenizer. Loading needs neither the
+original checkpoint nor more memory than running. Matrices have the element order of the device they were packed on, as
+recorded in the configuration: "tiles" for CPUs, "rows" for GPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LM, TEXT, CODEC, CODEC_ENCODER, DECODER = "lm.", "text_encoder.", "codec.", "cod
 
 
 def save(model: Model, weights: DecoderWeights, folder: Path) -> None:
-    """Write `model` with its packed decoder `weights` to `folder` (made if need be; files are replaced)."""
+    """Write `model` with its packed decoder `weights` to `folder` (created if necessary; files are overwritten)."""
     folder.mkdir(parents=True, exist_ok=True)
     projections = {n: t for n, t in model.lm.state_dict().items() if not n.startswith("decoder.")}
     text = {n: t for n, t in model.text_encoder.model.state_dict().items() if n != "encoder.embed_tokens.weight"}
@@ -65,12 +65,12 @@ def save(model: Model, weights: DecoderWeights, folder: Path) -> None:
 
 
 class PackedCheckpoint:
-    """What `save` wrote to `folder`: its configuration is read at once, each part when asked for.
+    """A checkpoint written by `save`. The configuration is read eagerly, each component on demand.
 
     Args:
-        device: where the packed decoder goes.
+        device: of the packed decoder.
     Raises:
-        WeightsError: another version, or (also from the methods) missing or damaged tensors.
+        WeightsError: unsupported version, or (also from the methods) missing or corrupted tensors.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -85,14 +85,14 @@ class PackedCheckpoint:
             self.config = _model_config(self._content["model"])
 
     def language_model(self) -> tuple[LanguageModel, DecoderWeights]:
-        """The projections of the conditions (the language model's own layers stay empty) and the packed decoder.
+        """The conditioning projections (the language model's own layers stay empty) and the packed decoder.
 
         Raises:
-            WeightsError: also for matrices in an order that the device's kernels do not read.
+            WeightsError: also if the device's kernels do not support the order of the matrices.
         """
         with self._told_as_damage():
             decoder = self._tensors.under(DECODER)
-            order = self._content.get("order") or unpack_header(decoder["heads"]).order  # files of before say none
+            order = self._content.get("order") or unpack_header(decoder["heads"]).order  # older files do not record it
         self._check_order(order)
         with self._told_as_damage():
             lm = _language_model(self.config, self._tensors.under(LM), self._content["project_text"], self._device)
@@ -105,7 +105,7 @@ class PackedCheckpoint:
             return _text_encoder(self._content["text_encoder"], self._tensors.under(TEXT), self._folder)
 
     def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:
-        """Both sides of the codec, in fp32 on the CPU."""
+        """The codec's decoder and encoder, in fp32 on the CPU."""
         with self._told_as_damage():
             config = self.config.codec
             decoder = _codec(config, self._tensors.under(CODEC))
@@ -119,7 +119,7 @@ class PackedCheckpoint:
         if not on_cpu:
             got = "ones packed on a CPU"
             todo = f"load them with device='cpu' (--device cpu), or load the original to run on {self._device}"
-        raise WeightsError(f"{self._folder}: expected matrices in the order of {self._device}, got {got}; {todo}")
+        raise WeightsError(f"{self._folder}: expected matrices packed for {self._device}, got {got}; {todo}")
 
     @contextmanager
     def _told_as_damage(self) -> Iterator[None]:
@@ -127,7 +127,7 @@ class PackedCheckpoint:
             yield
         except (KeyError, TypeError, RuntimeError, KernelArgumentError) as error:
             raise WeightsError(
-                f"{self._folder}: expected what `MusicGen.save_packed` writes, got {error}; pack it again"
+                f"{self._folder}: expected a checkpoint written by `MusicGen.save_packed`, got {error}; pack it again"
             ) from error
 
 
@@ -151,7 +151,7 @@ def _language_model(
         part = source.under(f"{name}.")
         if part:
             getattr(model, name).load_state_dict({n: t.to(device) for n, t in part.items()}, assign=True)
-    model.decoder.out_norm.to_empty(device=device)  # tells where the model is
+    model.decoder.out_norm.to_empty(device=device)  # determines the model's device
     return model.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""The models that go by a short name, with their licences. Pure data; nothing is fetched here."""
+"""The models with short names, and their licences. Static data; nothing is downloaded here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ NON_COMMERCIAL = "CC-BY-NC-4.0"
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a user should know before loading a model."""
+    """Key facts about a model, available without loading it."""
 
     name: str
     repo_id: str
-    """Hugging Face repository; empty for the embedded demo model."""
+    """Hugging Face repository; empty for the bundled demo model."""
     num_lm_parameters: float
     melody: bool
     audio_channels: int
@@ -22,7 +22,7 @@ class ModelCard:
 
 
 def _meta(name: str, billions: float, *, melody: bool = False) -> list[ModelCard]:
-    """The mono model and its stereo twin."""
+    """The mono model and its stereo variant."""
     return [
         ModelCard(name, f"facebook/musicgen-{name}", billions * 1e9, melody, 1, NON_COMMERCIAL),
         ModelCard(f"stereo-{name}", f"facebook/musicgen-stereo-{name}", billions * 1e9, melody, 2, NON_COMMERCIAL),

@@ -1,4 +1,4 @@
-"""Settings of configuration files, checked by type: those of a JSON object, and audiocraft's YAML. Knows no model."""
+"""Type-checked settings from configuration files: JSON objects and audiocraft's YAML. Independent of any model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ T = TypeVar("T", int, float, bool, str, list[Any], dict[str, Any])
 
 
 def complete(given: Mapping[str, Any], defaults: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The settings that `defaults` names, each as given or as there.
+    """The settings named in `defaults`, with values from `given` or the defaults.
 
-    A value is of its default's type (a tuple may stand for a list), and a whole number at least 1. What a default of
-    None stands for is the caller's to check.
+    A value must have the type of its default (a list if that is a tuple), and integers must be ≥ 1. Settings whose
+    default is None are not checked.
 
     Args:
-        origin: where `given` comes from, for the message.
+        origin: source of `given`, for error messages.
     Raises:
-        WeightsError: a value of another type, or a whole number below 1.
+        WeightsError: wrong type, or an integer below 1.
     """
     settings = {name: given.get(name, default) for name, default in defaults.items()}
     for name, default in defaults.items():
@@ -40,12 +40,12 @@ def complete(given: Mapping[str, Any], defaults: Mapping[str, Any], origin: str)
 
 
 class XpConfig:
-    """The YAML text under `xp.cfg` in a file of audiocraft, read by dotted paths.
+    """The YAML text under `xp.cfg` in an audiocraft file, accessed by dotted paths.
 
-    audiocraft stores it unresolved: a value such as `${sample_rate}` stands for the one at that path.
+    audiocraft stores it unresolved: a value such as `${sample_rate}` refers to the value at that path.
 
     Args:
-        origin: where the text comes from, for messages.
+        origin: source of the text, for error messages.
     Raises:
         WeightsError: not YAML, or not a mapping.
     """
@@ -60,25 +60,25 @@ class XpConfig:
         self._tree, self._origin = tree, origin
 
     def raw(self, path: str, default: Any = _ABSENT) -> Any:
-        """The value at `path`, whatever it is.
+        """The value at `path`, of any type.
 
         Raises:
-            WeightsError: there is none, and no default; or references that lead nowhere.
+            WeightsError: no value and no default, or unresolvable references.
         """
         value = self._follow(path, 0)
         if value is not _ABSENT:
             return value
         if default is _ABSENT:
-            raise WeightsError(f"{self._origin}: expected {path} in its configuration, got none")
+            raise WeightsError(f"{self._origin}: expected {path} in its configuration")
         return default
 
     def get(self, path: str, kind: type[T], default: T | None = None) -> T:
-        """The value at `path`, which must be of `kind`: a whole number at least 1, a number > 0.
+        """The value at `path`, which must be of type `kind`; integers must be ≥ 1, floats > 0.
 
         Args:
-            default: for a setting that is absent or null; None: it must be there.
+            default: for a setting that is absent or null; None: the setting is required.
         Raises:
-            WeightsError: as `raw`, or a value of another kind.
+            WeightsError: see `raw`; or a value of the wrong type.
         """
         value = self.raw(path) if default is None else self.raw(path, default)
         if value is None and default is not None:
@@ -91,10 +91,10 @@ class XpConfig:
         raise WeightsError(f"{self._origin}: expected {path} as {_kind(kind)}, got {value!r}")
 
     def require(self, path: str, expected: Any, default: Any = _ABSENT) -> None:
-        """Refuse any other value at `path` than the `expected` one.
+        """Require the `expected` value at `path`.
 
         Raises:
-            WeightsError: another one, which only other architectures have.
+            WeightsError: another value, as used only by other architectures.
         """
         value = self.raw(path, default)
         if value != expected:
@@ -105,7 +105,7 @@ class XpConfig:
 
     def _follow(self, path: str, depth: int) -> Any:
         if depth == _MAX_REFERENCES:
-            raise WeightsError(f"{self._origin}: expected a value, got references in a circle at {path}")
+            raise WeightsError(f"{self._origin}: expected a value, got circular references at {path}")
         value: Any = self._tree
         for key in path.split("."):
             if not isinstance(value, dict) or key not in value:

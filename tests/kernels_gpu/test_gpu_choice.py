@@ -81,4 +81,4 @@ def test_what_is_missing_on_a_gpu_is_told(offered: dict[str, object], there: str
     for choice in backend.report("cuda", torch.bfloat16):
         assert choice.backend == there
         preferred = backend.preference(choice.operation, "cuda")[0] == there
-        assert choice.reason == ("the first choice for this device" if preferred else f"not {missing}: not built")
+        assert choice.reason == ("default for this device" if preferred else f"not {missing}: not built")

@@ -187,7 +187,7 @@ def test_missing_extra_and_misshaped_tensors_are_named(copy: Callable[[str], Pat
         load_model(str(folder))
     message = str(error.value)
     assert "missing: decoder.model.decoder.layers.1.fc1.weight" in message
-    assert "not known: decoder.model.decoder.layers.9.fc1.weight" in message
+    assert "unexpected: decoder.model.decoder.layers.9.fc1.weight" in message
     assert "decoder.lm_heads.2.weight" in message
     assert "got" in message
 

@@ -1,7 +1,7 @@
-"""The oracle: every operation in plain PyTorch, written to be read, not to be fast.
+"""The reference backend: every operation in plain PyTorch, written for readability rather than speed.
 
-The functions take what the public operations pass on after their checks (see `sampling`, `attention`,
-`linear`, `norm` for shapes and meaning). They run on any device; float64 inputs are computed in float64.
+The functions receive the validated arguments of the public operations (see `sampling`, `attention`, `linear`, `norm`
+for shapes and semantics). They run on any device; float64 inputs are computed in float64.
 """
 
 from __future__ import annotations
@@ -28,5 +28,5 @@ __all__ = [
 
 
 def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
-    """The reference runs everything everywhere."""
+    """None: the reference supports everything on all devices."""
     return None

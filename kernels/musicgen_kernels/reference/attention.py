@@ -1,6 +1,4 @@
-"""Paged attention in plain PyTorch: gather a row's pages, then a dense softmax in the query's precision or
-better.
-"""
+"""Paged attention in plain PyTorch: gather a row's pages, then dense softmax in at least the query's precision."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def append_paged_kv(
 
 
 def _one_page(cache: PagedKV, page: int) -> PagedKV:
-    """A plain copy of one page, codes not dequantised."""
+    """A copy of one page in plain layout, not dequantised."""
     raw = PagedKV(cache.k[page : page + 1], cache.v[page : page + 1], None, None, cache.layout)
     return PagedKV(raw.keys()[0], raw.values()[0], None, None, "plain")
 
@@ -50,9 +48,7 @@ def _write(
     is_keys: bool,
     cache: PagedKV,
 ) -> None:
-    """Put new [n, H, D] at the slots of a plain page [H, 16, D], then store the page in the cache's
-    layout.
-    """
+    """Write new [n, H, D] to slots of a plain page [H, 16, D], then store the page in the cache's layout."""
     if scales is not None:
         scale = new.float().abs().amax(-1) / 127
         divisor = torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -33,7 +33,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def uniforms(seed: int, step: int, codebook: int, num_codes: int) -> Tensor:
-    """The numbers in (0, 1) that a draw uses, [num_codes] float32, exact: ((x >> 9) + ½)·2⁻²³."""
+    """The uniforms in (0, 1) of one draw, [num_codes] float32, exact: ((x >> 9) + ½)·2⁻²³."""
     num_blocks = (num_codes + 3) // 4
     counter = torch.zeros(num_blocks, 4, dtype=torch.int64)
     counter[:, 0], counter[:, 1] = step, codebook
@@ -44,7 +44,7 @@ def uniforms(seed: int, step: int, codebook: int, num_codes: int) -> Tensor:
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a·b. Sixteen bits of b at a time, so that no product leaves int64."""
+    """High and low 32 bits of a·b, using 16 bits of b at a time, so that products fit int64."""
     low_part = a * (b & 0xFFFF)
     high = (a * (b >> 16) + (low_part >> 16)) >> 16
     return high & _MASK, (a * b) & _MASK

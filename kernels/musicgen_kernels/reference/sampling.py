@@ -1,4 +1,4 @@
-"""`delayed_sample_step` in plain PyTorch: one request and one codebook after another."""
+"""`delayed_sample_step` in plain PyTorch: one request and codebook at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def mix_guidance(rows: Tensor, guidance: Tensor, beta: Tensor) -> Tensor:
 
 
 def keep_mask(z: Tensor, top_k: int, top_p: float) -> Tensor:
-    """[V] bool: the codes that may be drawn. z = (logit − max)/temperature, so its largest entry is 0."""
+    """[V] bool: the codes that may be sampled. z = (logit − max)/temperature, so its maximum is 0."""
     if top_p > 0:
         order = torch.argsort(z, descending=True, stable=True)
         mass = z[order].exp().double()
@@ -67,5 +67,5 @@ def _draw(logits: Tensor, batch: SampleBatch, r: int, step: int, codebook: int) 
 
 
 def _first_argmax(x: Tensor) -> int:
-    """The lowest index of the largest value (torch.argmax does not promise which)."""
+    """The lowest index of the largest value (torch.argmax does not guarantee which)."""
     return int((x == x.max()).nonzero()[0, 0])

@@ -1,9 +1,9 @@
-"""The operations as Triton kernels, one module an operation or a close family.
+"""The operations as Triton kernels, one module per operation or group of related operations.
 
-Functions take what the public operations pass on after their checks. They run on NVIDIA GPUs; with
-TRITON_INTERPRET=1 set before Triton is imported they run on CPU tensors in Triton's interpreter, which is
-slow and meant for tests. They launch on PyTorch's current stream, never synchronise, and allocate at most a
-workspace through PyTorch's allocator, so a CUDA graph can capture them.
+Functions receive the validated arguments of the public operations. They run on NVIDIA GPUs; with TRITON_INTERPRET=1
+set before Triton is imported they run on CPU tensors in Triton's interpreter, which is slow and meant for tests. They
+launch on PyTorch's current stream, never synchronise, and allocate at most a workspace through PyTorch's allocator, so
+a CUDA graph can capture them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _DTYPES = {
 
 
 def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the operation on that device and dtype; None when it can."""
+    """Why this backend cannot run the operation on that device and dtype; None if it can."""
     wanted = "cpu" if interpreted() else "cuda"
     if device.partition(":")[0] != wanted:
-        reason = "in Triton's interpreter" if interpreted() else "outside of Triton's interpreter"
-        return f"{reason} it runs on {wanted} tensors only"
+        reason = "in Triton's interpreter" if interpreted() else "outside Triton's interpreter"
+        return f"{reason}, runs on {wanted} tensors only"
     if dtype not in _DTYPES.get(operation, _FLOATS):
-        return f"it has no kernel for {dtype}"
+        return f"has no kernel for {dtype}"
     return None if interpreted() else too_old(device)

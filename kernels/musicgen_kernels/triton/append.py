@@ -1,4 +1,4 @@
-"""Write new keys and values to their pages: one program a token and eight heads."""
+"""Writes new keys and values to the pages: one program per token and eight heads."""
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -22,18 +22,18 @@ from .runtime import (
 )
 
 _HEADS = 8
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and taking it away rounds |x| < 2²² to nearest even
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it rounds |x| < 2²² to nearest even
 
 
 @triton.jit
 def _store(source, pages, scales, at, scale_at, inside, heads_inside, IS_INT8: tl.constexpr, EMULATE: tl.constexpr):
-    """One token's [heads, D] block to its slots, quantised where the pages are int8."""
+    """Store one token's [heads, D] block, quantised if the pages are int8."""
     x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if IS_INT8:
         scale = tl.div_rn(tl.max(tl.abs(x), axis=1), 127.0)
         tl.store(scales + scale_at, scale, mask=heads_inside)
         steps = tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)[:, None])
-        whole = tl.minimum(tl.maximum((steps + _MAGIC) - _MAGIC, -127.0), 127.0)  # a subnormal scale is coarse
+        whole = tl.minimum(tl.maximum((steps + _MAGIC) - _MAGIC, -127.0), 127.0)  # subnormal scales are imprecise
         tl.store(pages + at, whole.to(tl.int8), mask=inside)
     else:
         tl.store(pages + at, narrow(x, pages.dtype.element_ty, EMULATE), mask=inside)
@@ -67,7 +67,7 @@ def _append(
     token = tl.program_id(0)
     row = find_row(query_offsets, num_rows, token)
     position = tl.load(kv_lens + row) - tl.load(query_offsets + row + 1) + token
-    there = position >= 0  # it is not in a row that is shorter than its tokens are many
+    there = position >= 0  # negative if a row has more tokens than positions
     page = tl.load(page_table + row.to(tl.int64) * max_pages + position // PAGE, mask=there, other=0).to(tl.int64)
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     channels = tl.arange(0, BLOCK_D)

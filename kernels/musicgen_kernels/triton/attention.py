@@ -1,14 +1,13 @@
-"""Attention over paged keys and values: tiles of 16 queries of one row and head against splits of 256
-positions.
+"""Paged attention: tiles of 16 queries of one row and head against splits of 256 positions.
 
-Algorithm. A split gives (m, w, o) of the online softmax in base 2 (Milakov & Gimelshein 2018); splits are
-merged in ascending order. Decode (one query a row) runs the splits in parallel and merges them in a second
-kernel; a step with longer rows runs them one after another in one kernel. Both call the same two functions,
+Algorithm. A split yields (m, w, o) of the online softmax in base 2 (Milakov & Gimelshein 2018); splits are
+merged in ascending order. Decode (one query per row) runs the splits in parallel and merges them in a second
+kernel; a step with longer rows runs them sequentially in one kernel. Both call the same two functions,
 `_attend_split` and `_merge`, with the same tile shapes and without fused multiply-add contraction, and a
-masked position changes neither m, w nor o, so a query's result depends on that query and its row alone.
+masked position changes neither m, w nor o, so a query's result depends only on that query and its row.
 
-Scores are products in the query's dtype where that is 16 bits wide and the pages are of that dtype or int8;
-every other combination is computed in float32. The softmax is always float32.
+Scores are computed in the query's dtype if that is 16 bits wide and the pages have that dtype or int8; all other
+combinations are computed in float32. The softmax is always float32.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -39,16 +38,16 @@ _TILE_Q = 16
 _TILE_T = 64
 _LOG2_E = 1.4426950408889634
 WEIGHT_FACTOR = tl.constexpr(64.0)
-"""Softmax weights times int8 value scales are multiplied by this before they are rounded to 16 bits, so that
-small ones stay in float16's normal range; the scale of any value that float16 can hold still fits.
+"""Softmax weights times int8 value scales are multiplied by this before rounding to 16 bits, so that small ones stay in
+float16's normal range; the scale of any value representable in float16 still fits.
 """
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
 def _multiply(a, b, dtype: tl.constexpr, EMULATE: tl.constexpr):
-    """a [I, J] · b [J, L] in float32, with operands rounded to dtype. The interpreter has no bfloat16
-    product; that of two bfloat16 numbers is exact in float32, so the rounded operands are widened there.
+    """a [I, J] · b [J, L] in float32, with operands rounded to dtype. The interpreter has no bfloat16 product, so the
+    rounded operands are widened there; products of two bfloat16 numbers are exact in float32.
     """
     if EMULATE and dtype == tl.bfloat16:
         wide_a = to_float(narrow(a.to(tl.float32), dtype, EMULATE))
@@ -312,7 +311,7 @@ def _constants(query: Tensor, cache: PagedKV, causal: bool) -> dict[str, Any]:
         "IS_INT8": is_int8,
         "DOT_DTYPE": _TRITON_DTYPE[query.dtype] if narrow_pages else tl.float32,
         "EMULATE": interpreted(),
-        # float32 products are done by scalar units and hold more in registers than tensor cores need.
+        # float32 products run on scalar units and need more registers than tensor cores.
         "num_warps": 4 if narrow_pages else 8,
         "num_stages": 2,
         "enable_fp_fusion": False,

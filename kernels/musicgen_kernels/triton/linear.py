@@ -1,12 +1,10 @@
-"""The matrix product with packed weights in "rows" order: one program a tile of 16 rows of x and a tile of
-outputs.
+"""Matrix product with packed weights in "rows" order: one program per tile of 16 rows of x and tile of outputs.
 
-A program runs over all of K in ascending blocks whose length depends on K and the group only, and the tile of
-rows is 16 whatever M is, so a row of the result is the same bits in any batch. That is the product that
-deterministic mode uses (kind "bf16" or "fp32") where a vendor library would choose its order by M.
+A program runs over all of K in ascending blocks whose length depends only on K and the group, and a tile has 16 rows
+for any M, so a row of the result is bit-identical in any batch. A vendor library would choose its order by M.
 
-Quantised weights are scaled in float32. Products are in x's dtype where x is 16 bits wide and the weight is
-quantised or of that dtype; every other combination is computed in float32.
+Quantised weights are scaled in float32. Products are computed in x's dtype if x is 16 bits wide and the weight is
+quantised or has that dtype; all other combinations are computed in float32.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -32,7 +30,7 @@ _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 @triton.jit
 def _scaled(codes, scales, outputs, first, stride, there, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Codes [N, J] that stand for BLOCK_K inputs from `first` on, times their groups' scales."""
+    """Codes [N, J] of BLOCK_K inputs from `first` on, times their groups' scales."""
     if GROUP >= BLOCK_K:
         scale = tl.load(scales + outputs * stride + first // GROUP, mask=there, other=0.0).to(tl.float32)
         return codes * scale[:, None]
@@ -108,7 +106,7 @@ def _linear(
 
 
 def _block_k(in_features: int, group_len: int) -> int:
-    """The block of K: a function of K and the group alone, so that the order of the sum is too."""
+    """The block length of K. Depends only on K and the group, and so does the order of the sum."""
     for block in _BLOCKS_K:
         whole_groups = not group_len or group_len % block == 0 or block % group_len == 0
         if in_features % block == 0 and whole_groups:
@@ -122,7 +120,7 @@ def linear(
     """See `musicgen_kernels.linear.linear`."""
     require_no_float64("x", x)
     if weight.order != "rows":
-        raise KernelArgumentError("weight.order", "'rows' on GPU backends", repr(weight.order), "pack it so")
+        raise KernelArgumentError("weight.order", "'rows' on GPU backends", repr(weight.order), "pack it in that order")
     codes = weight.codes.view(_VIEW[weight.kind])
     narrow_product = x.dtype != torch.float32 and (weight.group_len > 0 or codes.dtype == x.dtype)
     launch(
@@ -148,7 +146,7 @@ def linear(
         TILE_N=_TILE_N,
         BLOCK_K=_block_k(weight.in_features, weight.group_len),
         EMULATE=interpreted(),
-        num_warps=4 if narrow_product else 8,  # float32 products hold more in registers
+        num_warps=4 if narrow_product else 8,  # float32 products need more registers
         num_stages=3,
         enable_fp_fusion=False,
     )

@@ -1,4 +1,4 @@
-"""Layer norm (one program a row) and the input embedding (one program a token and a block of channels)."""
+"""Layer norm (one program per row) and the input embedding (one program per token and block of channels)."""
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -35,7 +35,7 @@ def _layer_norm(
         tl.store(residual + row * dim + columns, h, mask=inside)
     mean = tl.sum(h, axis=0) / dim
     centred = tl.where(inside, h - mean, 0.0)
-    centred -= tl.where(inside, tl.sum(centred, axis=0) / dim, 0.0)  # what rounding left in the mean
+    centred -= tl.where(inside, tl.sum(centred, axis=0) / dim, 0.0)  # remove the rounding error of the mean
     variance = tl.sum(centred * centred, axis=0) / dim
     y = centred * tl.rsqrt(variance + eps)
     y = y * tl.load(weight + columns, mask=inside, other=0.0) + tl.load(bias + columns, mask=inside, other=0.0)

@@ -1,6 +1,4 @@
-"""What the Triton operations share: the launch on the caller's device, next powers of two, row search. It
-knows no operation.
-"""
+"""Helpers shared by the Triton operations: launching on the caller's device, powers of two, row search."""
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -20,8 +18,8 @@ from ..errors import KernelArgumentError
 from ..pages import PagedKV
 
 VARYING = ["num_rows", "num_splits", "max_steps"]
-"""Arguments that change from step to step. Triton compiles a kernel again for an integer that is 1 or a multiple of 16,
-in the middle of a step when the batch comes to it, unless it is told not to look.
+"""Arguments that change from step to step. By default Triton specialises kernels for integers that are 1 or a multiple
+of 16, and would recompile in the middle of a step; specialisation is disabled for these.
 """
 
 
@@ -31,8 +29,8 @@ def interpreted() -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], near: Tensor, *args: object, **meta: object) -> None:
-    """Start a kernel on the current stream of the device that `near` is on. Nothing to do if the grid is
-    empty. `meta` holds the compile-time constants and options.
+    """Launch a kernel on the current stream of `near`'s device, unless the grid is empty. `meta` holds the compile-time
+    constants and options.
     """
     if min(grid) == 0:
         return
@@ -52,17 +50,17 @@ def power_of_2(n: int) -> int:
 
 
 def require_plain(cache: PagedKV) -> None:
-    """Refuse pages in another layout than plain.
+    """Require pages in plain layout.
 
     Raises:
-        KernelArgumentError: they are.
+        KernelArgumentError: another layout.
     """
     if cache.layout != "plain":
         raise KernelArgumentError("cache.layout", "'plain' on GPU backends", repr(cache.layout))
 
 
 def require_no_float64(argument: str, tensor: Tensor) -> None:
-    """Refuse float64, which only the reference computes.
+    """Reject float64, which only the reference supports.
 
     Raises:
         KernelArgumentError: it is float64.
@@ -89,7 +87,7 @@ def find_row(offsets, num_rows, token):
 def find_tile_row(offsets, num_rows, tile, TILE_LEN: tl.constexpr):
     """The row that owns a tile of queries, where row b's tiles begin at number offsets[b] // TILE_LEN + b.
 
-    These numbers leave gaps but never overlap, and need no pass over the rows beforehand.
+    These numbers leave gaps but never overlap, and need no preceding pass over the rows.
     """
     low = tile * 0
     high = low + num_rows - 1

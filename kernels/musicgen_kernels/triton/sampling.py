@@ -1,4 +1,4 @@
-"""The sampling step: one program a (request, codebook), its whole vocabulary in registers.
+"""The sampling step: one program per (request, codebook), with the whole vocabulary in registers.
 
 Algorithm. z ≤ 0 always, so the bits of |z| order the logits: a small key is a large z. The top-k threshold is
 the smallest key that k codes do not exceed, found by bisection on the 31 bits of the key, exactly. For top-p
@@ -82,7 +82,7 @@ def _top_k_mask(key, inside, top_k):
 
 @triton.jit
 def _top_p_mask(z, key, inside, top_p):
-    """Codes before which, in order of z descending and index ascending, there is a mass of at most top_p."""
+    """Codes preceded by a mass of at most top_p, in order of z descending and index ascending."""
     mass = tl.where(inside, tl.exp(z) * _MASS + 0.5, 0.0).to(tl.int64)
     total = tl.sum(mass, axis=0).to(tl.float64)
     limit = top_p.to(tl.float64)
@@ -109,7 +109,7 @@ def _first_argmax(x, index, V):
 
 @triton.jit
 def _draw(mixed, index, inside, temperature, top_k, top_p, seed, step, codebook, num_codes):
-    """A code of the guided logits [BLOCK]."""
+    """Sample a code from the guided logits [BLOCK]."""
     mixed = tl.where(inside, mixed, float("-inf"))
     choice = mixed
     if temperature > 0.0:
