@@ -206,8 +206,8 @@ def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings)
         raise InvalidRequestError(expected, str(num_pieces), "send several requests", param="num_samples")
     if fields.chunks is None and num_pieces > 1 and num_pieces * fields.duration_s > limits.max_answer_s:
         raise TooLargeFieldError(
-            f"duration_s: expected at most {limits.max_answer_s:g} s of audio in a non-streaming response, got "
-            f"{num_pieces} pieces of {fields.duration_s:g} s; use streaming or send several requests",
+            f"duration_s: expected at most {limits.max_answer_s:g} s of audio in a non-streaming response "
+            f"(max_answer_s), got {num_pieces} pieces of {fields.duration_s:g} s; stream them or send several requests",
             "duration_s",
         )
 
