@@ -1,11 +1,11 @@
-"""Stops one node of a Ray cluster without cutting what it does: the pods' preStop hook.
+"""Drains one node of a Ray cluster without interrupting its requests: the pods' preStop hook.
 
-Tells Ray that the node is going, so that Serve starts replicas elsewhere, sends nothing new here and lets what runs
-end; then waits until no replica of Serve is left in this container. Returns early when there is nobody to
-wait for: no Ray here, the head gone (the whole cluster is being deleted), or the request refused. Always exits with 0:
-a hook that fails would only add an event.
+Tells Ray that the node is draining, so that Serve starts replicas elsewhere, sends no new requests here and lets
+running ones finish; then waits until no Serve replica is left in this container. Returns early if there is nothing to
+wait for: Ray is not running here, the head is gone (the whole cluster is being deleted), or Ray rejected the drain.
+Always exits with 0: a failing hook would only add an event.
 
-Knows processes by the titles that Ray gives them, and the node's id by the flag that Ray starts its raylet with.
+Identifies replicas by the process titles that Ray sets, and the node id by the flag that Ray passes to its raylet.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ import psutil
 REPLICA_TITLE = "ray::ServeReplica"
 NODE_ID = re.compile(r"^--node[_-]id=([0-9a-f]+)$")
 HEAD_TRIES = 3
-"""Failed connections in a row after which the head counts as gone."""
+"""Consecutive failed connections after which the head counts as gone."""
 
 CommandLines = Callable[[], list[list[str]]]
 
 
 def command_lines() -> list[list[str]]:
-    """Arguments of every process in the container."""
+    """Command line of every process in the container."""
     return [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
 
 
 def node_id(lines: Iterable[list[str]]) -> str | None:
-    """The id of this container's node; None: no raylet runs."""
+    """The id of this container's node; None if no raylet is running."""
     matches = (NODE_ID.match(argument) for line in lines for argument in line)
     return next((match[1] for match in matches if match), None)
 
 
 def num_serving(lines: Iterable[list[str]]) -> int:
-    """Replicas of Serve in this container."""
+    """Number of Serve replicas in this container."""
     return sum(bool(line) and line[0].startswith(REPLICA_TITLE) for line in lines)
 
 
 def drain(address: str, node: str, timeout_s: int) -> bool:
-    """Ask Ray to move what is on the node; returns whether it will."""
+    """Ask Ray to drain the node; returns whether it accepted."""
     command = ["ray", "drain-node", "--address", address, "--node-id", node]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod is being stopped"]
     command += ["--deadline-remaining-seconds", str(timeout_s)]
@@ -72,7 +72,7 @@ def wait_until_idle(
     sleep: Callable[[float], None] = time.sleep,
     poll_s: float = 2.0,
 ) -> str:
-    """Wait for the last replica; returns why the wait ended."""
+    """Wait until the last replica has ended; returns why the wait ended."""
     num_failed = 0
     for _ in range(int(timeout_s / poll_s)):
         if num_serving(lines()) == 0:

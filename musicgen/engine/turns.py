@@ -10,6 +10,9 @@ from musicgen.engine.step_times import StepTimes
 
 SLACK_S = 0.1
 """Whoever could be passed for less than so long is not passed."""
+PLAYER_BUFFER_S = 0.2
+"""What a player is taken to hold back before it plays. An engine that keeps up may use it up, but only that of streams
+whose tenant asks for more than its share: their first chunks are too short to leave them any other slack."""
 PATIENCE_S = 1.0
 """For so long after its admission whoever nobody hears yet can be passed."""
 WORTH = 0.8
@@ -67,9 +70,10 @@ class Turns:
         needy: list[Sequence] = []
         passes_silent = False
         most = min((s.request.priority for s in running), default=0)
+        buffer_s = PLAYER_BUFFER_S if step_s <= self._frame_s else 0.0
         for sequence in running:
             is_preferred = self._is_preferred(sequence, most)
-            slack_s = self._slack_s(sequence, now, times.mean_s)
+            slack_s = self._slack_s(sequence, now, times.mean_s) + (0.0 if is_preferred else buffer_s)
             if is_preferred and sequence.times.first_chunk is None:
                 unheard.append(sequence)
             elif is_preferred and slack_s < SLACK_S and step_s > self._frame_s:

@@ -199,7 +199,7 @@ def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings)
             got = "a stream or first_sample"
             raise InvalidRequestError("loudness only for complete, non-streaming pieces", got, hint, param="loudness")
     if fields.deadline_s is not None and not fields.deadline_s > 0:
-        raise InvalidRequestError("a deadline in the future", f"{fields.deadline_s:g} s", param="deadline")
+        raise InvalidRequestError("a deadline in the future", f"{fields.deadline_s:g} s", param="deadline_s")
     num_pieces = len(fields.prompts) * fields.num_samples
     if num_pieces > limits.max_pieces:
         expected = f"at most {limits.max_pieces} pieces (prompts × num_samples)"

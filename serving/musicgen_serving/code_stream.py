@@ -17,7 +17,7 @@ from musicgen.types import CodeChunk, CodesRequest, EndOfRequest, EngineRequest,
 from musicgen_serving.deployments.language_model import Accepted, Alive, LanguageModelEvent
 from musicgen_serving.patience import Patience
 from musicgen_serving.settings import FailoverSettings
-from musicgen_serving.spokes import LostError, Spokes
+from musicgen_serving.spokes import BrokenError, LostError, Spokes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class CodeStream:
 
         Raises:
             InvalidRequestError, OverloadedError: refused; before the first event.
-            ReplicaLostError: the attempts are used up.
+            ReplicaLostError: the attempts are used up. InternalError: engines fail alike.
         """
         while self._num_made < self._request.codes.num_frames:
             try:
@@ -103,7 +103,8 @@ class CodeStream:
                 elif isinstance(event, EndOfRequest):
                     self._usages.append(event.usage)
                     if event.reason is not FinishReason.FINISHED:
-                        raise LostError(event.error or f"the engine {event.reason.value} it")
+                        text = event.error or f"the engine {event.reason.value} it"
+                        raise BrokenError(text) if event.reason is FinishReason.FAILED else LostError(text)
                     return
         raise LostError("the stream ended early")
 

@@ -105,8 +105,37 @@ class GenerationService:
         return await self._gatekeeper.status(tenant.name, request_id)
 
     async def models(self, tenant: Tenant) -> list[ModelInfo]:
-        allowed = [m for m in self._settings.models if tenant.models is None or m.name in tenant.models]
-        return [_info(model, await self._card(model.name), self._settings, tenant) for model in allowed]
+        looks = [self._info_if_reached(model, tenant) for model in self._settings.models if _is_allowed(model, tenant)]
+        return [info for info in await together(*looks) if info is not None]
+
+    async def model(self, tenant: Tenant, name: str | None) -> ModelInfo:
+        model = self._allowed_model(tenant, name)
+        return _info(model, await self._card(model.name), self._settings, tenant)
+
+    def _allowed_model(self, tenant: Tenant, name: str | None) -> ModelSettings:
+        """Raises: NotFoundError, ForbiddenError."""
+        models = self._settings.models
+        if name is None:
+            for model in models:
+                if _is_allowed(model, tenant):
+                    return model
+            raise NotFoundError("model: this key may use none of the served models")
+        for model in models:
+            if model.name == name:
+                if _is_allowed(model, tenant):
+                    return model
+                raise ForbiddenError(f"model: {name!r} is not among those that this key may use")
+        names = ", ".join(model.name for model in models)
+        raise NotFoundError(f"model: expected one of {names}, got {name!r}; GET /v1/models lists them")
+
+    async def _info_if_reached(self, model: ModelSettings, tenant: Tenant) -> ModelInfo | None:
+        if model.name not in self._cards:
+            try:
+                async with asyncio.timeout(READINESS_WAIT_S):
+                    self._cards[model.name] = await self._pipelines[model.name].spokes.describe()
+            except (LostError, TimeoutError):
+                return None
+        return _info(model, self._cards[model.name], self._settings, tenant)
 
     async def readiness(self) -> Readiness:
         if self._leaving:
@@ -135,9 +164,11 @@ class GenerationService:
             yield events
 
     async def _generate(self, tenant: Tenant, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
+        ends_at = _ends_at(request.deadline_s)
         try:
             config = await self._checked(tenant, request)
-            ticket = await self._register.admit(_admission(tenant, request))
+            async with _until(ends_at, request):
+                ticket = await self._register.admit(_admission(tenant, request))
         except MusicGenError as error:
             model = request.model if request.model in self._pipelines else ""  # else whatever a caller writes
             self._watch.rejected(model, tenant.tenant_class, errors.report(error).code)
@@ -146,18 +177,18 @@ class GenerationService:
         watch = self._watch.admitted(
             request.request_id, request.model, tenant.tenant_class, is_stream=request.chunks is not None
         )
-        maker = Maker(self._pipelines[request.model], request, ticket, config)
+        maker = Maker(self._pipelines[request.model], request, ticket, config, ends_at)
         running = Running(request, ticket, config, maker, watch)
         async with self._register.holding(running):
-            async for event in self._events(running):
+            async for event in self._events(running, ends_at):
                 yield event
 
-    async def _events(self, running: Running) -> AsyncGenerator[GenerationEvent, None]:
+    async def _events(self, running: Running, ends_at: float | None) -> AsyncGenerator[GenerationEvent, None]:
         """What the caller gets of an admitted request. Fills in how it went as it goes."""
         request, maker = running.request, running.maker
         has_started = False
         try:
-            with _deadline(maker, request.deadline_s):
+            with _stopping(maker, ends_at, request):
                 async with aclosing(self._made(running)) as events:
                     async for event in events:
                         has_started = True
@@ -213,13 +244,7 @@ class GenerationService:
 
     async def _checked(self, tenant: Tenant, request: GenerationRequest) -> ModelConfig:
         """The model's shapes, if the tenant may have what it asks for."""
-        if request.model not in self._pipelines:
-            raise NotFoundError(
-                f"model: expected one of {', '.join(self._pipelines)}, got {request.model!r}; GET /v1/models lists them"
-            )
-        if tenant.models is not None and request.model not in tenant.models:
-            raise ForbiddenError(f"model: {request.model!r} is not among those that this key may use")
-        config = (await self._card(request.model)).config
+        config = (await self._card(self._allowed_model(tenant, request.model).name)).config
         check_fits(request, config)
         await self._check_inputs(request, config)
         return config
@@ -261,18 +286,36 @@ async def _looked(look: Awaitable[str]) -> str:
         return NOT_REACHED
 
 
+def _ends_at(deadline_s: float | None) -> float | None:
+    """The event loop's time of a deadline."""
+    return None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
+
+
+@asynccontextmanager
+async def _until(ends_at: float | None, request: GenerationRequest) -> AsyncIterator[None]:
+    """Raises: DeadlineExceededError: the context lasts longer."""
+    try:
+        async with asyncio.timeout_at(ends_at):
+            yield
+    except TimeoutError:
+        raise _too_late(request) from None
+
+
 @contextmanager
-def _deadline(maker: Maker, deadline_s: float | None) -> Iterator[None]:
+def _stopping(maker: Maker, ends_at: float | None, request: GenerationRequest) -> Iterator[None]:
     """Stop `maker` if the context lasts longer."""
-    if deadline_s is None:
+    if ends_at is None:
         yield
         return
-    reason = DeadlineExceededError(f"the deadline of {deadline_s:g} s passed")
-    timer = asyncio.get_running_loop().call_later(deadline_s, maker.stop, reason)
+    timer = asyncio.get_running_loop().call_at(ends_at, maker.stop, _too_late(request))
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _too_late(request: GenerationRequest) -> DeadlineExceededError:
+    return DeadlineExceededError(f"the deadline of {request.deadline_s:g} s passed")
 
 
 def _admission(tenant: Tenant, request: GenerationRequest) -> AdmissionRequest:
@@ -304,6 +347,10 @@ def _may_be_too_long(prompt: str) -> bool:
     """Whether it is worth asking: no token of T5 has less than one character after it has normalised the text; two are
     added."""
     return len(unicodedata.normalize("NFKC", prompt)) + 2 > MAX_TEXT_TOKENS
+
+
+def _is_allowed(model: ModelSettings, tenant: Tenant) -> bool:
+    return tenant.models is None or model.name in tenant.models
 
 
 def _info(model: ModelSettings, card: ModelCard, settings: ServeSettings, tenant: Tenant) -> ModelInfo:

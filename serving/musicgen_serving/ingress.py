@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import logging
 from typing import Protocol
 
 from musicgen_serving.generation import GenerationService
@@ -16,6 +16,8 @@ from musicgen_serving.ray_spokes import Handle, RayGatekeeper, RaySpokes
 from musicgen_serving.replicas import set_up
 from musicgen_serving.settings import EdgeSettings, ServeSettings
 from musicgen_serving.watch import Watch
+
+logger = logging.getLogger(__name__)
 
 Parts = tuple[Handle, Handle, Handle, Handle]
 """Handles of one model's language model, codec, text encoder and chroma extractor."""
@@ -65,9 +67,11 @@ class Ingress:
         """Tell the gatekeeper how many engines there are: what it foresees depends on it."""
         while True:
             for model, engine in self._engines.items():
-                with suppress(Exception):  # the next count comes soon
+                try:
                     loads = await engine.broadcast("load").results_async(timeout_s=COUNT_S, return_exceptions=True)
                     await self.gatekeeper.set_capacity(model, sum(not isinstance(load, Exception) for load in loads))
+                except Exception as error:  # the next count comes soon
+                    logger.warning("model %s: its engines could not be counted: %s", model, type(error).__name__)
             await asyncio.sleep(COUNT_S)
 
     async def __del__(self) -> None:

@@ -24,10 +24,22 @@ EVENTS_A_PIECE = 2
 
 
 class Maker:
-    """Starts generating on construction."""
+    """Starts generating on construction.
 
-    def __init__(self, pipeline: Pipeline, request: GenerationRequest, ticket: Ticket, config: ModelConfig) -> None:
+    Args:
+        ends_at: the event loop's time of its deadline.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        request: GenerationRequest,
+        ticket: Ticket,
+        config: ModelConfig,
+        ends_at: float | None = None,
+    ) -> None:
         self._pipeline, self._request, self._ticket, self._config = pipeline, request, ticket, config
+        self._ends_at = ends_at
         self._waiting: deque[Prepared | PieceEvent] = deque()
         self._room = asyncio.Semaphore(EVENTS_A_PIECE * len(request.pieces))
         self._news = asyncio.Event()
@@ -86,6 +98,7 @@ class Maker:
         def made(num_frames: int) -> None:
             self._num_frames[piece] = num_frames
 
-        async with aclosing(self._pipeline.run(prepared, piece, self._request, self._ticket, made)) as events:
+        events = self._pipeline.run(prepared, piece, self._request, self._ticket, made, self._ends_at)
+        async with aclosing(events):
             async for event in events:
                 await self._put(event)

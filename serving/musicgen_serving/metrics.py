@@ -37,32 +37,32 @@ class Metric:
 
 
 METRICS: Mapping[str, Metric] = {
-    "requests_admitted": Metric("counter", "requests that were taken in", _BY_TENANT),
-    "requests_finished": Metric("counter", "admitted requests that ended well", (*_BY_TENANT, "reason")),
+    "requests_admitted": Metric("counter", "requests admitted", _BY_TENANT),
+    "requests_finished": Metric("counter", "admitted requests that completed successfully", (*_BY_TENANT, "reason")),
     "requests_cancelled": Metric("counter", "admitted requests that were cancelled", (*_BY_TENANT, "reason")),
     "requests_failed": Metric("counter", "admitted requests that failed", (*_BY_TENANT, "reason")),
-    "requests_rejected": Metric(
-        "counter", "requests that were not taken in, whoever refused them", (*_BY_TENANT, "reason")
+    "requests_rejected": Metric("counter", "requests rejected, at any stage", (*_BY_TENANT, "reason")),
+    "audio_seconds": Metric("counter", "seconds of audio delivered to clients", _BY_TENANT),
+    "failovers": Metric("counter", "failovers to another replica", _BY_TENANT),
+    "underrun_seconds": Metric("counter", "seconds of buffer underrun at a simulated real-time player", _BY_TENANT),
+    "streams_played": Metric(
+        "counter", "finished streams, by whether playback was gapless", (*_BY_TENANT, "continuous")
     ),
-    "audio_seconds": Metric("counter", "seconds of audio given out", _BY_TENANT),
-    "failovers": Metric("counter", "times a replica was lost and another went on", _BY_TENANT),
-    "underrun_seconds": Metric("counter", "silence at a simulated real-time player", _BY_TENANT),
-    "streams_played": Metric("counter", "streams, by whether a player heard no gap", (*_BY_TENANT, "continuous")),
-    "time_to_first_audio_seconds": Metric("histogram", "from admission to the first audio", _BY_TENANT, _SECONDS),
-    "queue_seconds": Metric("histogram", "from the engine's taking a piece to its start", _BY_TENANT, _SECONDS),
+    "time_to_first_audio_seconds": Metric("histogram", "time from admission to the first audio", _BY_TENANT, _SECONDS),
+    "queue_seconds": Metric("histogram", "time from engine submission to start of prefill", _BY_TENANT, _SECONDS),
     "real_time_factor": Metric(
-        "histogram", "seconds an engine took for a second of a piece, its wait not counted", _BY_TENANT, _RATIO
+        "histogram", "engine time per second of audio (prefill + decode, excluding queueing)", _BY_TENANT, _RATIO
     ),
-    "step_seconds": Metric("gauge", "running mean of an engine's step", ("model", "replica")),
-    "batch_pieces": Metric("gauge", "pieces that an engine decodes", ("model", "replica")),
-    "waiting_pieces": Metric("gauge", "pieces that wait at an engine", ("model", "replica")),
-    "queued_frames": Metric("gauge", "frames that an engine still has to decode", ("model", "replica")),
-    "kv_pages_used": Metric("gauge", "pages of keys and values in use", ("model", "replica")),
-    "kv_pages": Metric("gauge", "pages of keys and values", ("model", "replica")),
-    "codec_calls": Metric("gauge", "decode calls under way", ("model", "replica")),
-    "usage_lines_lost": Metric("gauge", "lines that are missing in the usage file since the gatekeeper began", ()),
-    "tenants_stale": Metric("gauge", "1 while the tenants file cannot be used and an older list is in force", ()),
-    "quoted_wait_seconds": Metric("gauge", "wait that a new request would be quoted", ("model",)),
+    "step_seconds": Metric("gauge", "running mean of the engine's step time", ("model", "replica")),
+    "batch_pieces": Metric("gauge", "pieces in the running batch", ("model", "replica")),
+    "waiting_pieces": Metric("gauge", "pieces queued at the engine", ("model", "replica")),
+    "queued_frames": Metric("gauge", "frames the engine has yet to decode", ("model", "replica")),
+    "kv_pages_used": Metric("gauge", "KV-cache pages in use", ("model", "replica")),
+    "kv_pages": Metric("gauge", "KV-cache pages in total", ("model", "replica")),
+    "codec_calls": Metric("gauge", "decode calls in flight", ("model", "replica")),
+    "usage_lines_lost": Metric("gauge", "usage records lost since the gatekeeper started", ()),
+    "tenants_stale": Metric("gauge", "1 while the tenants file is invalid and the previous list is still in use", ()),
+    "quoted_wait_seconds": Metric("gauge", "estimated queue time of a new request", ("model",)),
 }
 
 

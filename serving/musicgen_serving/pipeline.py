@@ -6,6 +6,7 @@ same codes; the codec's state travels, so any codec can take the next chunk. Kno
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -32,6 +33,8 @@ from musicgen_serving.types import GenerationRequest, PieceAudio, PieceReport
 
 WHOLE = ChunkPolicy(first_frames=150, max_frames=500, growth=1.5)
 """For callers that do not listen meanwhile: few messages, and the codec works beside the language model."""
+MIN_DEADLINE_S = 1e-3
+"""A language model takes no deadline that has passed; one so near it refuses."""
 RECORDING_ATTEMPTS = 2
 """A recording that takes one replica down with it takes the next down too."""
 T = TypeVar("T")
@@ -107,11 +110,13 @@ class Pipeline:
         request: GenerationRequest,
         ticket: Ticket,
         made: Callable[[int], None] = lambda _: None,
+        ends_at: float | None = None,
     ) -> AsyncGenerator[PieceEvent, None]:
         """`PieceStarted`, the audio of one piece, then its `PieceReport`. Leaving early cancels it.
 
         Args:
             made: told how many frames there are, known ones included, whenever codes come: before their audio.
+            ends_at: the event loop's time of the request's deadline: what is left of it is the language model's.
         Raises:
             OverloadedError: refused by the engine; before the first event.
             ReplicaLostError: a part of the model is gone for too long.
@@ -124,7 +129,7 @@ class Pipeline:
             weight=ticket.weight,
             priority=ticket.priority,
             chunks=request.chunks or WHOLE,
-            deadline_s=request.deadline_s,
+            deadline_s=None if ends_at is None else max(ends_at - asyncio.get_running_loop().time(), MIN_DEADLINE_S),
             lease_s=self._settings.lease_s,
         )
         stream = CodeStream(self.spokes, engine_request, self._settings, made)

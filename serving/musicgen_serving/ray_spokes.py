@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -184,9 +184,14 @@ class RaySpokes:
         """A replica does not learn that this process died; its leases run out then."""
         while True:
             if self._leased:
-                with suppress(Exception):  # the next renewal comes well before the lease runs out
+                try:
                     response = self._language_model.broadcast("renew", list(self._leased))
-                    await response.results_async(timeout_s=self._lease_s / 4, return_exceptions=True)
+                    results = await response.results_async(timeout_s=self._lease_s / 4, return_exceptions=True)
+                    names = [type(result).__name__ for result in results if isinstance(result, Exception)]
+                except Exception as error:  # the next renewal comes well before the lease runs out
+                    names = [type(error).__name__]
+                if names:
+                    logger.warning("leases of %d pieces were not renewed: %s", len(self._leased), ", ".join(names))
             await asyncio.sleep(self._lease_s / 4)
 
 

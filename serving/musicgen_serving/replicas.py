@@ -27,32 +27,35 @@ from musicgen_serving.metrics import RayRecorder
 from musicgen_serving.refusals import told, told_in_stream
 from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings
 
-COMPUTING_NICENESS = 5
-"""Of threads that compute: where edges and gatekeeper share their cores, what is short goes first."""
+CONDITIONS_AND_CODES_NICENESS = 3
+SOUND_NICENESS = 10
+"""Of threads that compute, so that event loops, whose work is short, run first where they share cores. The codec's run
+last: their listeners already play. A first audio, for which somebody waits, does not step back in the codec."""
 SAME_EVERYWHERE = 1
 """Threads of torch where its results must be the same in every process."""
 
 
-def set_up(part: str, observability: ObservabilitySettings, num_threads: int | None = None) -> None:
+def set_up(
+    part: str,
+    observability: ObservabilitySettings,
+    num_threads: int | None = None,
+    niceness: int = CONDITIONS_AND_CODES_NICENESS,
+) -> None:
     """Prepare the process of a replica that handles tensors.
 
     Args:
         part: what runs here, for logs and spans.
-        num_threads: of torch, in a replica that computes; None: it does not. Such a one's threads, but for its event
-            loop's, which must run, step back.
+        num_threads: torch's threads in a replica that computes; None for one that does not.
+        niceness: of the threads that compute, which are all but the event loop's.
     """
     process.set_up(part, observability)
     wire.pickle_tensors_as_arrays()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(num_threads or 1)
     if num_threads is not None:
-        # Not the loop: its work is short, and whoever calls this replica waits for it.
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=_step_back))
-
-
-def _step_back() -> None:
-    """This thread, and those that it will start."""
-    os.nice(COMPUTING_NICENESS)
+        # Linux counts niceness by thread; threads that these start inherit it.
+        executor = ThreadPoolExecutor(initializer=os.nice, initargs=(niceness,))
+        asyncio.get_running_loop().set_default_executor(executor)
 
 
 def _labels(model: str) -> dict[str, str]:
@@ -106,8 +109,8 @@ class CodecReplica(CodecDecoder):
     async def __init__(  # type: ignore[misc]
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
     ) -> None:
-        set_up("codec", observability, SAME_EVERYWHERE)
-        super().__init__(settings, limits, urgent_thread=ThreadPoolExecutor(1))  # which does not step back
+        set_up("codec", observability, SAME_EVERYWHERE, SOUND_NICENESS)
+        super().__init__(settings, limits, urgent_thread=ThreadPoolExecutor(1))  # of niceness 0
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 

@@ -59,7 +59,13 @@ class MusicService(Protocol):
         """Raises: NotFoundError."""
 
     async def models(self, tenant: Tenant) -> list[ModelInfo]:
-        """The models available to the tenant."""
+        """The models available to the tenant whose replicas respond, the default first."""
+
+    async def model(self, tenant: Tenant, name: str | None) -> ModelInfo:
+        """One model; None: the tenant's default. Does not depend on other models being available.
+
+        Raises: NotFoundError, ForbiddenError, ReplicaLostError.
+        """
 
     async def readiness(self) -> Readiness:
         """Ready if requests are admitted and at least one model is available."""

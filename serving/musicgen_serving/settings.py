@@ -38,12 +38,16 @@ class ReplicaSettings(_Section):
 
     min_replicas: Count = 1
     max_replicas: Count = 1
-    num_cpus: float = Field(0.1, ge=0, description="what Ray sets aside; not a limit on threads")
+    num_cpus: float = Field(0.1, ge=0, description="CPUs reserved in Ray's scheduler; does not limit threads")
     num_gpus: float = Field(0.0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict, description="custom resources, to choose a pool of nodes")
-    target_load: Positive = Field(1.0, description="load a replica that autoscaling aims at, in the deployment's unit")
-    upscale_delay_s: float = Field(5.0, ge=0, description="a higher load must last so long before replicas are added")
-    downscale_delay_s: float = Field(120.0, ge=0, description="and a lower one before they are taken away")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="custom Ray resources, to select a pool of nodes"
+    )
+    target_load: Positive = Field(1.0, description="autoscaling target load per replica, in the deployment's unit")
+    upscale_delay_s: float = Field(5.0, ge=0, description="how long load must stay above target before scaling up")
+    downscale_delay_s: float = Field(
+        120.0, ge=0, description="how long load must stay below target before scaling down"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicaSettings:
@@ -53,19 +57,19 @@ class ReplicaSettings(_Section):
 
 
 class LanguageModelReplicas(ReplicaSettings):
-    """Load: decode frames, waiting and running."""
+    """Load: decode frames, queued and running."""
 
     target_load: Positive = 12000.0
 
 
 class CodecReplicas(ReplicaSettings):
-    """Load: decode calls under way."""
+    """Load: decode calls in flight."""
 
     target_load: Positive = 8.0
 
 
 class EncoderReplicas(ReplicaSettings):
-    """Load: calls waiting and under way."""
+    """Load: calls queued and in flight."""
 
     target_load: Positive = 8.0
 
@@ -73,21 +77,26 @@ class EncoderReplicas(ReplicaSettings):
 class ModelSettings(_Section):
     """One model and the deployments that serve it."""
 
-    name: str = Field("demo", description="what users call it")
+    name: str = Field("demo", description="name used in requests")
     source: str | None = Field(
-        None, description="short name, repository or folder of the checkpoint; default: the name"
+        None, description="checkpoint: short name, repository id or local folder; default: `name`"
     )
-    device: str | None = Field(None, description="such as cpu or cuda; default: the GPU if a replica has one")
+    device: str | None = Field(None, description="torch device, e.g. cpu or cuda; default: GPU if the replica has one")
     weights: WeightDtype | None = None
     kv_dtype: KVDtype | None = None
-    kv_memory_bytes: int | None = Field(None, ge=1, description="budget of a replica's KV pages")
-    kv_memory_share: float = Field(0.25, gt=0, le=1, description="the same as a share of what is free at its start")
-    num_threads: int | None = Field(None, ge=1, description="threads of a step on the CPU; default: all cores but one")
+    kv_memory_bytes: int | None = Field(None, ge=1, description="KV-cache budget per replica")
+    kv_memory_share: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="KV-cache budget as a fraction of free memory at startup; ignored if kv_memory_bytes is set",
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads per engine step; default: all cores but one")
     max_requests: Count = Field(
-        32, description="pieces decoded at the same time; up to half as many more for others if a tenant floods"
+        32, description="maximum pieces decoded concurrently; up to 1.5 × this while one tenant exceeds its share"
     )
     max_step_rows: int = Field(64, ge=3)
-    max_waiting: Count = Field(256, description="pieces that may wait at a replica")
+    max_waiting: Count = Field(256, description="maximum queued pieces per replica")
     language_model: LanguageModelReplicas = LanguageModelReplicas()
     codec: CodecReplicas = CodecReplicas()
     text_encoder: EncoderReplicas = EncoderReplicas()
@@ -111,11 +120,11 @@ class EdgeSettings(_Section):
     host: str = "127.0.0.1"
     ingress: ReplicaSettings = ReplicaSettings()
     tls_certificate: Path | None = Field(
-        None, description="PEM; with tls_key, the port speaks TLS only; read again when it changes"
+        None, description="PEM certificate chain; enables TLS together with tls_key; reloaded on change"
     )
-    tls_key: Path | None = Field(None, description="PEM without a password; read again when it changes")
+    tls_key: Path | None = Field(None, description="PEM, without a password; reloaded on change")
     lame_duck_s: float = Field(
-        0.0, ge=0, description="a replica that ends is not ready, and listens, for so long: balancers turn to others"
+        0.0, ge=0, description="how long a terminating replica keeps listening while it reports not ready"
     )
 
     @model_validator(mode="after")
@@ -127,9 +136,9 @@ class EdgeSettings(_Section):
 
 class HttpSettings(EdgeSettings):
     port: int = Field(8000, ge=1, le=65535)
-    max_connections: Count = Field(1000, description="that a replica has at the same time; more are refused")
+    max_connections: Count = Field(1000, description="maximum concurrent connections per replica; more are refused")
     cors_origins: list[str] = Field(
-        default_factory=list, description="whose pages may call it from a browser: https://app.example, or * for all"
+        default_factory=list, description="allowed CORS origins, e.g. https://app.example, or * for any"
     )
 
     @field_validator("cors_origins")
@@ -142,12 +151,12 @@ class HttpSettings(EdgeSettings):
 
 
 class GrpcSettings(EdgeSettings):
-    port: int = Field(9000, ge=0, le=65535, description="0 turns gRPC off")
+    port: int = Field(9000, ge=0, le=65535, description="0 disables gRPC")
     client_ca: Path | None = Field(
-        None, description="PEM; clients must show a certificate signed by it; read again when it changes"
+        None, description="PEM; clients must present a certificate signed by this CA; reloaded on change"
     )
     keepalive_s: Positive = 30.0
-    max_concurrent_calls: Count = Field(1000, description="calls that a replica has at the same time; more are refused")
+    max_concurrent_calls: Count = Field(1000, description="maximum concurrent calls per replica; more are refused")
 
     @model_validator(mode="after")
     def _whole(self) -> GrpcSettings:
@@ -163,20 +172,22 @@ class LimitSettings(_Section):
     max_pieces: Count = 8
     max_prompt_chars: Count = 2000
     max_file_bytes: Count = 20 * 2**20
-    max_recording_s: Positive = Field(600.0, description="longest melody or prompt recording")
-    max_answer_s: Positive = Field(480.0, description="audio of all pieces together in one answer that is no stream")
-    edge_bytes: Count = Field(2**30, description="uploads and whole answers that an edge holds at the same time")
+    max_recording_s: Positive = Field(600.0, description="maximum length of a melody or prompt recording")
+    max_answer_s: Positive = Field(480.0, description="maximum total seconds of audio in one non-streaming response")
+    edge_bytes: Count = Field(2**30, description="bytes of uploads and buffered responses an ingress replica may hold")
     reader_stall_s: Positive = Field(
-        30.0, description="a client that sends nothing of its body, or takes nothing, for so long is cut off"
+        30.0, description="a client that neither sends nor reads for this long is disconnected"
     )
 
 
 class AdmissionSettings(_Section):
     """When the service as a whole says no."""
 
-    max_wait_s: Positive = Field(20.0, description="a request that would wait longer to start is refused at once")
+    max_wait_s: Positive = Field(
+        20.0, description="requests with a longer estimated queue time are rejected immediately"
+    )
     initial_speed: Positive = Field(
-        1.0, description="seconds of audio a second of one language-model replica, until it has been measured"
+        1.0, description="seconds of audio per second assumed for one language-model replica until measured"
     )
 
 
@@ -184,16 +195,18 @@ class TenantSettings(_Section):
     """One tenant. None: no limit."""
 
     name: str
-    key_sha256: list[str] = Field(default_factory=list, description="SHA-256 in hex of each of its API keys")
-    tenant_class: str = Field("default", description="label of its metrics")
-    weight: Positive = Field(1.0, description="share of the engine, relative to the others'")
-    priority: int = Field(0, description="lower goes first, whatever the shares")
-    max_concurrent: int | None = Field(None, ge=1, description="requests at the same time")
+    key_sha256: list[str] = Field(default_factory=list, description="SHA-256, in hex, of each of its API keys")
+    tenant_class: str = Field("default", description="value of the `tenant_class` metric label")
+    weight: Positive = Field(1.0, description="fair-share weight, relative to other tenants")
+    priority: int = Field(0, description="lower values are served first, regardless of weight")
+    max_concurrent: int | None = Field(None, ge=1, description="maximum concurrent requests")
     requests_per_minute: int | None = Field(None, ge=1)
     audio_s_per_minute: int | None = Field(None, ge=1)
     audio_s_per_day: int | None = Field(None, ge=1)
-    max_duration_s: Positive | None = Field(None, description="of one piece; at most the service's own limit")
-    models: list[str] | None = Field(None, description="models it may use; default: all")
+    max_duration_s: Positive | None = Field(
+        None, description="maximum length of a piece; capped by `limits.max_duration_s`"
+    )
+    models: list[str] | None = Field(None, description="models the tenant may use; default: all")
 
     @field_validator("key_sha256")
     @classmethod
@@ -207,14 +220,16 @@ class TenantSettings(_Section):
 class AccessSettings(_Section):
     """Who may use the service."""
 
-    open: bool = Field(False, description="no keys: everyone is the tenant `anonymous`; for a laptop")
+    open: bool = Field(False, description="no API keys: every caller is the tenant `anonymous`; for local use only")
     anonymous: TenantSettings = TenantSettings(name="anonymous")
     tenants: list[TenantSettings] = Field(default_factory=list)
     tenants_file: Path | None = Field(
-        None, description="YAML list of tenants, added to `tenants`; read again when it changes"
+        None, description="YAML list of tenants, in addition to `tenants`; reloaded on change"
     )
-    limits_storage: str = Field("memory://", description="where allowances are counted; redis://host:6379 for several")
-    usage_file: Path | None = Field(None, description="JSON lines, one for each request that ended")
+    limits_storage: str = Field(
+        "memory://", description="quota storage; redis://host:6379 persists it and can be shared between services"
+    )
+    usage_file: Path | None = Field(None, description="usage log: one JSON line per finished request")
 
     @model_validator(mode="after")
     def _usable(self) -> AccessSettings:
@@ -229,23 +244,25 @@ class AccessSettings(_Section):
 class FailoverSettings(_Section):
     """How long a silent replica is believed to live, and how often another is tried."""
 
-    first_answer_s: Positive = Field(5.0, description="a language model must answer a new request within this")
-    silence_s: Positive = Field(
-        5.0, description="longest silence of a replica that is at work (it sends a sign of life)"
-    )
-    call_s: Positive = Field(60.0, description="longest call of an encoder or codec")
-    max_attempts: Count = Field(8, description="replicas tried without progress before a request fails")
-    backoff_s: Positive = Field(0.1, description="before the second attempt; doubled after each")
+    first_answer_s: Positive = Field(5.0, description="timeout for a language-model replica to accept a request")
+    silence_s: Positive = Field(5.0, description="heartbeat timeout of a replica that is processing a request")
+    call_s: Positive = Field(60.0, description="timeout of an encoder or codec call")
+    max_attempts: Count = Field(8, description="attempts without progress before a request fails")
+    backoff_s: Positive = Field(0.1, description="initial retry backoff; doubled after each attempt")
     max_backoff_s: Positive = 5.0
-    lease_s: Positive = Field(15.0, description="a language model drops a request that nobody renewed for so long")
-    edge_silence_s: Positive = Field(30.0, description="requests of an ingress that is silent for so long are given up")
+    lease_s: Positive = Field(
+        15.0, description="a language-model replica drops a request whose lease was not renewed for this long"
+    )
+    edge_silence_s: Positive = Field(
+        30.0, description="requests of an ingress that has not reported for this long are cancelled"
+    )
 
 
 class ObservabilitySettings(_Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    log_prompts: bool = Field(False, description="write prompts into the log")
-    otlp_endpoint: str | None = Field(None, description="send OpenTelemetry spans there; needs the extra `tracing`")
-    player_buffer_s: float = Field(0.5, ge=0, description="what the simulated player waits for before it plays")
+    log_prompts: bool = Field(False, description="include prompts in the log")
+    otlp_endpoint: str | None = Field(None, description="endpoint for OpenTelemetry spans; needs the extra `tracing`")
+    player_buffer_s: float = Field(0.5, ge=0, description="playback buffer of the simulated player")
 
 
 class ServeSettings(BaseSettings):
@@ -266,7 +283,7 @@ class ServeSettings(BaseSettings):
     access: AccessSettings = AccessSettings(open=True)
     failover: FailoverSettings = FailoverSettings()
     observability: ObservabilitySettings = ObservabilitySettings()
-    ray_address: str | None = Field(None, description="cluster to join; default: one of its own, on loopback")
+    ray_address: str | None = Field(None, description="address of an existing Ray cluster; default: start a local one")
 
     @model_validator(mode="after")
     def _different(self) -> ServeSettings:

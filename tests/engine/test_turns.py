@@ -8,7 +8,7 @@ from engine.fakes import FakeRunner, Listener, VirtualClock, codes_request, new_
 from musicgen.engine.core import EngineCore
 from musicgen.engine.fairness import Places
 from musicgen.engine.sequence import Sequence
-from musicgen.engine.turns import MAX_HURRIED, PATIENCE_S
+from musicgen.engine.turns import MAX_HURRIED, PATIENCE_S, PLAYER_BUFFER_S
 from musicgen.types import ChunkPolicy, EngineRequest
 
 STREAM = ChunkPolicy(first_frames=6, max_frames=6)
@@ -136,13 +136,21 @@ def advance(core: EngineCore, num_steps: int) -> dict[str, int]:
     return {name: s.num_frames - before[name] for name, s in running(core).items() if name in before}
 
 
-def test_who_would_fall_silent_is_not_passed() -> None:
-    core = flooded()
-    near = min(core.scheduler.running, key=lambda s: s.num_frames)
+@pytest.mark.parametrize("row_s", [1e-3, 4e-3], ids=["an engine that keeps up", "a slower one"])
+def test_only_the_buffer_of_a_player_is_used_up(row_s: float) -> None:
+    """And none where all are slower than playback: it could not be filled again."""
+    core = flooded(row_s=row_s)
+    near, other = core.scheduler.running[:2]
     core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=STREAM))
     core.step()
-    let_slack(core, near, 0.02)
+    buffer_s = PLAYER_BUFFER_S if row_s == 1e-3 else 0.0
+    for sequence in core.scheduler.running:
+        if sequence.times.first_chunk is not None:
+            let_slack(core, sequence, 3.0)
+    let_slack(core, near, 0.02 - buffer_s)
+    let_slack(core, other, 0.5 - buffer_s)
     advanced = advance(core, 4)
+    assert advanced.pop(other.request.request_id) == 0
     assert advanced.pop("steady") == advanced.pop(near.request.request_id) == 4
     assert set(advanced.values()) == {0}
 

@@ -146,6 +146,9 @@ class FakeService:
     async def models(self, tenant: Tenant) -> list[ModelInfo]:
         return [MODEL]
 
+    async def model(self, tenant: Tenant, name: str | None) -> ModelInfo:
+        return replace(MODEL, name=name or MODEL.name)
+
     async def readiness(self) -> Readiness:
         return Readiness(self.ready, {"demo": "ready" if self.ready else "warms up"})
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from musicgen_serving import register
-from musicgen_serving.admission import AdmissionRequest, Settlement
+from musicgen_serving.admission import AdmissionRequest, Settlement, Ticket
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.deployments.language_model import LanguageModelEvent
 from musicgen_serving.errors import (
@@ -61,6 +61,8 @@ class Lossy:
         self.is_lost = False
         self.lost_after_events: list[int] = []
         """For each coming attempt of the language model: events until it is lost."""
+        self.deadline_s: float | None = None
+        """Of the last call of the language model."""
         self.urgent_frames: list[int] = []
         """Of each call of the codec that was urgent, up to which frame."""
 
@@ -96,6 +98,7 @@ class Lossy:
 
     @asynccontextmanager
     async def generate(self, request: EngineRequest) -> AsyncIterator[AsyncIterator[LanguageModelEvent]]:
+        self.deadline_s = request.deadline_s
         async with self._parts.generate(request) as events:
             yield self._until_lost(events)
 
@@ -393,6 +396,31 @@ def test_a_deadline_ends_it(service: InProcess) -> None:
     end = service.run(run())
     assert end is None or isinstance(end.error, DeadlineExceededError)
     service.run(at_rest(service))
+
+
+def test_a_deadline_counts_from_the_beginning(
+    service: InProcess, lossy: list[Lossy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gatekeeper that does not answer holds nobody beyond it; an engine gets what others have left of it."""
+    admit = service.gatekeeper.admit
+
+    async def never(_: AdmissionRequest) -> Ticket:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    async def late(asked: AdmissionRequest) -> Ticket:
+        await asyncio.sleep(0.3)
+        return await admit(asked)
+
+    monkeypatch.setattr(service.gatekeeper, "admit", never)
+    with pytest.raises(DeadlineExceededError):
+        service.run(collect(service, request("unanswered", deadline_s=0.2)), timeout_s=10)
+    monkeypatch.setattr(service.gatekeeper, "admit", late)
+    _, _, end = service.run(collect(service, request("in-time", deadline_s=60.0)))
+    assert end.reason is FinishReason.FINISHED
+    left_s = lossy[0].deadline_s
+    assert left_s is not None
+    assert 30 < left_s <= 59.7
 
 
 @pytest.mark.parametrize(

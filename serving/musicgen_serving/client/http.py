@@ -104,7 +104,7 @@ class HttpClient(Client):
                 Report(
                     samples.shape[-1],
                     headers["x-checksum"],
-                    0,
+                    int(headers["x-num-frames"]),
                     float(headers["x-queue-seconds"]),
                     float(headers["x-prefill-seconds"]),
                     float(headers["x-decode-seconds"]),

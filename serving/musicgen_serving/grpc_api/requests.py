@@ -8,7 +8,6 @@ from google.protobuf.message import Message
 
 from musicgen.types import ChunkPolicy
 from musicgen_serving.checks import RequestFields, checked_request
-from musicgen_serving.errors import NotFoundError
 from musicgen_serving.grpc_api.call import Call
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.recordings import check_recording
@@ -25,12 +24,12 @@ async def to_request(
 
     Raises:
         InvalidRequestError, TooLargeError: a field out of its range, or a recording that is none; names the field.
-        NotFoundError: no model was named and the tenant may use none.
+        NotFoundError, ForbiddenError, ReplicaLostError: the model, or its absence.
     """
     spec = message.spec
     fields = RequestFields(
         request_id=call.request_id,
-        model=spec.model or await _default_model(call),
+        model=(await call.service.model(call.tenant, spec.model or None)).name,
         prompts=tuple(prompt or None for prompt in spec.prompts) or (None,),
         greedy=spec.sampling.greedy,
         stems=spec.stems,
@@ -44,12 +43,11 @@ async def to_request(
         **_present(spec.sampling, _OPTIONAL_SAMPLING),
     )
     limits = call.service.limits
-    request = await checked_request(fields, call.tenant, limits)
     for param in ("melody", "prompt_audio"):
         content: bytes | None = getattr(fields, param)
         if content is not None:
             await check_recording(content, param, limits)
-    return request
+    return await checked_request(fields, call.tenant, limits)
 
 
 def loudness_lufs(spec: pb.GenerationSpec) -> float | None:
@@ -59,10 +57,3 @@ def loudness_lufs(spec: pb.GenerationSpec) -> float | None:
 
 def _present(message: Message, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(message, name) for name in names if message.HasField(name)}
-
-
-async def _default_model(call: Call) -> str:
-    models = await call.service.models(call.tenant)
-    if not models:
-        raise NotFoundError("expected a model that this key may use, got none")
-    return models[0].name

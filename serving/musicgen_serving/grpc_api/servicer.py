@@ -38,7 +38,7 @@ class MusicServicer(pb_grpc.MusicServiceServicer):
                     share.take(request.ByteSize())
                     audio_format = convert.checked_format(request.audio_format, stream=False)
                     generation = await to_request(request, call, chunks=None)
-                license = await _license(call, generation.model)
+                license = (await call.service.model(call.tenant, generation.model)).license
                 async with call.service.generate(call.tenant, generation) as events:
                     started, parts, end = await _collect(events, share)
                 encode = partial(convert.file_bytes, audio_format, started, license, loudness_lufs(request.spec))
@@ -98,11 +98,6 @@ async def _stream(events: AsyncIterator[GenerationEvent], call: Call, audio_form
         for chunk in convert.from_audio(event, audio_format):
             await call.write(pb.StreamGenerateResponse(audio=chunk))
     raise RuntimeError("the event stream ended without a terminal event")
-
-
-async def _license(call: Call, model: str) -> str:
-    """Licence of the model's weights, for file tags."""
-    return next((info.license for info in await call.service.models(call.tenant) if info.name == model), "")
 
 
 async def _collect(

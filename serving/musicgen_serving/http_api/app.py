@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from musicgen.errors import MusicGenError, OverloadedError
-from musicgen_serving.errors import NotFoundError, report
+from musicgen_serving.errors import report
 from musicgen_serving.http_api.errors import error_object, error_response, on_http_error, on_project_error
 from musicgen_serving.http_api.generations import add_generation_routes, api_key
 from musicgen_serving.http_api.middleware import EdgeMiddleware
@@ -89,15 +89,16 @@ def _add_model_routes(app: FastAPI, get_service: Callable[[], MusicService]) -> 
     @app.get("/v1/models", tags=tags, response_model=ModelList, responses=_without(404), operation_id="list_models")
     async def list_models(request: Request) -> ModelList:
         """List the models available to this API key, the default one first."""
-        return ModelList(data=[_model(info) for info in await _models(get_service(), request)])
+        service = get_service()
+        tenant = await service.authenticate(api_key(request.headers))
+        return ModelList(data=[_model(info) for info in await service.models(tenant)])
 
     @app.get("/v1/models/{id}", tags=tags, response_model=ModelBody, responses=ERRORS, operation_id="get_model")
     async def get_model(id: str, request: Request) -> ModelBody:
         """Get one model."""
-        for info in await _models(get_service(), request):
-            if info.name == id:
-                return _model(info)
-        raise NotFoundError("unknown model; see /v1/models")
+        service = get_service()
+        tenant = await service.authenticate(api_key(request.headers))
+        return _model(await service.model(tenant, id))
 
 
 def _add_operations_routes(app: FastAPI, get_service: Callable[[], MusicService], metrics: Metrics | None) -> None:
@@ -146,10 +147,6 @@ def _readiness(readiness: Readiness) -> Response:
     outside = report(OverloadedError("the service is not ready yet; see details"))
     headers = {"Retry-After": error_response(outside).headers["Retry-After"]}
     return JSONResponse(body | {"error": error_object(outside)}, outside.http_status, headers)
-
-
-async def _models(service: MusicService, request: Request) -> list[ModelInfo]:
-    return await service.models(await service.authenticate(api_key(request.headers)))
 
 
 def _model(info: ModelInfo) -> ModelBody:

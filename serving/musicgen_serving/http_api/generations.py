@@ -27,7 +27,7 @@ from musicgen_serving.http_api.streams import StreamDelivery
 from musicgen_serving.http_api.whole import WholeDelivery
 from musicgen_serving.recordings import check_recording
 from musicgen_serving.service import MusicService
-from musicgen_serving.types import GenerationRequest, GenerationStatus, ModelInfo
+from musicgen_serving.types import GenerationRequest, GenerationStatus
 
 _PATH = "/v1/music/generations"
 
@@ -97,21 +97,11 @@ async def _respond(service: MusicService, tenant: Tenant, request: Request, body
     for param, content in (("melody", body.melody), ("prompt_audio", body.prompt_audio)):
         if content is not None:
             await check_recording(content, param, service.limits)
-    models = await service.models(tenant)
-    model = _model_name(body.model, models)
-    fields = _fields(body, model, request)
+    model = await service.model(tenant, body.model)
+    fields = _fields(body, model.name, request)
     generation = await checked_request(fields, tenant, service.limits)
-    license = next((info.license for info in models if info.name == model), "")
-    delivery = _delivery(body, generation, _wants_json(request.headers), license)
+    delivery = _delivery(body, generation, _wants_json(request.headers), model.license)
     return GenerationResponse(service, tenant, generation, delivery)
-
-
-def _model_name(wanted: str | None, models: list[ModelInfo]) -> str:
-    if wanted is not None:
-        return wanted
-    if not models:
-        raise NotFoundError("no model is available to this API key")
-    return models[0].name
 
 
 def _fields(body: GenerationBody, model: str, request: Request) -> RequestFields:

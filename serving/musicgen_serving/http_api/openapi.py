@@ -66,6 +66,10 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
                 "(little-endian float32, interleaved).",
                 "X-Billed-Seconds": "Non-streaming only: seconds of audio charged to the quota (generated and not "
                 "charged before).",
+                "X-Num-Frames": "Non-streaming only: decoded codec frames, total over all pieces.",
+                "X-Queue-Seconds": "Non-streaming only: engine queue time in seconds, total over all pieces.",
+                "X-Prefill-Seconds": "Non-streaming only: prefill time in seconds, total over all pieces.",
+                "X-Decode-Seconds": "Non-streaming only: decode time in seconds, total over all pieces.",
             }.items()
         },
     },

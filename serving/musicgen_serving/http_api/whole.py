@@ -78,6 +78,7 @@ def _end_headers(end: GenerationEnd, body: bytes) -> dict[str, str]:
         "Content-Length": str(len(body)),
         "X-Checksum": ",".join(piece.checksum for piece in _in_order(end)),
         "X-Billed-Seconds": f"{usage.billed_s:g}",
+        "X-Num-Frames": str(usage.num_frames),
         "X-Queue-Seconds": f"{usage.queue_s:.6f}",
         "X-Prefill-Seconds": f"{usage.prefill_s:.6f}",
         "X-Decode-Seconds": f"{usage.decode_s:.6f}",

@@ -63,7 +63,7 @@ def test_whole_and_streamed_pieces_are_what_was_made(protocol: str, channels: in
     assert (stream.start.seed, stream.start.channels, stream.start.num_samples) == (7, channels, 32000)
     for report in (whole.report, stream.report):
         assert report is not None
-        assert (report.num_samples, report.billed_s) == (32000, 1.0)
+        assert (report.num_samples, report.num_frames, report.billed_s) == (32000, 50, 1.0)
         assert (report.queue_s, report.prefill_s, report.decode_s) == (0.1, 0.2, 0.3)
         assert report.checksum == hashlib.sha256(to_bytes(whole.samples)).hexdigest()
 

@@ -90,6 +90,12 @@ class FakeService:
     async def models(self, tenant: Tenant) -> list[ModelInfo]:
         return MODELS
 
+    async def model(self, tenant: Tenant, name: str | None) -> ModelInfo:
+        for model in MODELS:
+            if name in (None, model.name):
+                return model
+        raise NotFoundError("model: expected a served one")
+
     def count_refusal(self, code: str, tenant: Tenant | None = None) -> None:
         self.refused.append((code, tenant.tenant_class if tenant else ""))
 

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from musicgen_serving.audio_formats import file_rate, stream_encoder
+from musicgen_serving.http_api.openapi import EXPOSED_HEADERS
 from serving.http_api.conftest import Client
 from serving.http_api.fakes import RATE, checksum, samples_of
 
@@ -80,6 +81,9 @@ def test_whole_piece_is_what_the_library_writes(client: Client, format: str) -> 
     assert response.headers["x-checksum"] == checksum(samples)
     assert response.headers["x-num-samples"] == str(NUM_SAMPLES)
     assert response.headers["x-billed-seconds"] == "0.5"
+    ours = {name for name in response.headers if name.startswith("x-")}
+    documented = {name.lower() for name in EXPOSED_HEADERS}
+    assert ours <= documented, "a page of another origin cannot read it"
 
 
 @pytest.mark.parametrize("model", ["demo", "stereo"])
