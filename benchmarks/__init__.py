@@ -1,1 +1,1 @@
-"""Benchmarks: what is measured, and the machine's own limits beside it."""
+"""Benchmarks, with the machine's limits measured alongside."""

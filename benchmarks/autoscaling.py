@@ -1,9 +1,8 @@
-"""Load up, replicas up; load off, replicas down; and a redeployment under load: `python -m benchmarks.autoscaling`.
+"""Autoscaling up and down, and a redeployment under load: `python -m benchmarks.autoscaling`.
 
-Starts a cluster whose language model has one replica and may have more, with short delays, sends a load in steps from a
-process of its own, and looks at the replicas every second. Then the same application is deployed again with another
-setting while requests come: none may fail. A timeline and a table come first, one line of JSON last; the exit status
-says whether both went well.
+Starts a cluster with an autoscaled language model and short scaling delays, sends a stepped load from a separate
+process, and samples the replicas every second. Then redeploys the application with a changed setting under load; no
+request may fail. Prints tables, then one line of JSON; the exit status is 0 if both succeeded.
 """
 
 from __future__ import annotations
@@ -35,26 +34,26 @@ PUSH_INTERVAL = "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S"
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The language model's deployment at one moment."""
+    """State of the language model's deployment at one moment."""
 
     at_s: float
-    """After the load began."""
+    """Since the start of the load."""
     num_running: int
     num_starting: int
     num_stopping: int
     queued_frames: float | None
-    """Of all replicas that answered; None if none did in time."""
+    """Over all replicas that responded; None if none did in time."""
     rate_hz: float
-    """Requests a second that are being sent."""
+    """Offered requests per second."""
 
 
 @dataclass(slots=True)
 class Timeline:
-    """Looks at a deployment, once a second, in a thread; a context."""
+    """Samples a deployment once a second in a thread; a context manager."""
 
     deployment: str
     steps: Sequence[tuple[float, float]]
-    """Rate and seconds of each step of the load."""
+    """Rate and duration of each load step."""
     looks: list[Look] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -99,7 +98,7 @@ class Timeline:
 
 
 def _queued_frames(handle: Any) -> float | None:
-    with suppress(Exception):  # a replica that is busy or going; the next look comes soon
+    with suppress(Exception):  # the replica is busy or stopping; try again at the next sample
         loads = handle.broadcast("load").results(timeout_s=1.0, return_exceptions=True)
         known = [load.queued_frames for load in loads if not isinstance(load, Exception)]
         return float(sum(known)) if known else None
@@ -107,7 +106,7 @@ def _queued_frames(handle: Any) -> float | None:
 
 
 def step_plan(steps: Sequence[tuple[float, float]], args: argparse.Namespace, name: str) -> list[Ask]:
-    """One load whose rate changes: Poisson arrivals in each step."""
+    """A stepped load with Poisson arrivals in each step."""
     asks: list[Ask] = []
     began_s = 0.0
     for number, (rate_hz, span_s) in enumerate(steps):
@@ -127,7 +126,7 @@ def step_plan(steps: Sequence[tuple[float, float]], args: argparse.Namespace, na
 
 
 def settings(args: argparse.Namespace, ports: tuple[int, int], max_waiting: int) -> dict[str, Any]:
-    """Of the service: a language model that scales soon."""
+    """Service settings, with a language model that scales quickly."""
     scaling = {
         "min_replicas": args.min_replicas,
         "max_replicas": args.max_replicas,
@@ -143,7 +142,7 @@ def settings(args: argparse.Namespace, ports: tuple[int, int], max_waiting: int)
         "max_waiting": max_waiting,
         "language_model": scaling,
     }
-    two = {"min_replicas": 2, "max_replicas": 2}  # while one is replaced the other listens
+    two = {"min_replicas": 2, "max_replicas": 2}  # while one is replaced, the other serves
     return {
         "models": [model],
         "access": {"open": True},
@@ -155,12 +154,12 @@ def settings(args: argparse.Namespace, ports: tuple[int, int], max_waiting: int)
 
 @dataclass(slots=True)
 class Report:
-    """What was measured."""
+    """Measurements."""
 
     rows: list[Figures] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     checks: list[tuple[str, str, str]] = field(default_factory=list)
-    """What, measured, whether it went well."""
+    """Name, measurement, outcome."""
     ok: bool = True
 
     def check(self, what: str, measured: str, ok: bool | None = None) -> None:
@@ -170,7 +169,7 @@ class Report:
 
 
 def scale(args: argparse.Namespace, urls: tuple[str, str], report: Report) -> None:
-    """Up and down."""
+    """Scale up and down."""
     steps = [(args.low_hz, args.low_s), (args.high_hz, args.high_s), (0.0, args.off_s)]
     with Timeline(f"LanguageModel-{args.model}", steps) as timeline:
         load = LoadProcess(step_plan(steps, args, "scale"), urls, args.timeout_s).result()
@@ -181,19 +180,19 @@ def scale(args: argparse.Namespace, urls: tuple[str, str], report: Report) -> No
     up_at = args.low_s
     more = next((look for look in report.looks if look.num_running > args.min_replicas), None)
     most = max((look.num_running for look in report.looks), default=0)
-    text = "-" if more is None else f"{more.at_s - up_at:.1f} s after the load went up; {most} at most"
-    report.check("replicas up", text, more is not None)
+    text = "-" if more is None else f"{more.at_s - up_at:.1f} s after the load increased; at most {most} replicas"
+    report.check("scaled up", text, more is not None)
     wanted = next((look for look in report.looks if look.num_starting > 0), None)
     if wanted is not None:
-        report.check("decision to add one", f"{wanted.at_s - up_at:.1f} s after the load went up")
+        report.check("replica requested", f"{wanted.at_s - up_at:.1f} s after the load increased")
     off_at = up_at + args.high_s
     after = [look for look in report.looks if look.at_s > off_at and look.num_running <= args.min_replicas]
-    text = f"{after[0].at_s - off_at:.1f} s after the load went off" if after else "-"
-    report.check("replicas down again", text, bool(after))
+    text = f"{after[0].at_s - off_at:.1f} s after the load stopped" if after else "-"
+    report.check("scaled down", text, bool(after))
 
 
 def redeploy(args: argparse.Namespace, urls: tuple[str, str], ports: tuple[int, int], report: Report) -> None:
-    """The same application with another setting, while requests come."""
+    """Redeploy the application with a changed setting under load."""
     from musicgen_serving.app import build_app
     from musicgen_serving.process import APP_NAME
     from ray import serve
@@ -208,13 +207,13 @@ def redeploy(args: argparse.Namespace, urls: tuple[str, str], ports: tuple[int, 
     result = load.result()
     _add(report, "redeployment", result, args)
     statuses = Counter(outcome.status for outcome in result.outcomes)
-    report.check("redeployment with another max_waiting", f"{seconds:.1f} s")
+    report.check("redeployment with a changed max_waiting", f"{seconds:.1f} s")
     within = seconds + args.redeploy_after_s < args.redeploy_s
-    report.check("requests came until after its end", "yes" if within else "no", within)
+    report.check("load lasted longer than the redeployment", "yes" if within else "no", within)
     text = ", ".join(f"{count} {status}" for status, count in statuses.items())
-    report.check("requests meanwhile", text, set(statuses) == {"finished"})
+    report.check("requests during redeployment", text, set(statuses) == {"finished"})
     slowest = max((o.first_audio_s or 0.0 for o in result.outcomes), default=0.0)
-    report.check("slowest first audio meanwhile", f"{slowest:.1f} s")
+    report.check("slowest first audio during redeployment", f"{slowest:.1f} s")
 
 
 def _add(report: Report, name: str, load: Load, args: argparse.Namespace) -> None:
@@ -224,7 +223,7 @@ def _add(report: Report, name: str, load: Load, args: argparse.Namespace) -> Non
 
 
 def plot(report: Report, path: Path) -> None:
-    """Replicas, queued frames and the rate of requests over time."""
+    """Plot replicas, queued frames and request rate over time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -233,7 +232,7 @@ def plot(report: Report, path: Path) -> None:
     times = [look.at_s for look in report.looks]
     figure, axes = plt.subplots(3, 1, figsize=(9, 6), sharex=True, layout="constrained")
     axes[0].step(times, [look.rate_hz for look in report.looks], where="post")
-    axes[0].set(ylabel="requests a second")
+    axes[0].set(ylabel="requests per second")
     known = [look for look in report.looks if look.queued_frames is not None]
     axes[1].plot([look.at_s for look in known], [look.queued_frames or 0.0 for look in known])
     axes[1].set(ylabel="queued decode frames")
@@ -256,7 +255,7 @@ def _parse() -> argparse.Namespace:
     add("--durations", type=float, nargs="+", default=[4.0, 6.0])
     add("--min-replicas", type=int, default=1)
     add("--max-replicas", type=int, default=2)
-    add("--target-load", type=float, default=600.0, help="queued frames a replica that autoscaling aims at")
+    add("--target-load", type=float, default=600.0, help="target queued frames per replica")
     add("--upscale-delay-s", type=float, default=1.0)
     add("--downscale-delay-s", type=float, default=5.0)
     add("--low-hz", type=float, default=0.3)
@@ -279,7 +278,7 @@ def _terminate(*_: object) -> None:
 
 def main() -> int:
     args = _parse()
-    # Before Ray is imported: its processes read them at their start.
+    # Set before importing Ray: its processes read them at startup.
     os.environ[PUSH_INTERVAL] = "1"
     os.environ.setdefault("RAY_worker_niceness", "0")
     signal.signal(signal.SIGTERM, _terminate)

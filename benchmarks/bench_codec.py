@@ -1,8 +1,8 @@
-"""The codec's decoder: whole pieces beside transformers', and a stream in chunks beside the whole.
+"""The codec's decoder: whole pieces against transformers, and chunked streams against whole pieces.
 
-`python -m benchmarks.bench_codec`: random weights of the true size; `--model demo` measures the codec of a model. A
-table comes first, one line of JSON last. Every round times each contender once, one after the other, and ratios are
-medians over rounds, so that a machine that slows down does so for all.
+`python -m benchmarks.bench_codec`: random weights of the real size; `--model demo` measures a model's codec. Prints a
+table, then one line of JSON. Every round times each contender once in turn, and ratios are medians over rounds, so that
+a machine slowdown affects all equally.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def main() -> None:
         print(f"{name:16} {seconds:8.3f} s  {speed:6.1f} × real time  {ratios[name]:5.2f} × whole")
     print(
         f"read {reading.stream_bytes_s / 1e9:.1f} GB/s, drift {reading.stream_drift:.2f}, "
-        f"others {reading.others_cores:.2f} cores, load {reading.load_average:.1f}"
+        f"other processes {reading.others_cores:.2f} cores, load {reading.load_average:.1f}"
     )
     result = {"benchmark": "codec", "seconds": medians, "ratio_to_whole": ratios, "reading": asdict(reading)}
     print(json.dumps({**result, "options": vars(args), "torch": torch.__version__}))
 
 
 def transformers_codec(config: CodecConfig) -> Any:
-    """transformers' EnCodec of the same shape, random weights, evaluated as its generation does."""
+    """transformers' EnCodec of the same shape with random weights, run as in its generation."""
     from transformers import EncodecConfig, EncodecModel
 
     bits = config.num_codebooks * math.log2(config.codebook_size)
@@ -95,7 +95,7 @@ def _chunked(decoder: EncodecDecoder, codes: Tensor, chunk_s: float) -> Callable
 def _rounds(contenders: dict[str, Callable[[], Tensor]], num_rounds: int, meter: Meter) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in contenders}
     lengths = {contender().shape[-1] for contender in contenders.values()}  # and warm up
-    assert len(lengths) == 1, f"contenders gave different lengths: {lengths}"
+    assert len(lengths) == 1, f"contenders returned different lengths: {lengths}"
     for _ in range(num_rounds):
         for name, contender in contenders.items():
             began = time.perf_counter()
@@ -111,9 +111,9 @@ def _ratio(values: list[float], base: list[float]) -> float:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a model's name or folder, instead of random weights of the true size")
-    parser.add_argument("--seconds", type=float, default=10.0, help="length of the piece")
-    parser.add_argument("--chunks", type=float, nargs="+", default=[0.1, 0.5, 1.0], help="seconds a chunk")
+    parser.add_argument("--model", help="model name or folder, instead of random weights of the real size")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of the piece")
+    parser.add_argument("--chunks", type=float, nargs="+", default=[0.1, 0.5, 1.0], help="chunk durations in seconds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()

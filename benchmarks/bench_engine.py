@@ -1,8 +1,8 @@
-"""The engine at MusicGen's true sizes, beside transformers in the same run: `python -m benchmarks.bench_engine`.
+"""The engine at MusicGen's real sizes, against transformers in the same run: `python -m benchmarks.bench_engine`.
 
-Random weights, guidance on. Every case runs in a process of its own; a table comes first, one line of JSON last. The
-bound of decoding is the read bandwidth probed within the run: no step can read its weights, keys and values faster.
-transformers runs in fp32; its piece is put together from measured steps, see `engine_peer`.
+Random weights, guidance on. Every case runs in its own process. Prints a table, then one line of JSON. The bound for
+decoding is the read bandwidth measured within the run: no step can read its weights, keys and values faster.
+transformers runs in fp32; its time for a whole piece is extrapolated from measured steps, see `engine_peer`.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="all", help=f"comma-separated beginnings of: {', '.join(CASES)}")
-    parser.add_argument("--seconds", type=float, default=30.0, help="length of a piece")
-    parser.add_argument("--repeats", type=int, default=1, help="pieces a case; the middle one counts")
+    parser.add_argument("--cases", default="all", help=f"comma-separated prefixes of: {', '.join(CASES)}")
+    parser.add_argument("--seconds", type=float, default=30.0, help="duration of a piece")
+    parser.add_argument("--repeats", type=int, default=1, help="pieces per case; the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--quick", action="store_true", help="the quantised cases with pieces of 5 s")
-    parser.add_argument("--no-transformers", action="store_true", help="without the other side")
-    parser.add_argument("--plot", metavar="FILE", help="write a picture of the shares of the bound")
+    parser.add_argument("--quick", action="store_true", help="only a few quantized cases, with pieces of 5 s")
+    parser.add_argument("--no-transformers", action="store_true", help="skip transformers")
+    parser.add_argument("--plot", metavar="FILE", help="plot the fractions of the bound")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -91,7 +91,7 @@ def _chosen(args: argparse.Namespace) -> list[str]:
     beginnings = tuple(args.cases.split(","))
     chosen = [name for name in CASES if name.startswith(beginnings)]
     if not chosen:
-        raise SystemExit(f"expected cases among {', '.join(CASES)}, got {args.cases}")
+        raise SystemExit(f"--cases: expected prefixes of {', '.join(CASES)}, got {args.cases}")
     return chosen
 
 
@@ -128,7 +128,7 @@ def _peer_times(raw: dict[str, Any]) -> PeerTimes:
 
 
 def _peer_of(case: str) -> str | None:
-    """Size and number of requests that transformers is timed with."""
+    """Size and number of requests to time transformers with."""
     if "overhead" in case or "first-audio" in case:
         return None
     return f"{CASES[case].size}:{CASES[case].num_requests}"
@@ -145,7 +145,7 @@ def _peer_figures(key: str, peer: PeerTimes, options: Options) -> list[Figure]:
 
 
 def _beside(figure: Figure, peer: PeerTimes | None, options: Options) -> Figure:
-    """The figure with transformers' beside it, where both were measured."""
+    """The figure with transformers' value added, where both were measured."""
     if peer is None:
         return figure
     size, num_frames = CASES[figure.case].size, int(50 * options.piece_s)
@@ -153,7 +153,7 @@ def _beside(figure: Figure, peer: PeerTimes | None, options: Options) -> Figure:
     if figure.name == "decode, whole piece":
         decode_s = peer.piece_s(num_frames, prefix_len(size)) - peer.prefill_s
         theirs = (num_frames + 2) / decode_s
-    elif figure.name == "useful frames":  # all are there at once, the batch ends with its longest
+    elif figure.name == "useful frames":  # one static batch, as long as its longest request
         scale = options.piece_s / 30
         theirs = sum(int(50 * s * scale) for s in STAGGERED_S) / peer.piece_s(num_frames, prefix_len(size))
     elif figure.name == "piece with prefill":

@@ -1,7 +1,7 @@
-"""Kernel microbenchmarks: `python -m benchmarks.bench_kernels`. On a machine with a GPU also the GPU backends.
+"""Kernel microbenchmarks: `python -m benchmarks.bench_kernels`. Includes the GPU backends if a GPU is available.
 
-Every row is measured between two STREAM probes of the same run and compared with them; a row whose probes differ by
-more than 10 % says so. The last line on stdout is one JSON object. Data is cold unless it is re-used within one call.
+Every row is measured between two STREAM probes and compared with them; rows whose probes differ by more than 10 % are
+marked. The last line on stdout is one JSON object. Data is cold unless reused within one call.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ PRINTED = (
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__)
     parser.add_argument("--op", default="linear,attention,sampling,step", help="comma-separated")
-    parser.add_argument("--backend", help="cpu, cpu:level, cuda or triton; comma-separated; default: all that run here")
-    parser.add_argument("--activations", default="bf16", choices=("fp32", "bf16", "fp16"), help="on a GPU")
+    parser.add_argument("--backend", help="cpu, cpu:level, cuda or triton; comma-separated; default: all available")
+    parser.add_argument("--activations", default="bf16", choices=("fp32", "bf16", "fp16"), help="GPU only")
     parser.add_argument("--weights", default="fp32,bf16,int8,int4")
     parser.add_argument("--kv", default="fp32,bf16,fp16,int8")
-    parser.add_argument("--rows", default="2,16", help="rows of a linear; attention and step take the first")
-    parser.add_argument("--length", type=int, default=1008, help="positions, for attention")
+    parser.add_argument("--rows", default="2,16", help="rows of linear; attention and step use the first")
+    parser.add_argument("--length", type=int, default=1008, help="positions of attention")
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--size", default="4096x4096", help="NxK of a linear")
+    parser.add_argument("--size", default="4096x4096", help="NxK of linear")
     parser.add_argument("--model", default="small", choices=sorted(SHAPES))
     parser.add_argument("--step", default="int4/int8,int8/fp16", help="weights/KV of whole steps")
     parser.add_argument("--step-length", type=int, default=750)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--refcheck", action="store_true", help="compare with float64")
-    parser.add_argument("--peer", action="store_true", help="time transformers' fp32 step beside the whole step")
+    parser.add_argument("--refcheck", action="store_true", help="measure errors against float64")
+    parser.add_argument("--peer", action="store_true", help="also time transformers' fp32 step")
     parser.add_argument("--cold", action="store_true", help="flush the caches before every repeat")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="roofline, PNG or SVG; the backend is added to the name")
+    parser.add_argument("--plot", type=Path, help="roofline plot, PNG or SVG; the backend is appended to the name")
     return parser.parse_args(given)
 
 
 def cases(options: argparse.Namespace, target: Target) -> Iterator[Case]:
-    """The asked-for cases of one backend, made one after another so that their memory is freed."""
+    """The requested cases of one backend, created lazily so that their memory is freed."""
     ops, rows = options.op.split(","), [int(r) for r in options.rows.split(",")]
     n, k = (int(part) for part in options.size.split("x"))
     if "linear" in ops:
@@ -73,7 +73,7 @@ def cases(options: argparse.Namespace, target: Target) -> Iterator[Case]:
             yield attention_case(target, kv, rows[0], options.length, options.heads)
     if "sampling" in ops:
         yield sampling_case(target, 16, 4, 2048)
-    if "step" in ops and target.device == "cpu":  # a whole step in one call is the CPU's alone
+    if "step" in ops and target.device == "cpu":  # only the CPU has a whole step in one call
         peer = transformers_step(options.model, rows[0], options.step_length) if options.peer else None
         for pair in options.step.split(","):
             kind, kv = pair.split("/")
@@ -131,7 +131,7 @@ def quantile(ordered: list[float], fraction: float) -> float:
 
 
 def command(case: Case, options: argparse.Namespace) -> str:
-    """What repeats this row alone."""
+    """The command that reproduces this row."""
     on_gpu = case.backend in GPU_BACKENDS
     how = f"--activations {case.activations}" if on_gpu else f"--threads {options.threads}"
     text = f"python -m benchmarks.bench_kernels --backend {case.backend} {how} --repeats {options.repeats}"
@@ -157,7 +157,7 @@ def show(row: Row) -> str:
 
 
 def plot(rows: list[Row], peaks: dict[str, float], path: Path) -> None:
-    """A roofline: each row by its operations a byte and its operations a second."""
+    """Roofline plot: each row by operations per byte and operations per second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,7 +174,7 @@ def plot(rows: list[Row], peaks: dict[str, float], path: Path) -> None:
             axes.plot([x], [y], "o")
             name = f"{row['op']} {row['weights']} {row['kv']} x{row['rows']}".replace(" -", "")
             axes.annotate(name, (x, y), fontsize=6)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s (int8: GOP/s)")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s (int8: GOP/s)")
     axes.legend()
     figure.savefig(path, bbox_inches="tight", dpi=150)
 
@@ -202,7 +202,7 @@ def main() -> None:
 
 
 def write(rows: list[Row], summary: dict[str, Any], options: argparse.Namespace) -> None:
-    """Files that were asked for, and the JSON object on the last line."""
+    """Write the requested files, and the JSON object on the last line."""
     clean = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
     text = json.dumps({**summary, "rows": clean})
     if options.json:

@@ -1,9 +1,8 @@
-"""The service under an open-loop load, beside the bare engine in the same run: `python -m benchmarks.bench_serving`.
+"""The service under open-loop load, against the bare engine in the same run: `python -m benchmarks.bench_serving`.
 
-First the same model in one process with everything to do at once, then a cluster with the same to do at once: the
-difference is what the service costs. Then Poisson arrivals at shares of that throughput, or at `--rate`s. Last the
-bare engine again, to see how far the machine drifted. Clients are a process of their own. A table comes first, one line
-of JSON last.
+First runs all requests at once on the model in one process, then on a cluster: the difference is the overhead of the
+service. Then Poisson arrivals at fractions of that throughput, or at the given `--rate`s. Finally the bare engine
+again, to measure machine drift. Clients run in a separate process. Prints tables, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from benchmarks.serving_service import Service, own_service
 
 TARGET_LOSS = 0.05
 LONG_WAIT_S = 3600.0
-"""For what is measured with everything there at once: nothing is refused."""
+"""Admission limit for the all-at-once run: nothing is rejected."""
 
 
 def main() -> None:
@@ -76,29 +75,29 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_model_options(parser)
-    add("--url", nargs="*", help="http:// and grpc:// of a running service; no bare engine then")
+    add("--url", nargs="*", help="http:// and grpc:// URLs of a running service; skips the bare engine")
     add("--protocol", choices=("http", "grpc", "both"), default="both")
-    add("--requests", type=int, default=24, help="of the part with all at once")
-    add("--durations", type=float, nargs="+", default=[4.0, 6.0, 8.0, 10.0], help="seconds, in turns")
-    add("--rate", type=float, nargs="+", help="requests a second")
-    add("--load", type=float, nargs="*", default=[0.5, 0.8], help="shares of the measured throughput, without --rate")
-    add("--duration-s", type=float, default=60.0, help="of each rate")
-    add("--requests-at-rate", type=int, help="of each rate, in place of --duration-s")
+    add("--requests", type=int, default=24, help="number of requests in the all-at-once run")
+    add("--durations", type=float, nargs="+", default=[4.0, 6.0, 8.0, 10.0], help="durations in seconds, in rotation")
+    add("--rate", type=float, nargs="+", help="requests per second")
+    add("--load", type=float, nargs="*", default=[0.5, 0.8], help="fractions of the measured throughput; unless --rate")
+    add("--duration-s", type=float, default=60.0, help="duration of each rate")
+    add("--requests-at-rate", type=int, help="requests per rate, instead of --duration-s")
     add("--burstiness", type=float, default=1.0, help="coefficient of variation between arrivals; 1: Poisson")
     add("--seed", type=int, default=0)
-    add("--max-requests", type=int, default=8, help="pieces that the engine decodes side by side")
+    add("--max-requests", type=int, default=8, help="pieces that the engine decodes concurrently")
     add("--kv-memory-mb", type=int, default=600)
-    add("--threads", type=int, help="of the engine's step; default: one a core")
-    add("--max-wait-s", type=float, default=LONG_WAIT_S, help="admission's; default: nothing is refused")
+    add("--threads", type=int, help="threads of an engine step; default: one per core")
+    add("--max-wait-s", type=float, default=LONG_WAIT_S, help="admission limit; default: nothing is rejected")
     add("--slo-first-audio", type=float, default=2.0)
     add("--player-buffer", type=float, default=0.5)
-    add("--no-engine", action="store_true", help="without the bare engine")
+    add("--no-engine", action="store_true", help="skip the bare engine")
     add("--plot", metavar="FILE")
     return parser.parse_args()
 
 
 def _model_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """As in the service's settings; the bare engine takes the same."""
+    """Model settings, for the service and the bare engine."""
     kv_memory_bytes = args.kv_memory_mb * 2**20
     return model_settings(
         args, kv_memory_bytes=kv_memory_bytes, max_requests=args.max_requests, num_threads=args.threads
@@ -141,12 +140,12 @@ def _rates(args: argparse.Namespace, at_once: Figures, burst: list[Ask]) -> list
 
 def _bare(burst: list[Ask], model: dict[str, Any]) -> Bare:
     bare = measure(burst, model)
-    print(f"bare engine: {bare.alone:.2f} audio s/s alone, {bare.with_codec:.2f} with codec", file=sys.stderr)
+    print(f"bare engine: {bare.alone:.2f} audio s/s alone, {bare.with_codec:.2f} with the codec", file=sys.stderr)
     return bare
 
 
 def _losses(at_once: Figures, before: Bare | None, after: Bare | None) -> dict[str, float]:
-    """Share of the bare engine's throughput that the service does not reach; the bare engine is the mean of both."""
+    """The service's overhead, as a fraction of the bare engine's throughput (mean of both runs)."""
     if before is None or after is None:
         return {}
     alone, with_codec = ((getattr(before, n) + getattr(after, n)) / 2 for n in ("alone", "with_codec"))
@@ -162,10 +161,10 @@ def _losses(at_once: Figures, before: Bare | None, after: Bare | None) -> dict[s
 
 
 def losses_table(losses: dict[str, float], at_once: Figures) -> str:
-    """The service beside the bare engine."""
+    """The service against the bare engine."""
     if not losses:
         return ""
-    rows = [("all at once", "audio s/s", "service loses", "target", "drift of it within the run")]
+    rows = [("all at once", "audio s/s", "service overhead", "target", "drift within the run")]
     for name, title in (("with_codec", "engine, text encoder, codec in one process"), ("alone", "engine alone")):
         loss = losses[f"loss_against_engine_{name}"]
         target = f"≤ {100 * TARGET_LOSS:.0f} %" if name == "with_codec" else ""

@@ -1,8 +1,8 @@
-"""What the service takes to start, at rest and to stop: `python -m benchmarks.bench_start`.
+"""Startup, idle and shutdown cost of the service: `python -m benchmarks.bench_start`.
 
-The embedded model, from the command to the line that says ready; then nothing happens for a while; then SIGINT. Times
-of the processor are those of all processes that the run started, as far as they live when it is ready, and of their
-children that have ended. A table of medians comes first, one line of JSON last.
+Measures the demo model from the command to the "ready" line, then idle for a while, then SIGINT. CPU time covers all
+processes of the run that are alive when it is ready, and their terminated children. Prints a table of medians, then one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.serving_service import Service, own_service, processes_of
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """One run. Seconds; `rest_cores` is seconds of processor a second; `resident_mb` by Ray's name of a process."""
+    """One run. Seconds; `rest_cores`: CPU seconds per second when idle; `resident_mb`: by Ray process name."""
 
     ready_s: float
     processor_s: float
@@ -35,7 +35,7 @@ class Start:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--rest-s", type=float, default=30.0, help="how long nothing happens")
+    parser.add_argument("--rest-s", type=float, default=30.0, help="idle time to measure")
     args = parser.parse_args()
     runs = [measure(args.rest_s) for _ in range(args.runs)]
     print(table(runs))
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def measure(rest_s: float) -> Start:
-    """Start the service once, let it rest, stop it."""
+    """Start the service once, let it idle, stop it."""
     began = time.monotonic()
     with own_service({"models": [{"name": "demo"}]}) as service:
         ready_s, at_ready_s = time.monotonic() - began, _processor_s(service)
@@ -55,7 +55,7 @@ def measure(rest_s: float) -> Start:
 
 
 def table(runs: list[Start]) -> str:
-    """Medians of all runs, lowest and highest."""
+    """Median, minimum and maximum over all runs."""
     rows = [("", "median", "lowest", "highest")]
     for name, unit in (("ready_s", "s"), ("processor_s", "s"), ("rest_cores", "cores"), ("stop_s", "s")):
         values = [getattr(run, name) for run in runs]

@@ -1,6 +1,6 @@
-"""One cell of the cancellation matrix after the other: waves of streams that are ended at random moments of a phase.
+"""Runs the cells of the cancellation matrix: waves of streams that are ended at random moments of a phase.
 
-Knows the service by its URLs and a few looks into it, wherever it runs.
+Accesses the service through its URLs and `cancel_types.Service`, wherever it runs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from benchmarks.reset_proxy import ResetProxy
 def run_cell(
     service: Service, way: str, phase: Phase, protocol: str, per_cell: int, proxy: ResetProxy, rng: random.Random
 ) -> Cell:
-    """Waves of victims until `per_cell` were ended in the phase that was meant."""
+    """Waves of victims until `per_cell` of them ended in the intended phase."""
     cell = Cell(way, phase.name, protocol)
     url = service.http if protocol == "http" else service.grpc
     _quick(service, url)
     num_before_last = _calibrate(url, phase) if phase.ready == "last" else 0
     deadline_s, size = phase.deadline_s, phase.wave
-    if way == "deadline" and protocol == "grpc":  # the engine refuses what it does not foresee to finish in time
+    if way == "deadline" and protocol == "grpc":  # the engine rejects deadlines that it does not expect to meet
         deadline_s += {"queued": 4.0, "decode": 1.0}.get(phase.name, 0.3)
-        size = 1 if phase.name == "prefill" else size  # the next one would be refused after so long a step
+        size = 1 if phase.name == "prefill" else size  # another one would be rejected after such a long step
     for wave in itertools.count():
         size = min(size, per_cell - cell.num_hits)
         if size <= 0 or cell.num_lost or wave >= 8 + 4 * per_cell // size:
@@ -41,7 +41,7 @@ def run_cell(
         name = f"{way}-{phase.name.replace(' ', '-')}-{protocol}-{wave}-{rng.randrange(10**9)}"
         base_s = deadline_s if way == "deadline" else 0.0
         plans = [Plan(way, phase.ready, base_s + rng.uniform(0, phase.window_s), num_before_last) for _ in range(size)]
-        # The engine foresees when a place is free: a deadline must lie behind that.
+        # The engine predicts when a slot becomes free: a deadline must lie after that.
         with _blockers(service, phase, 2.0 if way == "deadline" and protocol == "grpc" else 20.0):
             victims = _run_wave(service, url, name, phase, plans, proxy, cell)
         early = sum(is_refused(v) or is_early(v, phase) for v in victims)
@@ -76,21 +76,21 @@ def _run_wave(
 
 
 def _quick(service: Service, url: str) -> None:
-    """Bring the engine's own mean of its step times back to what it is without delays."""
+    """Bring the engine's mean step time back to its value without delays."""
     service.delay("")
     with connect(url) as client:
         client.generate("quick", duration_s=1.5, seed=1)
 
 
 def _calibrate(url: str, phase: Phase) -> int:
-    """Samples of a piece before its last chunk."""
+    """Number of samples before the last chunk of a piece."""
     with connect(url) as client:
         return [chunk.sample_offset for chunk in client.stream("any", duration_s=phase.duration_s, seed=1)][-1]
 
 
 @contextmanager
 def _blockers(service: Service, phase: Phase, duration_s: float) -> Iterator[None]:
-    """For `queued`: requests that take all places of the language model; they leave at the end."""
+    """For `queued`: requests that occupy all slots of the language model; they disconnect at the end."""
     if phase.name != "queued":
         yield
         return
@@ -109,7 +109,7 @@ def _blockers(service: Service, phase: Phase, duration_s: float) -> Iterator[Non
 
 
 def _at_rest(service: Service, cell: Cell) -> None:
-    """Everything is back, also what the blockers had."""
+    """Check that all resources have been released, including those of the blockers."""
     service.delay("")
     deadline = time.monotonic() + SETTLE_S
     load = service.load()
@@ -118,7 +118,7 @@ def _at_rest(service: Service, cell: Cell) -> None:
         load = service.load()
     if load.num_running + load.num_waiting + load.pages_held:
         cell.num_lost += 1
-        cell.reasons.append(f"at the end {load.pages_held} pages are held, {load.num_running} requests run")
+        cell.reasons.append(f"at the end, {load.pages_held} pages are still held, {load.num_running} requests running")
 
 
 def _until(condition: object, timeout_s: float) -> None:
@@ -126,5 +126,5 @@ def _until(condition: object, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():  # type: ignore[operator]
         if time.monotonic() > deadline:
-            raise TimeoutError(f"expected all requests to come in within {timeout_s:g} s, some have not")
+            raise TimeoutError(f"not all requests arrived within {timeout_s:g} s")
         time.sleep(0.01)

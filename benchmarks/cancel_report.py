@@ -16,9 +16,9 @@ def merged(path: Path) -> list[Cell]:
 
 
 def table(cells: list[Cell]) -> str:
-    """One line a cell."""
+    """One line per cell."""
     head = (
-        "way", "phase", "protocol", "ended in it", "elsewhere", "lost", "let go after ms: median", "max",
+        "method", "phase", "protocol", "ended in phase", "elsewhere", "lost", "released after ms: median", "max",
         "steps: median", "max",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]

@@ -1,7 +1,4 @@
-"""The cells of the cancellation matrix: which race each is after, how it is made to happen, and what was seen of it.
-
-Does nothing.
-"""
+"""Types of the cancellation matrix: the race that each cell targets, how it is provoked, and the results."""
 
 from __future__ import annotations
 
@@ -11,44 +8,44 @@ from typing import Protocol
 from musicgen_serving.deployments.language_model import Load
 
 MAX_REQUESTS = 16
-"""Pieces that the language model of the service must be set to decode at the same time."""
+"""Required `max_requests` of the service's language model."""
 
 
 class Service(Protocol):
-    """The service under test: one language model with `MAX_REQUESTS`, ready to be delayed."""
+    """The service under test: one language model with `MAX_REQUESTS` slots and failpoints enabled."""
 
     http: str
     grpc: str
 
     def load(self) -> Load:
-        """Of the language model."""
+        """Load of the language model."""
 
     def state(self, request_id: str) -> str:
-        """Of a request, as the gatekeeper knows it; `unknown` if it does not."""
+        """State of a request at the gatekeeper; `unknown` if it has none."""
 
     def delay(self, text: str) -> None:
-        """What the delay points say from now on."""
+        """Set the failpoints."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """How a race is made to happen."""
+    """How a race is provoked."""
 
     name: str
     ready: str
     """See `Plan`."""
     window_s: float
-    """The end is wanted at a random moment of a window of this length."""
+    """The stream is ended at a random moment of a window of this length."""
     duration_s: float
     before: str
-    """Delays while requests are sent."""
+    """Failpoints while requests are sent."""
     after: str
-    """Delays once they are in."""
+    """Failpoints once they have arrived."""
     deadline_s: float
-    """Where the window of a deadline begins, counted from the request; corrected if it misses the phase."""
+    """Start of the window for deadlines, relative to the request; adjusted if it misses the phase."""
     wave: int = 16
     lm_may_finish: bool = False
-    """The language model may have made all codes before the end is wanted."""
+    """The language model may have generated all codes before the stream is ended."""
 
 
 SLOW = "lm.step=0.05"
@@ -64,18 +61,18 @@ PROTOCOLS = ("http", "grpc")
 
 @dataclass(slots=True)
 class Cell:
-    """What was seen of one cell."""
+    """Results of one cell."""
 
     way: str
     phase: str
     protocol: str
     num_hits: int = 0
     num_missed: int = 0
-    """The end came in another phase, or after the end of the piece, or the engine refused the deadline at once."""
+    """Ended in another phase or after the end of the piece, or the engine rejected the deadline."""
     num_lost: int = 0
     release_s: list[float] = field(default_factory=list)
-    """From the moment the end was wanted until the language model had let go, where it still had the request."""
+    """From the cancellation until the language model released the request, where it still held it."""
     release_steps: list[int] = field(default_factory=list)
-    """The same in the engine's steps, as far as looks every few milliseconds can tell."""
+    """The same in engine steps, at the resolution of the load samples."""
     reasons: list[str] = field(default_factory=list)
-    """Of what was lost."""
+    """Why victims were lost."""

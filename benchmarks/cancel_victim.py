@@ -1,6 +1,6 @@
-"""One stream that is ended from outside before it is whole: cancelled, out of time, or cut off.
+"""One stream that is ended early from outside: cancelled, timed out, or reset.
 
-Knows when its moment has come, and keeps what it saw; judges nothing.
+Determines the right moment and records what it observes; evaluates nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from musicgen.errors import MusicGenError
 WAYS = ("cancel", "deadline", "reset")
 ONCE = Retries(max_attempts=1)
 FAR_S = 600.0
-"""The engine refuses what it does not foresee to finish in time; while its steps are delayed that is long."""
+"""A distant deadline: the engine rejects deadlines that it does not expect to meet, and delayed steps take long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How and when to end it."""
+    """How and when to end the stream."""
 
     way: str
     ready: str
-    """`sent`: from when it is told; `first`: from the first audio; `last`: from the last but one chunk."""
+    """`sent`: when told; `first`: at the first audio; `last`: at the last but one chunk."""
     after_s: float
-    """From then on; of a deadline, from the beginning."""
+    """Delay from that moment; for a deadline, from the start."""
     num_before_last: int
     """Samples before the last chunk."""
 
 
 class Victim(threading.Thread):
-    """Streams one piece and ends it as planned. `seen` says what became of it."""
+    """Streams one piece and ends it as planned."""
 
     def __init__(self, url: str, request: MusicRequest, plan: Plan, proxy: ResetProxy) -> None:
         super().__init__(daemon=True)
@@ -49,12 +49,12 @@ class Victim(threading.Thread):
             self._url = f"{parts.scheme}://127.0.0.1:{self._route.port}"
         self._timer: threading.Timer | None = None
         self.ended_at: float | None = None
-        """When its end was wanted (monotonic seconds)."""
+        """When it was cancelled (monotonic seconds)."""
         self.num_samples = self.num_wanted = 0
         self.answer = ""
-        """What the service said to its being cancelled."""
+        """The service's response to the cancellation."""
         self.whole = False
-        """It came to its own end."""
+        """It finished normally."""
         self.error: MusicGenError | None = None
 
     def run(self) -> None:
@@ -77,7 +77,7 @@ class Victim(threading.Thread):
                 self.error = error
 
     def begin_to_end(self) -> None:
-        """Its moment has come: it ends a little later. Only the first call counts."""
+        """Schedule its end after `Plan.after_s`. Only the first call has an effect."""
         if self.plan.way != "deadline" and self._timer is None:
             self._timer = threading.Timer(self.plan.after_s, self._end)
             self._timer.daemon = True
@@ -94,13 +94,13 @@ class Victim(threading.Thread):
                 self.ended_at = time.monotonic()
                 try:
                     self.answer = client.cancel(self.request.request_id).state
-                except NotFoundError:  # it has been sent, but has not come in yet
+                except NotFoundError:  # sent, but not admitted yet
                     time.sleep(0.02)
                 else:
                     return
 
     def finish(self, timeout_s: float) -> bool:
-        """Wait until it is over; returns whether it is."""
+        """Wait until it has ended; returns whether it has."""
         self.join(timeout_s)
         if self._timer is not None:
             self._timer.join(timeout_s)

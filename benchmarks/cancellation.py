@@ -2,9 +2,9 @@
 
 python -m benchmarks.cancellation --per-cell 32
 
-Starts a service on a Ray cluster of its own, with one language model, and ends streams at random moments of each phase
-until every cell has had enough of them. Lost is what went on after its end was wanted: at the client, at the gatekeeper
-or at the language model. Over HTTP a deadline is a client that waits no longer. The last line is JSON.
+Starts a service with one language model on its own Ray cluster and ends streams at random moments of each phase, until
+every cell has enough hits. A request is lost if it continues after its cancellation at the client, the gatekeeper or
+the language model. Over HTTP, a deadline is a client timeout. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from benchmarks.reset_proxy import ResetProxy
 
 
 class RayService:
-    """A service on a cluster, looked into through handles.
+    """A service on a cluster, inspected through handles.
 
     Args:
-        delays: the file that the delay points of its replicas read.
+        delays: the failpoint file that its replicas read.
     """
 
     def __init__(self, endpoints: Endpoints, delays: Path) -> None:
@@ -45,21 +45,21 @@ class RayService:
         self._engine, self._gatekeeper = chaos_cluster.handle("LanguageModel"), chaos_cluster.handle("Gatekeeper")
 
     def load(self) -> Load:
-        """Of all language models together."""
+        """Sum over all language models."""
         loads = self._engine.broadcast("load").results(timeout_s=30)
         return Load(*(sum(getattr(load, field.name) for load in loads) for field in fields(Load)))
 
     def state(self, request_id: str) -> str:
         try:
             return str(self._gatekeeper.status.remote("anonymous", request_id).result(timeout_s=30).state)
-        except Exception:  # not known, or not admitted at all
+        except Exception:  # unknown, or not admitted
             return "unknown"
 
     def wait_at_rest(self, timeout_s: float = 20.0) -> None:
-        """Wait until nothing runs and no page is held.
+        """Wait until no request is running and no page is held.
 
         Raises:
-            TimeoutError: something does not end.
+            TimeoutError: the service does not become idle.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -68,7 +68,7 @@ class RayService:
                 self._gatekeeper.check.remote().result(timeout_s=30)
                 return
             time.sleep(0.1)
-        raise TimeoutError(f"expected a service at rest after {timeout_s:g} s, got {load}, {counts.running} running")
+        raise TimeoutError(f"the service is not idle after {timeout_s:g} s: {load}, {counts.running} running")
 
     def delay(self, text: str) -> None:
         new = self._delays.with_suffix(".new")
@@ -82,9 +82,9 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--phases", nargs="+", choices=[p.name for p in PHASES], default=[p.name for p in PHASES])
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", type=Path, help="append the line there too")
-    parser.add_argument("--table", type=Path, help="run nothing: the table of all lines of such a file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--json", type=Path, help="also append the JSON line to this file")
+    parser.add_argument("--table", type=Path, help="run nothing; print the table of such a file")
     options = parser.parse_args()
     if options.table is not None:
         print(table(merged(options.table)))

@@ -1,12 +1,12 @@
-"""SIGKILL replicas of a running service, kind by kind in turn, under streams over both protocols.
+"""SIGKILL replicas of a running service, one kind after another, while streaming over both protocols.
 
 python -m benchmarks.chaos --group parts --kills 10
 python -m benchmarks.chaos --group ingresses --kills 10
 python -m benchmarks.chaos --table FILE
 
-Eight listeners stream songs without a pause; every one that finishes is compared with the undisturbed one. Parts must
-die unheard: while they are killed, a connection that is lost counts as a failure. While ingresses are killed, clients
-connect again and go on from the next sample. There is only ever one gatekeeper; without it nothing new is taken in.
+Eight clients stream pieces continuously; each finished piece is compared with an undisturbed one. Component failures
+must be invisible to clients: while components are killed, a lost connection counts as a failure. While ingresses are
+killed, clients reconnect and resume from the next sample. There is a single gatekeeper; without it nothing is admitted.
 The last line is JSON.
 """
 
@@ -35,11 +35,11 @@ GROUPS = {"parts": (*chaos_cluster.PARTS, "Gatekeeper"), "ingresses": tuple(chao
 PROMPTS = ("happy rock", "sad jazz", "slow piano", "fast drums", "calm harp", "loud brass", "old tango", "new waltz")
 PATIENT = Retries(max_attempts=300, first_backoff_s=0.1, max_backoff_s=0.5)
 PAUSE_S = (1.5, 3.0)
-"""Between two kills at least: random in these bounds."""
+"""Bounds of the random minimum pause between kills."""
 QUIET_S = 8.0
-"""Before the first kill."""
+"""Time before the first kill."""
 LIMIT_S = 120.0
-"""Nothing takes longer, unless it is broken."""
+"""Timeout for everything."""
 
 
 def main() -> int:
@@ -61,15 +61,15 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", choices=GROUPS, default="parts", help="what is killed")
-    parser.add_argument("--kinds", nargs="+", choices=chaos_cluster.KINDS, help="only these of the group")
-    parser.add_argument("--kills", type=int, default=10, help="of each kind")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no more kills after so long")
-    parser.add_argument("--replicas", type=int, default=2, help="of the kinds that are killed")
+    parser.add_argument("--group", choices=GROUPS, default="parts", help="what to kill")
+    parser.add_argument("--kinds", nargs="+", choices=chaos_cluster.KINDS, help="only these kinds of the group")
+    parser.add_argument("--kills", type=int, default=10, help="kills per kind")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop killing after this time")
+    parser.add_argument("--replicas", type=int, default=2, help="replicas of each killed kind")
     parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", type=Path, help="append the line there too")
-    parser.add_argument("--table", type=Path, help="run nothing: the table of all lines of such a file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
+    parser.add_argument("--json", type=Path, help="also append the JSON line to this file")
+    parser.add_argument("--table", type=Path, help="run nothing; print the table of such a file")
     return parser.parse_args()
 
 
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> Outcome:
         how = chaos_cluster.settings(counts, usage_file=Path(folder) / "usage.jsonl")
         began = time.monotonic()
         with chaos_cluster.running(how) as endpoints:
-            _say(f"the service is ready after {time.monotonic() - began:.0f} s")
+            _say(f"service ready after {time.monotonic() - began:.0f} s")
             tally = Tally()
             listeners = _listeners(options, endpoints, tally)
             try:
@@ -119,8 +119,8 @@ def _disturb(
 
 
 def _kill(kill: Kill, rng: random.Random, listeners: list[Listener]) -> threading.Thread:
-    """Kill one, wait until everybody has heard something since, and a little longer. Returns who waits for the
-    replacement."""
+    """Kill one replica, pause, then wait until every listener has received audio again. Returns the thread that waits
+    for the replacement."""
     victim = rng.choice(sorted(chaos_cluster.replica_pids(kill.kind)))
     at = time.monotonic()
     chaos_cluster.kill(victim)
@@ -131,7 +131,7 @@ def _kill(kill: Kill, rng: random.Random, listeners: list[Listener]) -> threadin
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     time.sleep(rng.uniform(*PAUSE_S))
-    if kill.num_replicas == 1:  # somebody may have to wait for the replacement
+    if kill.num_replicas == 1:  # listeners may depend on the replacement
         watcher.join()
     whole_at = time.monotonic()
     _until(lambda: all_heard(listeners, whole_at))
@@ -141,7 +141,7 @@ def _kill(kill: Kill, rng: random.Random, listeners: list[Listener]) -> threadin
 
 
 def _end(listeners: list[Listener], tally: Tally, outcome: Outcome) -> None:
-    """Hear every song to its end, and count."""
+    """Let every piece finish, and count."""
     for listener in listeners:
         listener.stop()
     for listener in listeners:
@@ -155,7 +155,7 @@ def _end(listeners: list[Listener], tally: Tally, outcome: Outcome) -> None:
 
 
 def _listeners(options: argparse.Namespace, endpoints: Endpoints, tally: Tally) -> list[Listener]:
-    """Of each four, two over HTTP and two over gRPC; two long songs, and two short ones that follow a melody."""
+    """Of every four listeners, two use HTTP and two gRPC; two stream long pieces, two short ones with a melody."""
     assert endpoints.grpc is not None
     retries = PATIENT if options.group == "ingresses" else None
     made: list[Listener] = []
@@ -185,7 +185,7 @@ def _until(condition: object) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not condition():  # type: ignore[operator]
         if time.monotonic() > deadline:
-            raise TimeoutError(f"expected every listener to get audio within {LIMIT_S:g} s, some got none")
+            raise TimeoutError(f"some listeners received no audio within {LIMIT_S:g} s")
         time.sleep(0.05)
 
 

@@ -1,6 +1,6 @@
-"""A service of its own on this machine whose replicas can be found, killed and waited for.
+"""A local service whose replicas can be located, killed and awaited.
 
-Owns the settings of such a service and the knowledge of how Ray names its processes.
+Owns the settings of this service and the naming of Ray's processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PARTS = {
     "TextEncoder": "text_encoder",
     "ChromaExtractor": "chroma",
 }
-"""Deployments of a model, and their section of its settings."""
+"""A model's deployments, and the section of its settings for each."""
 INGRESSES = {"HttpIngress": "http", "GrpcIngress": "grpc"}
 KINDS = (*PARTS, "Gatekeeper", *INGRESSES)
 
@@ -34,11 +34,11 @@ KINDS = (*PARTS, "Gatekeeper", *INGRESSES)
 def settings(
     replicas: Mapping[str, int], *, usage_file: Path | None = None, model: Mapping[str, Any] | None = None, **more: Any
 ) -> ServeSettings:
-    """Settings of a small service of the embedded model on free ports.
+    """Settings of a small service with the demo model on free ports.
 
     Args:
-        replicas: by kind; one of each that is not named. There is only ever one gatekeeper.
-        model, more: further settings of the model, and sections of the service.
+        replicas: by kind; default 1. The gatekeeper is always a singleton.
+        model, more: additional model settings, and sections of the service settings.
     """
 
     def how(kind: str) -> dict[str, int]:
@@ -61,7 +61,7 @@ def settings(
 
 @contextmanager
 def running(how: ServeSettings) -> Iterator[cluster.Endpoints]:
-    """The service, started and stopped."""
+    """Run the service for the duration of the context."""
     endpoints = cluster.start(how)
     try:
         yield endpoints
@@ -70,7 +70,7 @@ def running(how: ServeSettings) -> Iterator[cluster.Endpoints]:
 
 
 def deployment(kind: str) -> str:
-    """The name of a kind's deployment."""
+    """Name of a kind's deployment."""
     return f"{kind}-{MODEL}" if kind in PARTS else kind
 
 
@@ -82,7 +82,7 @@ def handle(kind: str) -> Any:
 
 
 def replica_pids(kind: str) -> set[int]:
-    """Processes of a kind's replicas, among those that this process has started."""
+    """Processes of a kind's replicas, among the descendants of this process."""
     title = f"ray::ServeReplica:{APP_NAME}:{deployment(kind)}"
     found: dict[int, int] = {}
     for process in psutil.Process().children(recursive=True):
@@ -92,20 +92,20 @@ def replica_pids(kind: str) -> set[int]:
                 found[process.pid] = process.ppid()
         except psutil.Error:
             continue
-    # What a replica has just forked has its title too, until it runs something else.
+    # A process freshly forked by a replica has the same title until it execs.
     return {pid for pid, parent in found.items() if parent not in found}
 
 
 def kill(pid: int) -> None:
-    """SIGKILL: nothing is said to anybody."""
+    """Kill without warning."""
     os.kill(pid, signal.SIGKILL)
 
 
 def wait_whole(kind: str, count: int, without: set[int], timeout_s: float = 120.0) -> float:
-    """Wait until `count` replicas run, none of which is in `without`; returns the seconds it took.
+    """Wait until `count` replicas are running, none of them in `without`; returns the seconds it took.
 
     Raises:
-        TimeoutError: they do not come.
+        TimeoutError: they did not start in time.
     """
     from ray import serve
 

@@ -1,4 +1,4 @@
-"""What was seen while replicas were killed, added up over runs, as a table. Measures nothing."""
+"""Results of killing replicas, merged over runs, as a table. Measures nothing."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 @dataclass(slots=True)
 class Kill:
-    """One replica that was killed."""
+    """One killed replica."""
 
     kind: str
     num_replicas: int
-    """Of this kind, before."""
+    """Replicas of this kind before the kill."""
     silence_s: float = 0.0
-    """The longest time without audio of a listener, of such times that overlap with the seconds after it."""
+    """The longest interval without audio at any listener that overlaps the time after the kill."""
     replaced_s: float | None = None
-    """Until as many replicas ran as before; None: not seen."""
+    """Time until the original number of replicas was running again; None: not observed."""
 
 
 @dataclass(slots=True)
@@ -33,24 +33,24 @@ class Outcome:
     kills: list[Kill] = field(default_factory=list)
     num_finished: int = 0
     num_different: int = 0
-    """Finished, with other audio than undisturbed."""
+    """Finished with audio that differs from the undisturbed piece."""
     num_failed: int = 0
-    """Taken in and not finished."""
+    """Admitted, but not finished."""
     num_refused: int = 0
-    """Not taken in."""
+    """Not admitted."""
     errors: dict[str, int] = field(default_factory=dict)
     num_quiet: int = 0
     """Pieces that finished before the first kill."""
     quiet_silences_s: list[float] = field(default_factory=list)
-    """The longest time without audio of a listener, in intervals before the first kill."""
+    """The longest interval without audio at any listener, in intervals before the first kill."""
     quiet_underruns_s: list[float] = field(default_factory=list)
-    """Of pieces before the first kill whose player fell silent, the seconds of silence."""
+    """Underrun of each piece with one, before the first kill."""
     underruns_s: list[float] = field(default_factory=list)
-    """The same from then on."""
+    """The same after the first kill."""
 
 
 def merged(path: Path) -> list[Outcome]:
-    """The outcomes in a file of JSON lines, those of equal conditions added up."""
+    """The outcomes in a file of JSON lines; outcomes with equal conditions are merged."""
     found: dict[tuple[str, int, int], Outcome] = {}
     for line in path.read_text().splitlines():
         values: dict[str, Any] = json.loads(line)
@@ -74,18 +74,18 @@ def _add(known: Outcome, new: Outcome) -> None:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """In Markdown: for each kind its kills, for each run its pieces."""
+    """Markdown tables: kills by kind, and pieces by run."""
     head = ("killed", "replicas", "kills", "longest silence s: median", "max", "replaced after s: median", "max")
     lines = [_line(head), _line(["---"] * len(head))]
     for outcome in outcomes:
-        lines.append(_line(["(none, before)", "", "", *_two(outcome.quiet_silences_s), "", ""]))
+        lines.append(_line(["(before any kill)", "", "", *_two(outcome.quiet_silences_s), "", ""]))
         for kind in dict.fromkeys(kill.kind for kill in outcome.kills):
             kills = [kill for kill in outcome.kills if kill.kind == kind]
             replaced_s = [kill.replaced_s for kill in kills if kill.replaced_s is not None]
             silences_s = [kill.silence_s for kill in kills]
             row = [kind, str(kills[0].num_replicas), str(len(kills)), *_two(silences_s), *_two(replaced_s)]
             lines.append(_line(row))
-    head = ("group", "finished", "other audio", "failed", "refused", "pieces with a gap", "gap s: median", "max")
+    head = ("group", "finished", "different audio", "failed", "rejected", "pieces with a gap", "gap s: median", "max")
     lines += ["", _line(head), _line(["---"] * len(head))]
     for o in outcomes:
         counts = [o.num_finished, o.num_different, o.num_failed, o.num_refused]

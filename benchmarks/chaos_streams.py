@@ -1,6 +1,6 @@
-"""Listeners that stream pieces one after the other, over both protocols, and compare each with the undisturbed one.
+"""Listeners that stream pieces one after another over both protocols and compare each with the undisturbed one.
 
-Knows nothing of Ray and of what is killed.
+Independent of Ray and of what is killed.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from musicgen_serving.player import Player
 from musicgen.errors import MusicGenError
 
 BUFFER_S = 0.5
-"""What the simulated player waits for before it plays."""
+"""Playback buffer of the simulated player."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of the pieces. Mutated by all listeners, under `lock`."""
+    """Outcomes of all pieces. Mutated by all listeners, under `lock`."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     num_finished: int = 0
     num_different: int = 0
-    """Finished, with other audio than undisturbed."""
+    """Finished with audio that differs from the undisturbed piece."""
     failed: Counter[str] = field(default_factory=Counter)
-    """Taken in, but not finished, by error."""
+    """Admitted, but not finished; by error."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Not taken in: an error before anything came, by error."""
+    """Not admitted: an error before the first event; by error."""
     underruns_s: list[float] = field(default_factory=list)
-    """Seconds of silence of each piece at its player."""
+    """Underrun of each piece at its player, in seconds."""
 
     def take_underruns(self) -> tuple[int, list[float]]:
-        """Pieces heard since the last call, and the silence of those whose player fell silent."""
+        """Number of pieces finished since the last call, and the nonzero underruns among them."""
         with self.lock:
             heard, self.underruns_s = self.underruns_s, []
         return len(heard), [seconds for seconds in heard if seconds > 0]
@@ -47,7 +47,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Song:
-    """A piece to ask for, again and again."""
+    """A piece to request repeatedly."""
 
     prompt: str
     seed: int
@@ -65,7 +65,7 @@ class Song:
 
 
 def undisturbed(url: str, song: Song) -> str:
-    """The checksum of a song."""
+    """Checksum of a piece without disturbance."""
     with connect(url) as client:
         return (
             client.stream(song.prompt, seed=song.seed, duration_s=song.duration_s, melody=song.melody)
@@ -75,10 +75,10 @@ def undisturbed(url: str, song: Song) -> str:
 
 
 class Listener(threading.Thread):
-    """Streams one song again and again until it is stopped; then the piece under way is still heard to its end.
+    """Streams one piece repeatedly until stopped; the current piece is still received to its end.
 
     Args:
-        checksum: of the undisturbed song.
+        checksum: of the undisturbed piece.
         retries: None: a lost connection is a failure.
     """
 
@@ -88,7 +88,7 @@ class Listener(threading.Thread):
         self._retries = retries or Retries(max_attempts=1)
         self._stopping = threading.Event()
         self.received_at: list[float] = []
-        """When audio came (monotonic seconds)."""
+        """Arrival times of audio (monotonic seconds)."""
 
     def stop(self) -> None:
         self._stopping.set()
@@ -126,9 +126,9 @@ class Listener(threading.Thread):
 
 
 def longest_silence_s(listeners: Sequence[Listener], since: float, until: float) -> float:
-    """The longest time for which a listener got nothing, of such times that overlap with `since` … `until`.
+    """The longest interval without audio at any listener that overlaps `since` … `until`.
 
-    Chunks are up to a second apart, and a new piece takes a moment to begin: so there is always some.
+    Never 0: chunks are up to a second apart, and a new piece takes a moment to start.
     """
     longest = 0.0
     for listener in listeners:
@@ -140,5 +140,5 @@ def longest_silence_s(listeners: Sequence[Listener], since: float, until: float)
 
 
 def all_heard(listeners: Sequence[Listener], since: float) -> bool:
-    """Whether every listener has got audio since then."""
+    """Whether every listener has received audio since then."""
     return all(listener.received_at and listener.received_at[-1] > since for listener in listeners)

@@ -1,7 +1,7 @@
-"""The cases of `bench_engine`: what each one runs, and the figures that it makes of it.
+"""The cases of `bench_engine`: what each runs, and the figures derived from it.
 
-Every case runs in a process of its own, so that memory and caches begin clean. Ratios to transformers are made by
-whoever holds both sides.
+Every case runs in its own process, so that it starts with clean memory and caches. The caller computes ratios to
+transformers.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from musicgen.engine.packing import KINDS
 from musicgen.types import ChunkPolicy, CodesRequest, EngineRequest
 
 FIRST_FRAMES = 5
-"""Frames that are complete after 8 decode steps; with a look-ahead of 4 they give the first audio."""
+"""Frames complete after 8 decode steps; with a lookahead of 4 they yield the first audio."""
 STAGGERED_S = (5, 30, 12, 20, 8, 25, 15, 10)
-"""Durations of the eight requests, in the order in which they arrive."""
+"""Durations of the eight requests, in order of arrival."""
 STAGGER_S = 0.5
 """Seconds between arrivals."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured value beside what bounds it. Ratios above 1 are better than the bound or transformers."""
+    """One measured value with its bound. Ratios above 1 are better than the bound or transformers."""
 
     case: str
     name: str
     value: float
     unit: str
     bound: float | None = None
-    """In the same unit: the machine's, or the limit that the value must keep."""
+    """In the same unit: the machine's limit, or the target limit of the value."""
     bound_ratio: float | None = None
     peer: float | None = None
-    """transformers' in the same unit."""
+    """transformers' value in the same unit."""
     peer_ratio: float | None = None
     target: str = ""
     reading: Reading | None = None
@@ -64,7 +64,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One engine: a model, its weights, its keys and values; and what is measured on it."""
+    """One engine (model, weights, KV cache) and the measurement to run on it."""
 
     name: str
     size: str
@@ -75,7 +75,7 @@ class Case:
 
 
 def new_core(case: Case, options: Options, num_requests: int) -> EngineCore:
-    """An engine with room for `num_requests` of the longest requests and a resident prefix."""
+    """An engine with room for `num_requests` of the longest requests and a cached prefix."""
     lm = language_model(case.size)
     row_len = max_row_len(lm.config)
     decoder = lm.config.decoder
@@ -92,7 +92,7 @@ def new_core(case: Case, options: Options, num_requests: int) -> EngineCore:
 
 
 def piece(case: Case, options: Options) -> list[Figure]:
-    """One stream from its prefill to its last frame; the median of several pieces, by their share of the bound."""
+    """One stream from prefill to last frame; the median of several pieces, by fraction of the bound."""
     reset_peak_memory()
     core = new_core(case, options, 1)
     num_frames = int(50 * options.piece_s)
@@ -121,7 +121,7 @@ def _piece_figures(case: Case, core: EngineCore, trace: Trace, reading: Reading)
 
 
 def staggered(case: Case, options: Options) -> list[Figure]:
-    """Eight requests that arrive one after another; useful frames over the time from first arrival to last frame."""
+    """Eight staggered requests; useful frames over the time from first arrival to last frame."""
     core = new_core(case, options, len(STAGGERED_S))
     _warm_up(core, case)
     scale = options.piece_s / 30
@@ -145,13 +145,13 @@ def staggered(case: Case, options: Options) -> list[Figure]:
 
 
 def prefill(case: Case, options: Options) -> list[Figure]:
-    """The prefix of a request computed alone: nothing resident, then with the null row's pages resident."""
+    """Prefill of a single request: with nothing cached, then with the null row's pages cached."""
     core, machine = new_core(case, options, 2), Machine(None, options.num_threads)
     peaks = []
     times: dict[str, list[float]] = {"cold": [], "null prefix resident": []}
     with Meter(options.num_threads) as meter:
         for repeat in range(2 * options.num_repeats):
-            # A text length that no one had yet has no resident null prefix; all are nearly equal.
+            # A new text length has no cached null prefix; all lengths are nearly equal.
             for name, seed in (("cold", 2 * repeat), ("null prefix resident", 2 * repeat + 1)):
                 codes = codes_request(case.size, 50, seed, text_len=16 + repeat)
                 trace = drive(core, [(0.0, EngineRequest(f"{seed}", codes))], None, max_steps=4)
@@ -172,8 +172,8 @@ def prefill(case: Case, options: Options) -> list[Figure]:
 
 
 def first_audio(case: Case, options: Options) -> list[Figure]:
-    """From a request to its first samples through the streaming codec, the engine otherwise idle. The text encoder
-    and the chroma are not part of it."""
+    """From a request to its first samples through the streaming codec, on an otherwise idle engine. Excludes the text
+    encoder and chroma."""
     core, codec = new_core(case, options, 1), StreamingCodec(codec_decoder(), 1)
     _warm_up(core, case)
     prefills = {figure.name: figure for figure in prefill(case, options)} if prefix_len(case.size) else {}
@@ -201,7 +201,7 @@ def first_audio(case: Case, options: Options) -> list[Figure]:
 
 
 def overhead(case: Case, options: Options) -> list[Figure]:
-    """What scheduling and Python take of a step with `num_requests` decoding, in processor time."""
+    """CPU time of scheduling and Python in a step with `num_requests` decoding."""
     core = new_core(case, options, case.num_requests)
     num_steps = 30 + case.num_requests
     arrivals = [(0.0, _stream(f"{i}", codes_request(case.size, 500, i))) for i in range(case.num_requests)]
@@ -225,18 +225,18 @@ def overhead(case: Case, options: Options) -> list[Figure]:
 
 
 def _stream(request_id: str, codes: CodesRequest) -> EngineRequest:
-    """A request whose listener takes frames as they are made."""
+    """A streaming request."""
     return EngineRequest(request_id, codes, chunks=ChunkPolicy())
 
 
 def _warm_up(core: EngineCore, case: Case) -> None:
-    """Touch weights and buffers; the text length is of its own, so that no prefix stays for the others."""
+    """Touch weights and buffers; uses a unique text length, so that no cached prefix is left behind."""
     codes = codes_request(case.size, 50, 12345, text_len=5)
     drive(core, [(0.0, EngineRequest("warm-up", codes))], None, max_steps=4)
 
 
 def _num_weights(core: EngineCore) -> int:
-    """Multiply-adds a position: the layers' matrices."""
+    """Multiply-adds per position: the layers' matrices."""
     total = 0
     for block in core.runner.weights.blocks:
         matrices = [block.qkv, block.out, block.fc1, block.fc2]
@@ -245,7 +245,7 @@ def _num_weights(core: EngineCore) -> int:
 
 
 def _held_bytes(core: EngineCore) -> float:
-    """Weights and pages: what must be in memory."""
+    """Minimum memory: weights and pages."""
     weights = weight_bytes(core.runner.weights) + core.runner.weights.embeddings.nbytes
     return weights + core.runner.num_pages * 16 * position_bytes(core)
 

@@ -1,6 +1,6 @@
-"""Drives an engine step by step and notes where each step's time goes.
+"""Drives an engine step by step and records where each step's time goes.
 
-Knows no model sizes and no targets: what comes out are steps with their times and what they had to read.
+Independent of model sizes and targets: the result is a list of steps with their times and the data they read.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ class Step:
     """One step of the engine."""
 
     seconds: float = 0.0
-    """All of it, as its caller sees it."""
+    """Total wall time, as seen by the caller."""
     native_s: float = 0.0
-    """In the compiled step."""
+    """Time in the compiled step."""
     sampler_s: float = 0.0
     overhead_s: float = 0.0
-    """Processor time of the engine's thread outside of the two: scheduling, assembling, Python. Unlike the clock's,
-    it does not count what other processes take. Of decode steps only: a prefill's sampler is part of it."""
+    """CPU time of the engine's thread outside the two: scheduling, batch assembly, Python. Unlike wall time, it
+    excludes time taken by other processes. Decode steps only: in a prefill it includes the sampler."""
     num_tokens: int = 0
     num_deciding: int = 0
     num_positions: int = 0
-    """Keys and values in use, summed over rows."""
+    """KV positions in use, summed over rows."""
     stream_bytes_s: float = 0.0
-    """Read bandwidth probed last."""
+    """Read bandwidth at the last probe."""
 
     @property
     def is_decode(self) -> bool:
-        """Nothing but decoding: each deciding request has one to three tokens."""
+        """Whether it only decodes: each deciding request has one to three tokens."""
         return 0 < self.num_tokens <= 3 * self.num_deciding
 
 
 class _Timed:
-    """Calls something, and notes how long that took."""
+    """Wraps a callable and records the duration of the last call."""
 
     def __init__(self, call: Callable[..., object]) -> None:
         self._call = call
@@ -68,21 +68,21 @@ class _Timed:
 
 
 class _TimedNative:
-    """Stands before the compiled model."""
+    """Wraps the compiled model."""
 
     def __init__(self, native: CpuModel) -> None:
         self.step, self.write_cross = _Timed(native.step), native.write_cross
 
 
 class TimedRunner(ModelRunner):
-    """A runner that knows what its last step was, and how long the compiled part and the sampler took.
+    """A runner that records its last step and the times of the compiled part and the sampler.
 
-    It notes no more than it must while a step is timed: that would count as the engine's.
+    It records as little as possible during a step, because that time counts as the engine's.
     """
 
     def __init__(self, lm: LanguageModel, config: EngineConfig, weights: DecoderWeights) -> None:
         super().__init__(lm, config, weights=weights)
-        assert isinstance(self._step, CpuStep), "this measures the CPU's step"
+        assert isinstance(self._step, CpuStep), "only the CPU step can be measured"
         self._native = _TimedNative(self._step._native)
         self._step._native = self._native
         self._sampled = _Timed(lambda: None)
@@ -97,7 +97,7 @@ class TimedRunner(ModelRunner):
         return self._sampled
 
     def last(self, seconds: float, cpu_s: float) -> Step:
-        """The step that has just been computed; the engine took that long over it."""
+        """The step just computed, with the time that the engine took for it."""
         batch, native, sampled = self._batch, self._native.step, self._sampled
         return Step(
             seconds=seconds,
@@ -112,12 +112,12 @@ class TimedRunner(ModelRunner):
 
 @dataclass(slots=True)
 class Trace:
-    """A run of the engine until nothing was left to do."""
+    """A run of the engine until it is idle."""
 
     steps: list[Step] = field(default_factory=list)
     num_frames: int = 0
     wall_s: float = 0.0
-    """From the first arrival to the last frame, probes left out."""
+    """From the first arrival to the last frame, excluding probes."""
     first_chunk_s: dict[str, float] = field(default_factory=dict)
     """From a request's arrival to its first frames."""
 
@@ -127,7 +127,7 @@ class Trace:
 
     @property
     def prefill_s(self) -> float:
-        """Steps that computed anything but decodes."""
+        """Total time of steps that are not pure decode steps."""
         return sum(step.seconds for step in self.steps if not step.is_decode)
 
 
@@ -137,8 +137,8 @@ def drive(
     """Add each request at its time (seconds from now, ascending) and step until all have ended.
 
     Args:
-        meter: probed every `PROBE_EVERY_STEPS` steps, outside of what is timed.
-        max_steps: cancel everything after so many steps.
+        meter: probed every `PROBE_EVERY_STEPS` steps, outside the timed spans.
+        max_steps: cancel everything after this many steps.
     """
     trace, waiting = Trace(), list(arrivals)
     runner = core.runner
@@ -178,7 +178,7 @@ def drive(
 
 
 def weight_bytes(weights: DecoderWeights) -> int:
-    """Bytes of packed matrices that every step reads: all but the text's keys and values, which are made once."""
+    """Bytes of packed matrices that every step reads: all but those for the text's KV, which is computed once."""
     return sum(_block_bytes(block) for block in weights.blocks) + weights.heads.data.nbytes
 
 
@@ -190,13 +190,13 @@ def _block_bytes(block: BlockWeights) -> int:
 
 
 def position_bytes(core: EngineCore) -> float:
-    """Bytes of keys and values a position and row, all layers."""
+    """KV bytes per position and row, over all layers."""
     decoder = core.model_config.decoder
     dtype: torch.dtype = core.runner.pages.k.dtype
     return page_bytes(decoder.num_layers, decoder.num_heads, decoder.head_dim, dtype) / 16
 
 
 def bound_s(core: EngineCore, step: Step) -> float:
-    """The least time a step can take: its weights, keys and values, read once at the bandwidth probed beside it."""
+    """Lower bound of a step's time: reading its weights and KV once at the bandwidth of the last probe."""
     num_bytes = weight_bytes(core.runner.weights) + step.num_positions * position_bytes(core)
     return num_bytes / step.stream_bytes_s

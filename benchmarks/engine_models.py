@@ -1,7 +1,7 @@
-"""Models of the true sizes with random weights, ours and transformers', for timing alone.
+"""Models of the real sizes with random weights, ours and transformers', for timing only.
 
-Speed does not depend on what the weights are, as long as they are finite and not denormal. Ours are made in packed
-form, so that the 1.5 B model never exists in fp32. Knows no timing.
+Speed does not depend on the weights' values, as long as they are finite and not denormal. Ours are created in packed
+form, so that the 1.5 B model never exists in fp32.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def model_config(size: str) -> ModelConfig:
 
 
 def fill(module: nn.Module) -> nn.Module:
-    """Random parameters and buffers of a trained model's order of magnitude (mutated)."""
+    """Fill parameters and buffers (mutated) with random values of a trained model's magnitude."""
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
@@ -64,7 +64,7 @@ def fill(module: nn.Module) -> nn.Module:
 
 
 def language_model(size: str) -> LanguageModel:
-    """The projections and embeddings; the layers have no memory, for `packed_weights` stands for them."""
+    """The projections and embeddings; the layers stay on the meta device, `packed_weights` replaces them."""
     torch.manual_seed(0)
     with torch.device("meta"):
         lm = LanguageModel(model_config(size))
@@ -76,7 +76,7 @@ def language_model(size: str) -> LanguageModel:
 
 
 def packed_weights(config: ModelConfig, kind: Kind, max_positions: int) -> DecoderWeights:
-    """A decoder's weights, random in the packed form of `kind`."""
+    """Random decoder weights in the packed form of `kind`."""
     torch.manual_seed(0)
     decoder = config.decoder
     dim, books = decoder.dim, decoder.num_codebooks
@@ -112,7 +112,7 @@ def _norm(dim: int) -> Norm:
 
 
 def _packed(num_outputs: int, num_inputs: int, kind: Kind) -> PackedLinear:
-    """One block of 16 outputs is random and packed, and repeated: all memory is its own, and filled at its speed."""
+    """Packs one random block of 16 outputs and repeats it: fast, and every weight still has its own memory."""
     tile = pack_linear((torch.rand(TILE, num_inputs) - 0.5) * 2 * num_inputs**-0.5, kind, order="tiles")
     parts = [tile.codes.repeat(num_outputs // TILE)]
     if tile.group_len:
@@ -132,7 +132,7 @@ def codec_decoder() -> EncodecDecoder:
 
 
 def codes_request(size: str, num_frames: int, seed: int, *, text_len: int = TEXT_LEN) -> CodesRequest:
-    """A guided request of one window; a melody of its own where the model takes one."""
+    """A guided request of one window, with a random melody if the model supports it."""
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(text_len, TEXT_DIM, generator=generator)
     chroma: Tensor | None = None
@@ -144,7 +144,7 @@ def codes_request(size: str, num_frames: int, seed: int, *, text_len: int = TEXT
 
 
 def transformers_decoder(size: str) -> Any:
-    """transformers' decoder of the same shape in fp32, on its default attention."""
+    """transformers' decoder of the same shape in fp32, with its default attention."""
     from transformers import MusicgenForCausalLM, MusicgenMelodyForCausalLM
     from transformers.models.musicgen.configuration_musicgen import MusicgenDecoderConfig
     from transformers.models.musicgen_melody.configuration_musicgen_melody import MusicgenMelodyDecoderConfig

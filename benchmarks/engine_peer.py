@@ -1,7 +1,7 @@
-"""What transformers takes for the same shapes: prefill, one decode step at several lengths, and `generate`.
+"""transformers' times for the same shapes: prefill, one decode step at several lengths, and `generate`.
 
-A whole piece is not run: a step's time is measured at three lengths of the keys and values and interpolated, and what
-`generate` adds to the forward pass (sampling, bookkeeping) is measured on a short piece.
+No whole piece is run: step times are measured at three KV lengths and interpolated, and the overhead of `generate` over
+the forward pass (sampling, bookkeeping) is measured on a short piece.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class PeerTimes:
     prefill_s: float
     """The better of two."""
     lengths: tuple[int, ...]
-    """Positions a row at which a step was measured."""
+    """Positions per row at which a step was measured."""
     forward_s: tuple[float, ...]
     """Median of a decode step's forward pass at each length."""
     sampling_s: float
-    """What a step of `generate` takes beyond its forward pass."""
+    """Time of a `generate` step beyond its forward pass."""
     reading: Reading
 
     def step_s(self, length: float) -> float:
-        """A decode step of `generate` at `length` positions a row; linear between and beyond the measured ones."""
+        """A decode step of `generate` at `length` positions per row, by linear inter- and extrapolation."""
         slope, start = np.polyfit(self.lengths, self.forward_s, 1)
         return float(start + slope * length) + self.sampling_s
 
     def piece_s(self, num_frames: int, prefix_len: int) -> float:
-        """Prefill and all decode steps of pieces of `num_frames` frames. The first step is the prefill's."""
+        """Prefill and all decode steps of pieces of `num_frames` frames. The prefill includes the first step."""
         num_steps = num_frames + 3  # 4 codebooks, one step of delay each
         decode_s = sum(self.step_s(prefix_len + step) for step in range(1, num_steps))
         return self.prefill_s + decode_s
@@ -56,7 +56,7 @@ def prefix_len(size: str) -> int:
 
 @torch.inference_mode()
 def measure(size: str, num_requests: int, *, num_repeats: int = 5, num_frames: int = 1500) -> PeerTimes:
-    """Time transformers' decoder for `num_requests` requests of one length, guidance rows beside them."""
+    """Time transformers' decoder for `num_requests` requests of equal length, plus their guidance rows."""
     model = transformers_decoder(size)
     with Meter() as meter:
         first_s, cache = _prefill(model, size, num_requests)
@@ -73,13 +73,13 @@ def measure(size: str, num_requests: int, *, num_repeats: int = 5, num_frames: i
 
 
 def _inputs(size: str, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of the first step `[rows · 4, 1]`, and the text, or prefix, `[rows, L, dim]`."""
+    """Ids of the first step `[rows · 4, 1]`, and the text or prefix `[rows, L, dim]`."""
     states = torch.randn(num_rows, prefix_len(size) or TEXT_LEN, SIZES[size][1])
     return torch.full((num_rows * 4, 1), 2048), states
 
 
 def _prefill(model: Any, size: str, num_requests: int) -> tuple[float, Any]:
-    """Seconds of the first forward pass, and its keys and values."""
+    """Seconds of the first forward pass, and its KV cache."""
     ids, states = _inputs(size, 2 * num_requests)
     began = time.perf_counter()
     cache = model(input_ids=ids, encoder_hidden_states=states, use_cache=True).past_key_values
@@ -112,7 +112,7 @@ def _generate(model: Any, size: str, num_requests: int) -> float:
         marks.append(time.perf_counter())
         return forward(*args, **kwargs)
 
-    rows = num_requests if size == "melody" else 2 * num_requests  # melody's doubles them itself
+    rows = num_requests if size == "melody" else 2 * num_requests  # the melody model doubles them itself
     ids, _ = _inputs(size, num_requests)
     _, states = _inputs(size, rows)
     model.forward = marked

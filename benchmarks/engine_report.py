@@ -1,4 +1,4 @@
-"""Figures as a table and as a picture. Measures nothing."""
+"""Figures as a table and a plot. Measures nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADINGS = (
     "figure",
     "value",
     "bound",
-    "of it",
+    "of bound",
     "transformers",
     "×",
     "target",
@@ -24,8 +24,8 @@ HEADINGS = (
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """One line a figure; the columns after the target are the machine's state while it was measured: read bandwidth,
-    largest over smallest probe, cores that others kept busy, load average."""
+    """One line per figure. The columns after the target describe the machine during the measurement: read bandwidth,
+    ratio of largest to smallest probe, cores kept busy by other processes, load average."""
     rows = [HEADINGS, *map(_row, figures)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     return "\n".join(
@@ -34,7 +34,7 @@ def table(figures: Sequence[Figure]) -> str:
 
 
 def plot(figures: Sequence[Figure], path: Path) -> None:
-    """Bars of the share of the bound and of the ratio to transformers."""
+    """Bar charts of the fraction of the bound and of the ratio to transformers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,7 +47,7 @@ def plot(figures: Sequence[Figure], path: Path) -> None:
     )
     axes[0].barh([_label(f) for f in bounded], [100 * (f.bound_ratio or 0) for f in bounded], color="#4477aa")
     axes[0].axvline(60, color="black", linewidth=1, linestyle=":")
-    axes[0].set_xlabel("% of the same run's bound")
+    axes[0].set_xlabel("% of the bound of the same run")
     axes[1].barh([_label(f) for f in beside], [f.peer_ratio or 0 for f in beside], color="#cc6677")
     axes[1].axvline(1, color="black", linewidth=1)
     axes[1].set_xlabel("× transformers in fp32")

@@ -1,10 +1,9 @@
-"""Broken requests by the thousand: `python -m benchmarks.fuzz_serving --requests 20000`.
+"""Fuzz the service with malformed requests: `python -m benchmarks.fuzz_serving --requests 20000`.
 
-The whole service in one process (embedded model, short pieces), and four kinds of senders in processes of their own at
-the same time: what schemathesis makes of the OpenAPI document, mutated protobufs, broken recordings, broken HTTP. There
-must be no 5xx (but 503 of an overload and 504 of a deadline) or INTERNAL, no answer that never comes, and at the end as
-many pages, files, tasks and requests as at the beginning. A table comes first, one line of JSON last; the exit status
-says whether all held.
+Runs the whole service in one process (demo model, short pieces) and four concurrent fuzzers in separate processes:
+schemathesis on the OpenAPI document, mutated protobufs, corrupt recordings, malformed HTTP. There must be no 5xx
+(except 503 for overload and 504 for a deadline) or INTERNAL and no missing response, and pages, files, tasks and
+requests must return to their initial numbers. Prints tables, then one line of JSON; the exit status is 0 on success.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from benchmarks.serving_report import aligned
 
 SHARES = {"openapi": 0.4, "protobuf": 0.35, "audio": 0.2, "wire": 0.05}
 WARM_UP_SHARE = 0.15
-"""Of the requests: caches fill and allocators grow before memory is compared."""
+"""Fraction of requests sent before the memory baseline is taken, to fill caches and allocators."""
 MAX_GROWTH_BYTES = 120 * 2**20
 SETTLE_S = 45.0
 SETTINGS = {
@@ -36,7 +35,7 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A fuzz that has ended."""
+    """A finished fuzzing run."""
 
     before: Held
     warm: Held
@@ -47,7 +46,7 @@ class Result:
 
 
 def fuzz(num_requests: int, seed: int, settings: dict[str, Any] | None = None) -> Result:
-    """Send about `num_requests` and compare what is held before and after."""
+    """Send about `num_requests` and compare resources before and after."""
     began = time.time()
     with local_process(settings or SETTINGS) as local:
         before = local.look()
@@ -61,7 +60,7 @@ def fuzz(num_requests: int, seed: int, settings: dict[str, Any] | None = None) -
 
 
 def _send(local: LocalProcess, num: int, seed: int) -> dict[str, Findings]:
-    """All senders at the same time."""
+    """Run all fuzzers concurrently."""
     running = {}
     for name, share in SHARES.items():
         arguments = [name, local.http_url, local.grpc_url, str(max(1, round(num * share))), str(seed)]
@@ -71,13 +70,13 @@ def _send(local: LocalProcess, num: int, seed: int) -> dict[str, Findings]:
     for name, process in running.items():
         output, _ = process.communicate()
         if process.returncode != 0:
-            raise RuntimeError(f"the sender {name!r} failed; its last words are above")
+            raise RuntimeError(f"fuzzer {name!r} failed; see its output above")
         found[name] = Findings(**json.loads(output.splitlines()[-1]))
     return found
 
 
 def settled(local: LocalProcess, before: Held) -> Held:
-    """What is held once nothing runs any more, or after `SETTLE_S`."""
+    """Resources held once the service is idle, or after `SETTLE_S`."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         held = local.look()
@@ -102,32 +101,32 @@ def _sum(first: Findings, second: Findings) -> Findings:
 
 
 def problems(before: Held, warm: Held, after: Held, found: dict[str, Findings]) -> list[str]:
-    """What did not hold, in words; empty if all did."""
+    """Descriptions of all violations; empty if none."""
     failed = [f"{name}: {text}" for name, findings in found.items() for text in findings.bad]
-    for name, held in (("in the middle", warm), ("at the end", after)):
+    for name, held in (("after the warm-up", warm), ("at the end", after)):
         for what in ("running", "pieces", "backlog"):
             if getattr(held, what):
-                failed.append(f"{name} {getattr(held, what)} {what}, expected 0")
+                failed.append(f"{name}: expected 0 {what}, got {getattr(held, what)}")
         if held.balanced != "yes":
             failed.append(f"{name}: {held.balanced}")
         if held.admitted != sum(held.ended.values()):
-            failed.append(f"{name} {held.admitted} admitted, but {held.ended} ended")
+            failed.append(f"{name}: {held.admitted} admitted, but {held.ended} ended")
         if held.engine["accepted"] != sum(held.engine[n] for n in ("finished", "cancelled", "failed")):
-            failed.append(f"{name} the engine's own counts do not balance: {held.engine}")
+            failed.append(f"{name}: the engine's counters do not balance: {held.engine}")
     if after.pages > before.pages:
-        failed.append(f"{after.pages} pages are held at the end, {before.pages} at the beginning")
+        failed.append(f"{after.pages} pages held at the end, {before.pages} at the start")
     if after.num_files > before.num_files + 2:
-        failed.append(f"{after.num_files} open files at the end, {before.num_files} at the beginning")
+        failed.append(f"{after.num_files} open files at the end, {before.num_files} at the start")
     if after.num_tasks > before.num_tasks + 2:
-        failed.append(f"{after.num_tasks} tasks at the end, {before.num_tasks} at the beginning")
+        failed.append(f"{after.num_tasks} tasks at the end, {before.num_tasks} at the start")
     if after.rss_bytes > warm.rss_bytes + MAX_GROWTH_BYTES:
         failed.append(f"{after.rss_bytes / 1e6:.0f} MB at the end, {warm.rss_bytes / 1e6:.0f} MB after the warm-up")
     return failed
 
 
 def table(result: Result) -> str:
-    """What was sent and answered; what is held."""
-    rows = [("sender", "sent", "answers", "longest, s", "findings")]
+    """Tables of requests with their responses, and of resources held."""
+    rows = [("fuzzer", "sent", "responses", "slowest, s", "findings")]
     for name, findings in result.found.items():
         answers = sorted(findings.by_answer.items(), key=lambda item: -item[1])
         text = ", ".join(f"{count} {answer}" for answer, count in answers)

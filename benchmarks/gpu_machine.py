@@ -1,7 +1,7 @@
-"""What a GPU can do, measured beside a benchmark of its kernels, and how they are timed there: `machine` for GPUs.
+"""GPU counterpart of `machine`: measures a GPU's limits alongside the kernel benchmark, and times kernels on it.
 
-Work is captured in a CUDA graph and timed by events on its stream, so that neither Python nor launches are in the
-figures. Nothing here has been run on a GPU yet; `refusal` says why a machine without one cannot.
+Work is captured in a CUDA graph and timed by events on its stream, which excludes Python and launch overhead. Nothing
+here has been run on a GPU yet; `refusal` says why a backend cannot be measured on this machine.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ GRAPH_WARM_UPS = 2
 def refusal(backend: str) -> str | None:
     """Why a GPU backend cannot be measured here; None if it can."""
     if not torch.cuda.is_available():
-        return "this machine has no GPU that PyTorch can use (torch.cuda.is_available() is False)"
+        return "no GPU available to PyTorch (torch.cuda.is_available() is False)"
     return unavailable(backend, "layer_norm", "cuda", torch.float32)
 
 
 class GpuMachine:
-    """The current GPU; offers what `machine.Machine` offers, and timing.
+    """The current GPU, with the interface of `machine.Machine` plus timing.
 
     Args:
-        dtype: of the activations; the arithmetic peak of 16-bit ones is that of matrix products.
+        dtype: of the activations; the peak for 16-bit types is measured with matrix products.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -42,7 +42,7 @@ class GpuMachine:
         return STREAM_BYTES / statistics.median(self.seconds_of(lambda: self._buffer.sum(), 5))
 
     def peak_rates(self) -> dict[str, float]:
-        """Operations a second of square matrix products, float32 (without TF32) and the activations' dtype."""
+        """Operations per second of square matrix products, in float32 (without TF32) and the activations' dtype."""
         torch.backends.cuda.matmul.allow_tf32 = False
         found = {}
         for name, dtype in (("fp32", torch.float32), ("16-bit", self.dtype)):
@@ -54,7 +54,7 @@ class GpuMachine:
         return found
 
     def seconds_of(self, run: Callable[[], object], repeats: int, *, cold: bool = False) -> list[float]:
-        """Sorted times of `repeats` replays of what `run` launches; `cold`: after reading 4 GiB of other data."""
+        """Sorted times of `repeats` replays of the work that `run` launches; `cold`: after reading 4 GiB of data."""
         graph = self._captured(run)
         graph.replay()
         times = []
@@ -71,7 +71,7 @@ class GpuMachine:
 
     @staticmethod
     def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """Capture after a few runs beside, in which kernels are compiled and memory is taken."""
+        """Capture after a few warm-up runs on a side stream, in which kernels are compiled and memory is allocated."""
         beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):

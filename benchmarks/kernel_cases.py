@@ -1,6 +1,6 @@
-"""The cases of the kernel benchmark: for each, a closure to time, its bytes and operations, its error, its inputs.
+"""The cases of the kernel benchmark: for each, a closure to time, its bytes, operations and errors.
 
-A case works through enough copies of its data that none of it stays in a cache between two calls on the same copy.
+A case cycles through enough copies of its data that none of it stays in a cache between two calls on the same copy.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Target:
 
     @property
     def activations(self) -> str:
-        """The dtype's name."""
+        """Name of the dtype."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     @property
     def matrix_peak(self) -> str:
-        """The arithmetic peak of products of two matrices of that dtype."""
+        """The arithmetic peak that applies to matrix products of this dtype."""
         return "fp32" if self.dtype == torch.float32 else "16-bit"
 
 
@@ -49,18 +49,18 @@ class Case:
     """One row of the table.
 
     Attributes:
-        op, backend: what runs.
-        weights, activations, kv: dtypes by name, "-" where there is none.
-        rows, length, heads: sizes; 0 where they mean nothing.
-        run: does the work `calls` times, each on other data.
+        op, backend: the operation and its backend.
+        weights, activations, kv: dtype names, "-" if not applicable.
+        rows, length, heads: sizes; 0 if not applicable.
+        run: does the work `calls` times, each time on different data.
         calls: calls in one `run`.
         num_bytes: read and written by one call, each byte counted once.
         operations: multiplications and additions of one call.
-        peak: which of the machine's arithmetic peaks is the bound: "fp32", "int8" or "16-bit".
-        errors: gives (largest error, ratio to PyTorch's in the same dtype) against float64, or (NMSE, NaN).
+        peak: the arithmetic peak that is the bound: "fp32", "int8" or "16-bit".
+        errors: returns (largest error, ratio to PyTorch's in the same dtype) against float64, or (NMSE, NaN).
         peer: the same work in PyTorch, or None.
-        note: what the numbers do not say.
-        error_note: says in words what `errors` gave, where that is no error of a number; with `{error}` in it.
+        note: additional information.
+        error_note: explains the result of `errors` if it is not a numeric error; may contain `{error}`.
     """
 
     op: str
@@ -92,7 +92,7 @@ def _errors(result: Tensor, exact: Tensor, torch_result: Tensor | None) -> tuple
 
 
 def attention_case(target: Target, kv: str, rows: int, length: int, heads: int) -> Case:
-    """Decode: one query a row over `length` positions in shuffled pages."""
+    """Decode attention: one query per row over `length` positions in shuffled pages."""
     backend, device = target.backend, target.device
     per_row, dtype = (length + 15) // 16, DTYPES[kv]
     layer_bytes = kernels.page_bytes(1, heads, 64, dtype) * per_row * rows
@@ -129,7 +129,7 @@ def attention_case(target: Target, kv: str, rows: int, length: int, heads: int) 
 
 
 def linear_case(target: Target, kind: Kind, rows: int, n: int, k: int) -> Case:
-    """x [rows, k] by packed weights [n, k]."""
+    """x [rows, k] times packed weights [n, k]."""
     backend, device = target.backend, target.device
     one = kernels.pack_linear((torch.randn(n, k) / k**0.5).to(device), kind)
     copies = max(2, WORKING_SET[device] // one.data.nbytes)
@@ -160,7 +160,7 @@ def _placed(data: Tensor) -> Tensor:
 
 
 def sampling_case(target: Target, requests: int, codebooks: int, num_codes: int) -> Case:
-    """Guidance over two rows a request, top-k 250, the draw and the write-back; the peer is the same in PyTorch."""
+    """Guidance over two rows per request, top-k 250, sampling and write-back; the peer is the same in PyTorch."""
     backend, device = target.backend, target.device
     logits = (torch.randn(2 * requests, codebooks, num_codes) * 3).to(device)
     sequences = torch.empty(requests, codebooks, 16, dtype=torch.int32, device=device)

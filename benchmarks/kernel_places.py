@@ -1,4 +1,4 @@
-"""Where the kernel benchmark's rows run: a backend's device, and the machine that its times are compared with."""
+"""Devices of the kernel benchmark: a backend's target, and the machine whose limits its times are compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .machine import Machine
 
 
 class Measured(Protocol):
-    """What rows are measured on: a CPU at one instruction-set level, or a GPU."""
+    """A device under measurement: a CPU at one instruction-set level, or a GPU."""
 
     level: str
 
@@ -26,26 +26,26 @@ class Measured(Protocol):
 
 
 class CpuMachine(Machine):
-    """The CPU at one level, with a number of threads."""
+    """The CPU at one instruction-set level, with a number of threads."""
 
     def peak_rates(self) -> dict[str, float]:
-        """Operations a second, by the names that cases give to their bounds."""
+        """Operations per second, by `Case.peak`."""
         peaks = self.peaks()
         return {"fp32": peaks.fp32, "int8": peaks.int8}
 
     def seconds_of(self, run: Callable[[], object], repeats: int, *, cold: bool = False) -> list[float]:
-        """See the function of that name."""
+        """See `seconds_of`."""
         return seconds_of(run, repeats, self.flush if cold else None)
 
 
 def place(backend: str, activations: str, num_threads: int) -> tuple[Target, Measured]:
-    """Where a backend's rows run, and the machine that they are compared with.
+    """The target of a backend, and the machine to compare it with.
 
     Args:
-        activations: dtype by name, for a GPU; the CPU's are float32.
+        activations: dtype name, for GPUs; the CPU always uses float32.
 
     Raises:
-        SystemExit: the backend is unknown, or cannot run here.
+        SystemExit: the backend is unknown or unavailable.
     """
     name, _, level = backend.partition(":")
     if name in GPU_BACKENDS and not level:
@@ -60,14 +60,14 @@ def place(backend: str, activations: str, num_threads: int) -> tuple[Target, Mea
 
 
 def backends(asked: str | None) -> list[str]:
-    """Those asked for, comma-separated; else the CPU's and what runs on this machine's GPU."""
+    """The requested backends (comma-separated); else the CPU and the available GPU backends."""
     if asked is not None:
         return asked.split(",")
     return ["cpu", *(name for name in GPU_BACKENDS if refusal(name) is None)]
 
 
 def seconds_of(run: Callable[[], object], repeats: int, before: Callable[[], None] | None = None) -> list[float]:
-    """Sorted times of `repeats` calls, after one that is not counted."""
+    """Sorted times of `repeats` calls, after one warm-up call."""
     run()
     times = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""What this machine can do, measured beside a benchmark: read bandwidth, arithmetic peaks, load."""
+"""This machine's limits, measured alongside a benchmark: read bandwidth, arithmetic peaks, load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROBES = 40
 
 @dataclass(frozen=True, slots=True)
 class Peaks:
-    """Arithmetic peaks of all threads together, in operations (a multiply-add is two) a second.
+    """Arithmetic peaks of all threads together, in operations per second (a multiply-add counts as two).
 
     Attributes:
         fp32: with fp32 multiply-adds.
@@ -28,12 +28,12 @@ class Peaks:
 
 
 class Machine:
-    """Probes with a number of threads: arithmetic at one instruction-set level, bandwidth at the best one."""
+    """Multi-threaded probes: arithmetic at one instruction-set level, bandwidth at the best one."""
 
     def __init__(self, level: str | None, num_threads: int) -> None:
         self.level, self._native = load_level(level)
         self.num_threads = num_threads
-        self._reader = load_level(supported_levels()[0])[1]  # the memory's limit, not the level's
+        self._reader = load_level(supported_levels()[0])[1]  # the limit of the memory, not of the level
         self._buffer = zero_bytes(STREAM_BYTES).fill_(1)
 
     def stream_bytes_per_s(self) -> float:
@@ -43,21 +43,21 @@ class Machine:
         return STREAM_BYTES / float(statistics.median(seconds))
 
     def flush(self) -> None:
-        """Push everything else out of the caches."""
+        """Evict everything else from the caches."""
         self._reader.stream_read_seconds(self._buffer.data_ptr(), STREAM_BYTES, self.num_threads)
 
     def peaks(self) -> Peaks:
-        """The best of many probes each of a few ms: for some of them threads may share a core, new ones do at first."""
+        """The best of many probes of a few ms each: threads, especially new ones, may share a core in some of them."""
         fp32 = max(self._native.fma_per_second(self.num_threads) for _ in range(PROBES))
         int8 = max(self._native.int8_per_second(self.num_threads) for _ in range(PROBES))
         return Peaks(2 * fp32, 2 * int8)
 
 
 def load_average() -> float:
-    """Of the last minute."""
+    """Load average of the last minute."""
     return os.getloadavg()[0]
 
 
 def gpu_name() -> str | None:
-    """The GPU that kernels would run on; None without one."""
+    """Name of the current GPU; None without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

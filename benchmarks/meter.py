@@ -1,6 +1,7 @@
-"""What the machine did while something was timed: read bandwidth, work of others, memory.
+"""State of the machine during a timed span: read bandwidth, load from other processes, memory.
 
-A shared machine gives and takes from one second to the next, so a timed span is read beside probes taken within it.
+The performance of a shared machine varies from one second to the next, so a timed span is compared with probes taken
+within it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ class Reading:
     stream_bytes_s: float
     """Median of the probes' read bandwidth."""
     stream_drift: float
-    """Largest over smallest probe."""
+    """Ratio of the largest to the smallest probe."""
     others_cores: float
-    """Mean number of cores that other processes kept busy."""
+    """Mean number of cores kept busy by other processes."""
     load_average: float
     """Of the last minute, at the end."""
 
 
 class Meter:
-    """Measures the span between entering and leaving; `probe` within it."""
+    """Measures the duration of its context; call `probe` within it."""
 
     def __init__(self, num_threads: int | None = None) -> None:
         self._machine = Machine(None, num_threads or torch.get_num_threads())
@@ -53,12 +54,12 @@ class Meter:
         self.probe()
 
     def probe(self) -> float:
-        """Read bandwidth now, in bytes a second."""
+        """Current read bandwidth in bytes per second."""
         self.probes.append(self._machine.stream_bytes_per_s())
         return self.probes[-1]
 
     def reading(self) -> Reading:
-        """After leaving."""
+        """The result; call after exiting the context."""
         return Reading(
             wall_s=self._wall_s,
             stream_bytes_s=statistics.median(self.probes),
@@ -69,7 +70,7 @@ class Meter:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak of this process's memory begin anew, where the system can."""
+    """Reset the peak memory of this process, if the system supports it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -77,7 +78,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident memory since the start, or the last reset."""
+    """Peak resident memory since the start or the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -85,7 +86,7 @@ def peak_memory_bytes() -> int:
 
 
 def _busy_s() -> float:
-    """CPU seconds spent on this machine by anybody."""
+    """CPU seconds spent on this machine by all processes."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 

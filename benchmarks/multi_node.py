@@ -1,7 +1,8 @@
-"""A cluster of several nodes on one machine, one of which is lost under streams.
+"""Node failure during streaming, on a multi-node cluster on one machine.
 
-A head and two engine nodes, each with room for one language model. Streams run, one engine node is killed with all its
-processes, and every stream must end with the audio that it has undisturbed. Prints a table and one JSON line.
+A head node and two engine nodes, each with room for one language model. One engine node is killed with all its
+processes while streams are running; every stream must end with the same audio as without the failure. Prints one line
+of JSON.
 
     python -m benchmarks.multi_node --streams 6
 """
@@ -26,13 +27,13 @@ from ray.cluster_utils import Cluster
 from benchmarks import chaos_cluster
 
 ENGINE = "engine_pool"
-"""Custom resource of the nodes for language models."""
+"""Custom resource of the engine nodes."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Lose one node of a cluster under streams.")
+    parser = argparse.ArgumentParser(description="Kill one node of a cluster while streaming.")
     parser.add_argument("--streams", type=int, default=6, metavar="N")
-    parser.add_argument("--duration", type=float, default=30.0, metavar="SECONDS", help="of each piece")
+    parser.add_argument("--duration", type=float, default=30.0, metavar="SECONDS", help="duration of each piece")
     options = parser.parse_args()
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     engines = [nodes.add_node(num_cpus=0, resources={ENGINE: 1}) for _ in range(2)]

@@ -1,6 +1,6 @@
-"""Ways to a service that can be cut with a TCP reset, as when a client's machine is gone.
+"""TCP proxy whose connections can be reset, as if the client's machine had crashed.
 
-Owns one event loop on a thread of its own, on which all bytes are passed on.
+Forwards all bytes on one event loop in a dedicated thread.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import struct
 import threading
 
 LINGER_0 = struct.pack("ii", 1, 0)
-"""Closing such a socket sends RST."""
+"""Closing a socket with this option sends RST."""
 
 
 class Route:
-    """One way; made by `ResetProxy.route`."""
+    """One proxied route; created by `ResetProxy.route`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, target: tuple[str, int]) -> None:
         self.port = 0
@@ -26,7 +26,7 @@ class Route:
         self._pumps: set[asyncio.Task[None]] = set()
 
     def reset(self) -> None:
-        """Reset both sides of every connection; no new one is taken."""
+        """Reset both sides of every connection; accept no new ones."""
         asyncio.run_coroutine_threadsafe(self._reset(), self._loop).result(10)
 
     async def listen(self) -> None:
@@ -59,7 +59,7 @@ class Route:
 
 
 class ResetProxy:
-    """Makes routes. Use as a context manager."""
+    """Creates routes. A context manager."""
 
     def __enter__(self) -> ResetProxy:
         self._loop = asyncio.new_event_loop()
@@ -77,7 +77,7 @@ class ResetProxy:
         self._loop.close()
 
     def route(self, host: str, port: int) -> Route:
-        """A new way to a service."""
+        """A new route to a service."""
         route = Route(self._loop, (host, port))
         asyncio.run_coroutine_threadsafe(route.listen(), self._loop).result(10)
         self._routes.append(route)

@@ -1,6 +1,6 @@
-"""Broken things to send: recordings that are cut, flipped or lie about themselves, and mutated bytes of any kind.
+"""Malformed inputs: truncated, bit-flipped or mislabelled recordings, and mutated bytes of any kind.
 
-Everything follows from a `random.Random`. Sends nothing.
+Deterministic, given a `random.Random`. Sends nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ FORMATS = {
     "aiff": ("AIFF", "PCM_16"),
 }
 BOMB_S = 1800
-"""Silence of this length is some kilobytes in formats that compress."""
+"""Silence of this duration takes only a few kilobytes in compressed formats."""
 BLOCK = 1 << 16
 INTERESTING = (0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
 def recordings(rng: random.Random) -> dict[str, bytes]:
-    """A short tune in each format, and one of two channels."""
+    """A short tone in each format, and one in stereo."""
     time_s = np.arange(int(0.4 * RATE)) / RATE
     tune = 0.4 * np.sin(2 * np.pi * rng.uniform(110, 440) * time_s)
     made = {name: _encoded(tune, RATE, *how) for name, how in FORMATS.items()}
@@ -39,7 +39,7 @@ def recordings(rng: random.Random) -> dict[str, bytes]:
 
 
 def bombs() -> dict[str, bytes]:
-    """Small files of half an hour."""
+    """Small files that decode to half an hour."""
     silence = np.zeros(BOMB_S * 8000, dtype=np.int16)
     return {f"bomb-{name}": _encoded(silence, 8000, *FORMATS[name]) for name in ("flac", "ogg", "mp3")}
 
@@ -48,7 +48,7 @@ def _encoded(samples: np.ndarray, rate: int, container: str, subtype: str) -> by
     out = io.BytesIO()
     channels = 1 if samples.ndim == 1 else samples.shape[1]
     with soundfile.SoundFile(out, "w", rate, channels, subtype, format=container) as file:
-        for start in range(0, len(samples), BLOCK):  # Vorbis' encoder has been seen to crash on large writes
+        for start in range(0, len(samples), BLOCK):  # the Vorbis encoder may crash on large writes
             file.write(samples[start : start + BLOCK])
     return out.getvalue()
 
@@ -65,7 +65,7 @@ def _cut(data: bytes, rng: random.Random) -> bytes:
 
 
 def _flip(data: bytes, rng: random.Random) -> bytes:
-    """Bits of the whole, or of the header only."""
+    """Flip bits anywhere, or in the header only."""
     if not data:
         return data
     changed, reach = bytearray(data), rng.choice([len(data), min(len(data), 64)])
@@ -75,7 +75,7 @@ def _flip(data: bytes, rng: random.Random) -> bytes:
 
 
 def _number(data: bytes, rng: random.Random) -> bytes:
-    """A field of the header becomes a number that is often mishandled."""
+    """Overwrite a header field with a number that is often mishandled."""
     width = rng.choice([1, 2, 4])
     if len(data) < width:
         return data
@@ -100,7 +100,7 @@ def _other_magic(data: bytes, rng: random.Random) -> bytes:
 
 
 def _large_tag(data: bytes, rng: random.Random) -> bytes:
-    """An ID3 tag that says that it is 256 MiB long."""
+    """Prepend an ID3 tag that claims to be 256 MiB long."""
     return b"ID3\x04\x00\x00" + struct.pack(">I", 0x7F7F7F7F) + data
 
 

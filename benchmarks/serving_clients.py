@@ -1,6 +1,6 @@
-"""Listeners of both protocols on asyncio: one streamed request each, everything that comes noted with its time.
+"""Asyncio load clients for both protocols: one streamed request each, recording everything received with its time.
 
-Not the client that users have: that one tries again and checks sums, and a load must see every refusal.
+Unlike the public client, they neither retry nor verify checksums: a load test must see every rejection.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Listener:
     """One connection pool for each protocol; `began` is the load's start on `time.perf_counter`.
 
     Args:
-        http_url, grpc_url: such as `http://host:port`, `grpc://host:port`; either may be None if no request needs it.
-        timeout_s: a request that takes longer ends as `timeout`.
+        http_url, grpc_url: e.g. `http://host:port`, `grpc://host:port`; None if no request needs it.
+        timeout_s: a longer request ends with status `timeout`.
     """
 
     def __init__(self, http_url: str | None, grpc_url: str | None, timeout_s: float) -> None:
@@ -43,7 +43,7 @@ class Listener:
         self.began = time.perf_counter()
 
     async def warm_up(self, protocols: set[str]) -> None:
-        """Open the connections, so that no request pays for that."""
+        """Open the connections ahead of the first request."""
         if "http" in protocols:
             await self._http.get("/healthz")
         if "grpc" in protocols:
@@ -59,7 +59,7 @@ class Listener:
         return time.perf_counter() - self.began
 
     async def listen(self, ask: Ask) -> Outcome:
-        """Send one request and take everything that comes."""
+        """Send one request and receive its stream."""
         outcome = Outcome(ask.request_id, ask.protocol, ask.duration_s, ask.at_s, ask.api_key, sent_s=self.now)
         run = self._over_http if ask.protocol == "http" else self._over_grpc
 
@@ -136,7 +136,7 @@ def _code_of(response: httpx2.Response) -> str:
 
 
 def _reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The stable name of an error, as over HTTP; the status' own name where the service did not answer."""
+    """The stable error code, as over HTTP; the status name if the service did not respond."""
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS and isinstance(value, bytes):
             for detail in status_pb2.Status.FromString(value).details:

@@ -1,8 +1,8 @@
-"""What the service is compared with: the same model in one process, without Ray, admission or connections.
+"""Baseline for the service: the same model in one process, without Ray, admission or connections.
 
-Reads a plan as JSON lines (times in it are ignored: everything is there at once) and the model's settings; prints one
-line of JSON. `alone` is the engine by itself: texts are encoded before, codes stay codes. `with codec` also encodes the
-texts and decodes the codes in the chunks in which a listener gets them, beside the engine: all the work of the service.
+Reads a plan as JSON lines (arrival times are ignored: all requests start at once) and the model's settings; prints one
+line of JSON. `alone` is the engine by itself: texts are encoded beforehand and codes are not decoded. `with_codec` also
+encodes the texts and decodes the codes in streaming chunks, concurrently with the engine: all the work of the service.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from musicgen.types import (
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """Seconds of audio a second."""
+    """Seconds of audio per second."""
 
     alone: float
     with_codec: float
@@ -48,7 +48,7 @@ class Bare:
 
 
 def measure(plan: Sequence[Ask], settings: dict[str, Any]) -> Bare:
-    """Measure in a process of its own.
+    """Measure in a separate process.
 
     Args:
         settings: fields of `ModelSettings`.
@@ -59,10 +59,10 @@ def measure(plan: Sequence[Ask], settings: dict[str, Any]) -> Bare:
 
 
 class _Parts:
-    """A model's parts in this process."""
+    """A model's components in this process."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        torch.set_num_threads(1)  # as in the replicas; the engine's step has threads of its own
+        torch.set_num_threads(1)  # as in the replicas; engine steps have their own threads
         self.engine = LanguageModel(settings)
         self.codec = CodecDecoder(settings, LimitSettings())
         self.text_encoder = TextEncoder(settings)
@@ -77,7 +77,7 @@ class _Parts:
                 yield event.codes
 
     async def audio(self, ask: Ask) -> int:
-        """Make one piece; returns its samples."""
+        """Generate one piece; returns its number of samples."""
         text = await self.text_encoder.encode(ask.prompt)
         num_frames, num_samples = self.config.num_frames(ask.duration_s), 0
         state = await self.codec.initial_state()
@@ -110,7 +110,7 @@ async def _measure(plan: list[Ask], settings: ModelSettings) -> Bare:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", help="JSON, as `models` in the service's settings")
+    parser.add_argument("settings", help="model settings as JSON, like an entry of `models` in the service's settings")
     args = parser.parse_args()
     settings = ModelSettings(**json.loads(args.settings))
     print(json.dumps(asdict(asyncio.run(_measure(list(asks(sys.stdin)), settings)))))

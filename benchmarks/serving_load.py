@@ -1,7 +1,7 @@
-"""An open-loop load in a process of its own: each request is sent at its time, whatever became of those before it.
+"""Open-loop load generator in a separate process: each request is sent on schedule, regardless of earlier ones.
 
-Reads a plan as JSON lines, writes outcomes as JSON lines, the last line what the process itself suffered. `run_load`
-starts it; nothing of it runs in the process of a service or a benchmark.
+Reads a plan as JSON lines and writes outcomes as JSON lines, followed by one line with the delays of the generator
+itself. Started by `run_load`; never runs in the process of a service or a benchmark.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from benchmarks.serving_plan import Ask, Outcome, asks, outcomes, to_lines
 
 BEAT_S = 0.05
 LEAD_S = 0.3
-"""From the start of the process' clock to the first request."""
+"""From the start of the load's clock to the first request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """What the load's own process and the machine added to every time."""
+    """Delays added by the load generator and the machine."""
 
     loop_lag_p50_s: float
     loop_lag_p99_s: float
-    """How late the event loop woke up."""
+    """Wake-up delay of the event loop."""
     health_p50_s: float | None
     health_p99_s: float | None
-    """A request that does nothing, over the same way, at the same time; None without HTTP."""
+    """Latency of `/healthz` during the load; None without HTTP."""
     sent_late_p99_s: float
-    """After the planned time."""
+    """Delay of sending after the planned time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A load that has ended."""
+    """A finished load."""
 
     outcomes: list[Outcome]
     own: Own
@@ -62,29 +62,29 @@ class LoadProcess:
         self._process.stdin.close()
 
     def result(self) -> Load:
-        """Wait for its end. Raises: RuntimeError: it failed."""
+        """Wait until it has ended. Raises: RuntimeError: it failed."""
         with self._process as process:
             assert process.stdout is not None
             text = process.stdout.read()
         if process.returncode != 0:
-            raise RuntimeError("the load's process failed; its last words are above")
+            raise RuntimeError("the load generator failed; see its output above")
         *lines, last = text.splitlines()
         return Load(list(outcomes(lines)), Own(**json.loads(last)))
 
 
 def run_load(plan: Sequence[Ask], urls: tuple[str | None, str | None], timeout_s: float = 600.0) -> Load:
-    """Run a plan against a service and wait.
+    """Run a plan against a service and wait for the end.
 
     Args:
-        urls: of HTTP and of gRPC.
+        urls: HTTP and gRPC URL.
     """
     return LoadProcess(plan, urls, timeout_s).result()
 
 
 def _go_first() -> None:
-    """Be scheduled before what is measured, where that is allowed: clients have machines of their own in life.
+    """Use real-time priority, where permitted: real clients run on their own machines.
 
-    Being nice is not enough: on two busy cores Linux let a client of niceness -10 wait for up to 70 ms.
+    Niceness is not enough: on two busy cores, Linux delayed a client with niceness -10 by up to 70 ms.
     """
     with suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
@@ -137,7 +137,7 @@ async def _ask_health(url: str, seconds: list[float]) -> None:
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Nearest rank; None of nothing."""
+    """Nearest rank; None if empty."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else None
 

@@ -1,7 +1,7 @@
-"""The service in one process of its own, without Ray: real parts of the embedded model, real gatekeeper, both edges.
+"""The service in one separate process without Ray: real components of the demo model, gatekeeper, both ingresses.
 
-For loads that look for leaks: unlike a cluster's, everything it holds can be counted. As a command it prints its URLs
-as a line of JSON, then for each line that it reads what it holds, and stops when there are no more.
+For leak detection: unlike in a cluster, all resources can be counted. As a command it prints its URLs as a line of
+JSON, then its current resources for each input line, and stops at the end of input.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ from musicgen_serving.watch import Watch
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the process holds at one moment."""
+    """Resources held by the process at one moment."""
 
     rss_bytes: int
     num_files: int
     """Open files and sockets."""
     num_threads: int
     num_tasks: int
-    """Of asyncio."""
+    """Asyncio tasks."""
     pages: int
-    """Of keys and values."""
+    """KV pages."""
     pieces: int
     """Waiting or running in the engine."""
     running: int
-    """Requests that the gatekeeper believes to run."""
+    """Running requests, according to the gatekeeper."""
     backlog: int
-    """Requests in its model of the queue."""
+    """Requests in the gatekeeper's queue model."""
     admitted: int
     ended: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     engine: dict[str, int] = field(default_factory=dict)
     balanced: str = "yes"
-    """Or why the gatekeeper's books do not balance."""
+    """`yes`, or why the gatekeeper's counters do not balance."""
 
 
 class _Recorder:
-    """Metrics go nowhere."""
+    """Discards metrics."""
 
     def count(self, name: str, amount: float, labels: Any) -> None: ...
 
@@ -70,7 +70,7 @@ class _Recorder:
 
 
 class Local:
-    """A running service; made by `local_service`."""
+    """A running service; created by `local_service`."""
 
     def __init__(self, engine: LanguageModel, gatekeeper: LocalGatekeeper, http_url: str, grpc_url: str) -> None:
         self._engine, self._gatekeeper = engine, gatekeeper
@@ -107,7 +107,7 @@ class Local:
 
 @asynccontextmanager
 async def local_service(settings: ServeSettings) -> AsyncIterator[Local]:
-    """Start the first model of the settings and both edges on free ports."""
+    """Start the first model of the settings and both ingresses on free ports."""
     torch.set_num_threads(1)
     model, limits = settings.models[0], settings.limits
     engine = LanguageModel(model)
@@ -131,7 +131,7 @@ async def local_service(settings: ServeSettings) -> AsyncIterator[Local]:
 
 
 class LocalProcess:
-    """A local service in a process of its own; made by `local_process`."""
+    """A local service in a separate process; created by `local_process`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -147,13 +147,13 @@ class LocalProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("the local service ended; its last words are above")
+            raise RuntimeError("the local service exited; see its output above")
         return line
 
 
 @contextmanager
 def local_process(settings: dict[str, Any]) -> Iterator[LocalProcess]:
-    """A service with these settings; ends with the context."""
+    """Run a service with these settings for the duration of the context."""
     command = [sys.executable, "-m", "benchmarks.serving_local", json.dumps(settings)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -178,7 +178,7 @@ async def _run(settings: ServeSettings) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", help="JSON, as in the service's file")
+    parser.add_argument("settings", help="service settings as JSON")
     asyncio.run(_run(load_settings(json.loads(parser.parse_args().settings))))
 
 

@@ -1,4 +1,4 @@
-"""Which model a benchmark of the service serves: options of its command, and the settings that follow from them."""
+"""The model served by a service benchmark: command-line options, and the resulting settings."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from benchmarks.serving_random import random_folder
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model`, or random weights in place of it."""
+    """`--model`, or random weights instead."""
     add = parser.add_argument
     add("--model", default="demo", help="short name or folder")
-    add("--random", choices=("small",), help="random weights of this model's true sizes in place of --model")
-    add("--weights", choices=("int8", "int4"), default="int4", help="of --random")
+    add("--random", choices=("small",), help="random weights of this model's real size, instead of --model")
+    add("--weights", choices=("int8", "int4"), default="int4", help="weight data type of --random")
     add("--folder", type=Path, default=Path("build"), help="where --random writes its checkpoint")
 
 
 def model_name(args: argparse.Namespace) -> str:
-    """Under which it is served."""
+    """Name under which the model is served."""
     return f"random-{args.random}" if args.random else args.model.rstrip("/").rpartition("/")[2]
 
 
 def model_settings(args: argparse.Namespace, **others: Any) -> dict[str, Any]:
-    """As in the service's settings. Random weights are written first, unless they are there.
+    """The model's settings. Random weights are written first, unless they exist.
 
     Args:
-        others: of the model's settings.
+        others: additional model settings.
     """
     if args.random:
         folder = random_folder(args.random, args.weights, args.folder).absolute()

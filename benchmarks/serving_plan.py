@@ -1,4 +1,4 @@
-"""What a load asks of the service and when, and what became of each request. Values only; travels as JSON lines."""
+"""A load's schedule of requests, and their outcomes. Value types only; serialized as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Ask:
 
     request_id: str
     at_s: float
-    """Seconds after the load's start, whatever became of the requests before it."""
+    """Seconds after the load's start, regardless of earlier requests."""
     protocol: Protocol
     prompt: str
     duration_s: float
@@ -32,7 +32,7 @@ class Ask:
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request, as its client saw it. Times are seconds after the load's start."""
+    """Outcome of one request, as seen by its client. Times are seconds after the load's start."""
 
     request_id: str
     protocol: Protocol
@@ -42,11 +42,11 @@ class Outcome:
     sent_s: float = 0.0
     ended_s: float = 0.0
     status: str = ""
-    """`finished`, or the code of the error, such as `overloaded`; `cut` for a connection without a proper end."""
+    """`finished`, or the error code, such as `overloaded`; `cut` for a connection without a proper end."""
     num_terminal: int = 0
-    """Terminal events, statuses and errors that came: must be 1."""
+    """Number of terminal events, statuses and errors received: must be 1."""
     chunks: list[tuple[float, float]] = field(default_factory=list)
-    """When audio came, and how many seconds of it."""
+    """Arrival time and seconds of audio of each chunk."""
 
     @property
     def audio_s(self) -> float:
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def first_audio_s(self) -> float | None:
-        """From the moment at which it should have been sent to the first audio."""
+        """From the planned sending time to the first audio."""
         return self.chunks[0][0] - self.planned_s if self.chunks else None
 
     @property
@@ -75,12 +75,12 @@ def plan(
     api_key: str | None = None,
     name: str = "r",
 ) -> list[Ask]:
-    """A load of `num_requests`; durations and protocols take turns, so that two runs of one mix ask for the same.
+    """A load of `num_requests`; durations and protocols rotate, so that two runs of one mix request the same.
 
     Args:
-        rate_hz: mean requests a second; infinite: all at once.
-        burstiness: coefficient of variation of the time between two; 1 is a Poisson process.
-        name: begins every request id.
+        rate_hz: mean requests per second; infinite: all at once.
+        burstiness: coefficient of variation of inter-arrival times; 1 is a Poisson process.
+        name: prefix of request ids.
     """
     rng = np.random.default_rng(seed)
     if np.isinf(rate_hz):
@@ -93,7 +93,7 @@ def plan(
         Ask(
             f"{name}-{seed}-{i}",
             float(time),
-            # Every duration meets every protocol.
+            # Combine every duration with every protocol.
             kinds[(i % len(durations) + i // len(durations)) % len(kinds)],
             PROMPTS[i % len(PROMPTS)],
             durations[i % len(durations)],

@@ -1,8 +1,7 @@
-"""A checkpoint of `small`'s true sizes with random weights, as a folder that the service loads. Times mean something,
-the music does not.
+"""A checkpoint folder of `small`'s real size with random weights: its timing is realistic, its music is not.
 
-The decoder is made packed, T5 and EnCodec have the sizes of the published model; only the tokenizer is the embedded
-model's, so a prompt has about as many tokens.
+The decoder is created packed; T5 and EnCodec have the sizes of the published model. The tokenizer is that of the demo
+model, so a prompt has about the same number of tokens.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ T5_BASE = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_l
 
 
 def random_folder(size: str, weights: WeightDtype, parent: Path) -> Path:
-    """Write the checkpoint unless it is there; returns its folder, `parent/random-SIZE-WEIGHTS`."""
+    """Write the checkpoint unless it exists; returns its folder, `parent/random-SIZE-WEIGHTS`."""
     folder = parent / f"random-{size}-{weights}"
     if not (folder / packed.CONFIG_FILE).exists():
         torch.manual_seed(0)
         config = model_config(size)
         lm = _projections(config)
         decoder = packed_weights(config, KINDS[weights], max_row_len(config))  # type: ignore[arg-type]
-        # Without a normalised codebook a random encoder is of no use; nothing here encodes recordings.
+        # Left empty: a random encoder would be useless, and nothing here encodes recordings.
         model = Model(config, lm, _text_encoder(), None, codec_decoder(), EncodecEncoder(config.codec, {}), decoder)
         packed.save(model, decoder, folder)
     return folder

@@ -1,4 +1,4 @@
-"""Loads as figures, a table and a picture. Measures nothing."""
+"""Loads as figures, a table and a plot. Measures nothing."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from benchmarks.serving_plan import Outcome
 
 REJECTS = ("overloaded", "rate_limit_exceeded")
 HEADINGS = (
-    "load", "offered/s", "protocol", "asked", "finished", "rejected", "other", "audio s/s", "first p50", "p95", "p99",
-    "gap p50", "gap p99", "under-run s", "continuous", "goodput/s", "load avg",
+    "load", "offered/s", "protocol", "sent", "finished", "rejected", "other", "audio s/s", "first p50", "p95", "p99",
+    "gap p50", "gap p99", "underrun s", "continuous", "goodput/s", "load avg",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """When a request was served well."""
+    """The service-level objective of a request."""
 
     first_audio_s: float
     buffer_s: float
-    """Of the simulated player; its silence may be at most `CONTINUITY_LIMIT_S`."""
+    """Buffer of the simulated player, which may underrun for at most `CONTINUITY_LIMIT_S`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One load, over one protocol or all."""
+    """Results of one load, over one protocol or both."""
 
     name: str
     offered_hz: float | None
@@ -43,28 +43,28 @@ class Figures:
     others: dict[str, int]
     """By status: neither finished nor rejected."""
     num_without_one_end: int
-    """Requests that had no terminal status, or more than one."""
+    """Requests without exactly one terminal status."""
     audio_s_per_s: float
     """Seconds of audio received, over the time from the first request to the last end."""
     first_audio_s: tuple[float | None, float | None, float | None]
     """p50, p95, p99, from the planned time."""
     gap_s: tuple[float | None, float | None]
-    """p50, p99 between two chunks of a stream."""
+    """p50, p99 between consecutive chunks of a stream."""
     underrun_s: float
     num_underruns: int
     continuity: float | None
-    """Share of the finished streams whose player was not silent after it began."""
+    """Share of finished streams that played without gaps."""
     goodput_hz: float
-    """Finished within the objective, a second."""
+    """Requests per second that finished within the objective."""
     reject_s: tuple[float | None, float | None]
-    """p50, p99 of the refusals, from sending to the answer."""
+    """p50, p99 of rejections, from sending to the response."""
     load_average: float
 
 
 def figures(
     name: str, load: Sequence[Outcome], offered_hz: float | None, slo: Slo, load_average: float, protocol: str = "both"
 ) -> Figures:
-    """What a load was; `protocol` other than `both` takes only its requests."""
+    """Results of a load; a `protocol` other than `both` selects its requests."""
     own = [o for o in load if protocol in ("both", o.protocol)]
     finished = [o for o in own if o.status == "finished"]
     rejected = [o for o in own if o.status in REJECTS]
@@ -104,7 +104,7 @@ def by_protocol(name: str, load: Load, offered_hz: float | None, slo: Slo, load_
 
 
 def _played(outcome: Outcome, buffer_s: float) -> Player:
-    """A player that hears a finished stream."""
+    """A player that has played a finished stream."""
     player = Player(buffer_s)
     for number, (at_s, audio_s) in enumerate(outcome.chunks, start=1):
         player.receive(at_s, audio_s, last=number == len(outcome.chunks))
@@ -116,7 +116,7 @@ def table(rows: Sequence[Figures]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns, as wide as they need to be."""
+    """Align the columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -142,7 +142,7 @@ def seconds(value: float | None) -> str:
 
 
 def plot(loads: Sequence[tuple[Figures, Sequence[Outcome]]], slo: Slo, path: Path, title: str) -> None:
-    """Time to first audio of each load as a distribution, and audio over time beside what was asked for."""
+    """Plot the distribution of time to first audio, and audio received over time, for each load."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""A service for a benchmark: one that runs already, or an own cluster started by `musicgen serve`.
+"""The service under benchmark: an existing one, or a cluster started with `musicgen serve`.
 
-Owns starting, stopping and the memory of the cluster's processes. Knows nothing of loads.
+Owns starting, stopping and memory sampling of the cluster's processes. Independent of loads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from musicgen_serving.free_ports import free_ports
 START_S = 300.0
 STOP_S = 60.0
 MARK = "MUSICGEN_BENCHMARK_RUN"
-"""In the environment of every process of an own cluster: what is left over is found by it."""
+"""Environment variable that marks every process of a started cluster, to find leftover ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,14 @@ class Service:
     http_url: str | None
     grpc_url: str | None
     run_id: str | None = None
-    """Of an own cluster."""
+    """Set for a started cluster."""
 
     @property
     def urls(self) -> tuple[str | None, str | None]:
         return self.http_url, self.grpc_url
 
     def processes(self) -> dict[str, psutil.Process]:
-        """Of an own cluster: Ray's names of its processes, such as `HttpIngress`, numbered where there
-        are several."""
+        """Processes of a started cluster by their Ray name, such as `HttpIngress`, numbered if there are several."""
         found: dict[str, psutil.Process] = {}
         for process in processes_of(self.run_id or ""):
             with suppress(psutil.Error):
@@ -57,13 +56,13 @@ class Service:
 
 
 def role(command: str) -> str | None:
-    """What a process of Ray is, from its command line."""
+    """Role of a Ray process, from its command line."""
     match = re.match(r"ray::(?:ServeReplica:[^:]+:)?([A-Za-z]+)", command)
     return match[1] if match else None
 
 
 def processes_of(run_id: str) -> list[psutil.Process]:
-    """Every live process that was started by a run, and by what it started."""
+    """All live processes of a run, including descendants."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -74,10 +73,9 @@ def processes_of(run_id: str) -> list[psutil.Process]:
 
 @contextmanager
 def own_service(settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Iterator[Service]:
-    """Start a cluster with these settings on free ports, stop it at the end.
+    """Start a cluster with these settings on free ports, and stop it at the end, also on SIGTERM.
 
-    A benchmark that is told to terminate still stops it. Ray gives its workers a low priority, so that whatever else
-    runs, the clients first, would take their cores; here they have the priority of their own clients.
+    Ray runs its workers at low priority, so that the clients would take their cores; here they have normal priority.
 
     Raises:
         RuntimeError: it did not become ready.
@@ -122,13 +120,13 @@ def _wait_ready(process: subprocess.Popen[str]) -> None:
         for line in stdout:
             if line.startswith("ready:"):
                 return
-        raise RuntimeError("the service did not start; its last words are above")
+        raise RuntimeError("the service did not start; see its output above")
     finally:
         timer.cancel()
 
 
 def _stop(process: subprocess.Popen[str], run_id: str) -> None:
-    """Ask it twice (the second signal ends its draining), then end what is left of this run, by process id."""
+    """Interrupt it twice (the second signal ends draining), then kill the remaining processes of this run."""
     for wait_s in (2.0, STOP_S):
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -142,7 +140,7 @@ def _stop(process: subprocess.Popen[str], run_id: str) -> None:
 
 
 class MemoryWatch:
-    """Resident memory of a cluster's processes, twice a second, in a thread; a context.
+    """Samples the resident memory of a cluster's processes twice a second in a thread; a context manager.
 
     `samples`: by process, (seconds since the start, bytes).
     """

@@ -1,7 +1,6 @@
-"""Readers that stop reading: they ask for a long stream, take its beginning and nothing more, and keep the connection.
+"""Stalled readers: they request a long stream, read its beginning and nothing more, and keep the connection open.
 
-Meant to run beside a watch on the service's memory; they only say when each of their requests ended, by asking for its
-status.
+Run them together with a `MemoryWatch`; they only report when each of their requests ended, by polling its status.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from musicgen_serving.proto.musicgen.v1.music_service_pb2_grpc import MusicServi
 from benchmarks.serving_clients import PATH
 
 SMALL_BYTES = 4096
-"""Of the readers' own buffers, as far as the system grants it."""
+"""Size of the readers' buffers, as far as the system allows it."""
 _CHANNEL = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", SMALL_BYTES),
@@ -33,23 +32,23 @@ _CHANNEL = (
 
 @dataclass(frozen=True, slots=True)
 class Stalled:
-    """What became of the readers' requests."""
+    """Outcomes of the readers' requests."""
 
     num_readers: int
     ended_s: list[float]
-    """When the service called each request ended, after they began."""
+    """When the service reported each request as ended, since the start."""
     states: dict[str, int]
-    """Of the requests, at the end of the watch."""
+    """States of the requests at the end."""
     watched_s: float
 
 
 async def stall(
     http_url: str, grpc_url: str, num_readers: int, duration_s: float, watch_s: float, model: str, api_key: str | None
 ) -> Stalled:
-    """Half of the readers over each protocol; watch them for `watch_s` seconds at most.
+    """Stall half of the readers over each protocol; watch them for at most `watch_s` seconds.
 
     Args:
-        duration_s: of the piece that each asks for, as floats.
+        duration_s: of the piece that each requests, in float32.
     """
     began = time.perf_counter()
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
@@ -81,7 +80,7 @@ async def stall(
 
 
 async def _http_reader(url: str, headers: dict[str, str], request_id: str, model: str, duration_s: float) -> None:
-    """Reads the head of the response and no more."""
+    """Sends a request and reads nothing beyond what the buffers hold."""
     host, _, port = url.partition("://")[2].rpartition(":")
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BYTES)
@@ -107,7 +106,7 @@ async def _http_reader(url: str, headers: dict[str, str], request_id: str, model
 
 
 async def _grpc_reader(url: str, api_key: str | None, request_id: str, model: str, duration_s: float) -> None:
-    """Takes the first message and no more."""
+    """Reads only the first message."""
     metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
     async with grpc.aio.insecure_channel(url.removeprefix("grpc://"), options=_CHANNEL) as channel:
         stub: Any = MusicServiceStub(channel)

@@ -1,8 +1,8 @@
-"""Plan past this machine: the real scheduler under a virtual clock, from 1 to 1,000 replicas.
+"""Capacity planning beyond this machine: the real scheduler on a virtual clock, with 1 to 1,000 replicas.
 
     python -m benchmarks.simulate --help
 
-Everything that it prints is simulated; no GPU was measured. docs/capacity.md says what is modelled and what is not.
+All results are simulated; no GPU was measured. See docs/capacity.md for what is modelled and what is not.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from benchmarks.simulation.search import fewest
 from musicgen.errors import InvalidRequestError
 
 NUM_SAMPLED = 2000
-"""Requests over which the closed form averages."""
+"""Sample size of the closed form's averages."""
 WARM_UP_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One simulation to be run."""
+    """One simulation to run."""
 
     options: argparse.Namespace
     num_replicas: int
@@ -83,7 +83,7 @@ def _progress(plan: Plan) -> Callable[[int, int], None]:
 
 
 def _capacity(options: argparse.Namespace) -> tuple[Capacity, float]:
-    """Of one replica, and the mean duration of what is asked for."""
+    """Capacity of one replica, and the mean requested duration."""
     settings = cli.settings(options)
     replica = settings.replica
     sample = settings.mix.draw(NUM_SAMPLED, Arrivals("poisson", 1.0), replica.model, options.seed)
@@ -100,7 +100,7 @@ def _rates(options: argparse.Namespace, of_one: Capacity, duration_s: float) -> 
 
 
 def _search(options: argparse.Namespace, rate_hz: float, of_one: Capacity) -> tuple[int, list[tuple[Run, Summary]]]:
-    """The fewest replicas that meet the objective, and every run on the way."""
+    """The minimum number of replicas that meets the objective, and all runs of the search."""
     runs: dict[int, tuple[Run, Summary]] = {}
 
     def meets(num_replicas: int) -> bool:
@@ -109,7 +109,7 @@ def _search(options: argparse.Namespace, rate_hz: float, of_one: Capacity) -> tu
         ok = s.first_audio_s.p95 <= options.slo_first_audio
         ok = ok and (options.slo_underrun is None or s.underrun_ratio <= options.slo_underrun)
         print(
-            f"{num_replicas:>5} replicas: first audio p95 {s.first_audio_s.p95:.2f} s, under-run ratio "
+            f"{num_replicas:>5} replicas: first audio p95 {s.first_audio_s.p95:.2f} s, underrun ratio "
             f"{s.underrun_ratio:.3%}: {'enough' if ok else 'too few'}  ({NOTICE})"
         )
         return ok
@@ -124,14 +124,14 @@ def _print_setting(options: argparse.Namespace, of_one: Capacity) -> None:
     print(f"step: {replica.step_time.describe()}")
     print(f"pages: {replica.num_pages}; balancing: {options.balancing}; arrivals: {options.arrivals}")
     print(
-        f"closed form, one replica that is never idle: {of_one.num_streams:.0f} streams, "
-        f"{of_one.step_s * 1e3:.1f} ms a step, {of_one.requests_s:.2f} requests/s, "
+        f"closed form, one saturated replica: {of_one.num_streams:.0f} streams, "
+        f"{of_one.step_s * 1e3:.1f} ms per step, {of_one.requests_s:.2f} requests/s, "
         f"{of_one.real_time_streams:.0f} listeners"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, simulate, print; returns the exit status."""
+    """Parse the options, simulate, print; returns the exit status."""
     options = cli.parser().parse_args(arguments)
     began = time.monotonic()
     try:

@@ -1,9 +1,9 @@
-"""Minutes of random requests and cancels on one engine: memory stays flat, the ledger balances, pages come back.
+"""Soak test of one engine with random requests and cancellations: memory stays flat, counters balance, pages are freed.
 
     python -m benchmarks.soak_engine --minutes 10
 
-A model of random weights, small and of the true architecture, so that many thousand requests pass. Ends with one
-line of JSON; the exit status says whether memory stayed flat and the ledger balanced.
+Uses a small model with random weights and the real architecture, so that many thousands of requests complete. Prints
+one line of JSON; the exit status is 0 if memory stayed flat and the counters balance.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from musicgen.types import (
 )
 
 MAX_GROWTH = 0.03
-"""Of resident memory, between the means of the first and the last third."""
+"""Maximum relative growth of mean resident memory from the first to the last third."""
 WARM_UP_S = 15.0
 NUM_PROMPTS = 20
 WINDOW_FRAMES = (200, 120)
-"""Longest window and stride, in frames: short, so that many pieces have several windows."""
+"""Maximum window and stride in frames; short, so that many pieces have several windows."""
 
 
 def random_model(seed: int = 0) -> LanguageModel:
@@ -58,7 +58,7 @@ def random_model(seed: int = 0) -> LanguageModel:
 
 
 class Soak:
-    """Callers who come, listen, leave early and forget to renew."""
+    """Simulated callers that submit, receive, cancel, and forget to renew leases."""
 
     def __init__(self, core: EngineCore, seed: int) -> None:
         self.core, self.rng = core, random.Random(seed)
@@ -68,11 +68,11 @@ class Soak:
             for _ in range(NUM_PROMPTS)
         ]
         self.next_frame: dict[str, int] = {}
-        """Of live requests, the first frame that was not heard yet."""
+        """Next expected frame of each live request."""
         self.num_added = self.num_refused = self.num_frames = self.num_ended = 0
 
     def step(self) -> None:
-        """A step of the engine, and what the callers do meanwhile."""
+        """One engine step, with random actions of the callers."""
         if self.rng.random() < 0.2 and len(self.core.scheduler.waiting) < 40:
             self._add()
         if self.next_frame and self.rng.random() < 0.04:

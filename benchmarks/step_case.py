@@ -1,4 +1,4 @@
-"""The whole decode step of a MusicGen shape with random weights, and transformers' fp32 step beside it."""
+"""A whole decode step at a MusicGen size with random weights, and transformers' fp32 step for comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CODEBOOKS, CODES = 4, 2048
 
 
 def _weights(layers: int, dim: int, heads: int, kind: Kind) -> DecoderWeights:
-    """Every layer is a copy of one: a step's time does not depend on the values, packing 24 layers takes a minute."""
+    """All layers share one set of weights: values do not affect step time, and packing 24 layers takes a minute."""
 
     def matrix(n: int, k: int) -> PackedLinear:
         return kernels.pack_linear(torch.randn(n, k) / k**0.5, kind)
@@ -33,7 +33,7 @@ def _weights(layers: int, dim: int, heads: int, kind: Kind) -> DecoderWeights:
 
 
 def _read_bytes(weights: DecoderWeights, kv_bytes: int) -> int:
-    """What a decode step must read: every matrix but the texts' keys and values, and the cache."""
+    """Bytes that a decode step must read: all matrices except those for the text's KV, and the KV cache."""
     total = weights.heads.data.nbytes + kv_bytes
     for block in weights.blocks:
         matrices = [block.qkv, block.out, block.fc1, block.fc2]
@@ -94,7 +94,7 @@ def step_case(
 
 
 def transformers_step(model: str, rows: int, length: int) -> Callable[[], None]:
-    """transformers' MusicgenForCausalLM, fp32, one token a row with a cache of `length` − 1 positions."""
+    """transformers' MusicgenForCausalLM in fp32, one token per row with a cache of `length` − 1 positions."""
     from transformers import DynamicCache, EncoderDecoderCache, MusicgenDecoderConfig, MusicgenForCausalLM
 
     layers, dim, heads = SHAPES[model]

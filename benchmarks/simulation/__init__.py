@@ -1,4 +1,4 @@
-"""The real scheduler under a virtual clock: arrivals, step times, replicas, a listener's player, a report.
+"""The real scheduler on a virtual clock: arrivals, step times, replicas, a simulated player, a report.
 
-Everything that comes out of here is simulated; no GPU was measured.
+All results are simulated; no GPU was measured.
 """

@@ -1,4 +1,4 @@
-"""When requests come: Poisson, or in bursts. Knows neither what they ask for nor who serves them."""
+"""Arrival times of requests: Poisson or bursty. Independent of their contents and of the replicas."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Arrivals:
     """A point process of a given mean rate.
 
     poisson: independent listeners. gamma: intervals with the coefficient of variation `burstiness`. bursts: a
-    Poisson process whose rate jumps between two levels (Markov-modulated); a burst lasts 10 s on average, takes a
-    fifth of the time, and has `burstiness` times the calm rate.
+    Poisson process whose rate jumps between two levels (Markov-modulated); a burst lasts 10 s on average, bursts
+    cover a fifth of the time and have `burstiness` times the calm rate.
     """
 
     process: Process
@@ -27,7 +27,7 @@ class Arrivals:
     burstiness: float = 3.0
 
     def times(self, num: int, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-        """`[num]` ascending seconds, from 0 on."""
+        """`[num]` ascending times in seconds, from 0 on."""
         if self.process == "gamma":
             shape = self.burstiness**-2
             return np.cumsum(rng.gamma(shape, 1 / (shape * self.rate_hz), num))

@@ -1,7 +1,7 @@
-"""What a replica can do at most, in closed form: the yardstick of a load, and a check of the simulation.
+"""Capacity of a replica in closed form: the reference for load, and a check of the simulation.
 
-A replica that never lacks work holds N streams at every step. The mean step then reads the matrices once and N times
-the mean length of a stream's rows, and computes N decode positions a row beside the prefill of those that come in.
+A saturated replica holds N streams at every step. The mean step then reads the matrices once and N times the mean
+length of a stream's rows, and computes N decode positions per row plus the prefill of arriving streams.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from musicgen.config import ModelConfig, SchedulerConfig
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Of one replica that is never idle."""
+    """Capacity of one saturated replica."""
 
     num_streams: float
     step_s: float
     requests_s: float
     frames_s: float
-    """New frames a second, of all streams together."""
+    """New frames per second, over all streams."""
 
     @property
     def real_time_streams(self) -> float:
-        """Listeners that could be served at 50 frames a second each."""
+        """Listeners that can be served at 50 frames per second each."""
         return self.frames_s / 50
 
 
 @dataclass(frozen=True, slots=True)
 class _Mean:
-    """Of a workload, for each request."""
+    """Per-request means of a workload."""
 
     num_frames: float
     num_steps: float
     num_rows: float
     prefill: float
-    """Positions computed before the first step, those that are shared left out."""
+    """Positions computed before the first step, excluding shared ones."""
     prefill_attended: float
     read: float
     """Positions read, summed over all decode steps and rows."""
     pages: float
-    """Pages of its own, summed over all decode steps."""
+    """Unshared pages, summed over all decode steps."""
 
 
 def capacity(
@@ -61,7 +61,7 @@ def capacity(
     """The closed form for requests of this mix, all within one window.
 
     Args:
-        fill: share of the pages that is in use on average when pages are what limits.
+        fill: mean share of pages in use when pages are the limit.
     """
     means = np.mean([_of_request(request, config) for request in requests], axis=0)
     mean = _Mean(*(float(value) for value in means))
@@ -70,7 +70,7 @@ def capacity(
         scheduler.max_rows / mean.num_rows,
         num_pages * fill * mean.num_steps / mean.pages,
     )
-    arriving = num_streams / mean.num_steps  # requests that begin, a step
+    arriving = num_streams / mean.num_steps  # requests that start per step
     read = num_streams * mean.read / mean.num_steps + arriving * mean.prefill
     attended = num_streams * mean.read / mean.num_steps + arriving * mean.prefill_attended
     num_positions = num_streams * mean.num_rows + arriving * mean.prefill
@@ -89,7 +89,7 @@ def _of_request(request: Request, config: ModelConfig) -> tuple[float, ...]:
         prefix_len = config.chroma.num_frames + request.text_len
         shared = prefix_len // PAGE_LEN * PAGE_LEN  # the null row's
         if request.kind in ("text", "continuation"):
-            shared += config.chroma.num_frames // PAGE_LEN * PAGE_LEN  # no melody is the same for all
+            shared += config.chroma.num_frames // PAGE_LEN * PAGE_LEN  # the absence of a melody is shared by all
     begin = prefix_len + request.num_known
     lengths = begin + np.arange(1, num_steps + 1)
     return (

@@ -1,7 +1,8 @@
-"""A cluster in parts: each has a balancer of its own and runs in a process of its own.
+"""A cluster partitioned into cells, each with its own balancer and simulated in its own process.
 
-Requests are shared out between the parts at random, by their numbers of replicas. A part of a Poisson process is one,
-and parts of bursts come at the same time, so each part sees what the whole would, only balanced among fewer.
+Requests are split randomly between the cells in proportion to their replicas. A thinned Poisson process is Poisson, and
+bursts hit all cells at the same time, so each cell sees the same load as the whole cluster, only balanced among fewer
+replicas.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def run_cells(
     balancing: Balancing = "two",
     seed: int = 0,
 ) -> Run:
-    """As `cluster.run`, in `num_cells` parts of equal size, or nearly so."""
+    """As `cluster.run`, in `num_cells` cells of (nearly) equal size."""
     sizes = [len(part) for part in np.array_split(np.arange(num_replicas), min(num_cells, num_replicas))]
     shares = np.array(sizes) / num_replicas
     cell_of = np.random.default_rng((seed, 3)).choice(len(sizes), len(requests), p=shares)

@@ -1,6 +1,6 @@
-"""Many replicas behind a balancer: every request goes to one of them, in order of arrival.
+"""Many replicas behind a load balancer, which assigns every request to one of them in order of arrival.
 
-Replicas do not touch each other, so each is advanced only when the balancer looks at it.
+Replicas are independent, so each is advanced only when the balancer inspects it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from benchmarks.simulation.workload import Request
 
 Balancing = Literal["two", "least", "random"]
 OnProgress = Callable[[int, int], None]
-"""Called with the number of requests that were sent out, and of all."""
+"""Called with the number of requests sent so far, and the total."""
 PROGRESS_EVERY = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a request saw of the replica that it was sent to. Poisson arrivals see what time averages show."""
+    """State of the replica that a request was sent to, at that time. Poisson arrivals see time averages."""
 
     at_s: float
     num_running: int
@@ -38,12 +38,12 @@ class Run:
 
     config: ReplicaConfig
     outcomes: list[Outcome]
-    """In order of arrival, one for each request."""
+    """One per request, in order of arrival."""
     looks: list[Look]
     uses: list[Use]
-    """Of each replica."""
+    """One per replica."""
     fairness: list[FairnessGap]
-    """Of each replica."""
+    """One per replica."""
 
 
 def run(
@@ -56,12 +56,12 @@ def run(
     leaps: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Run:
-    """Serve all requests, and wait until the last has ended.
+    """Serve all requests until the last one has ended.
 
     Args:
-        balancing: two: of two replicas drawn at random, the one with fewer row-steps still to decode; least: the
-            one of all; random: any.
-        leaps: False takes every step apart (slow; the same outcomes).
+        balancing: two: the less loaded of two random replicas, by remaining row-steps; least: the least loaded of all;
+            random: any.
+        leaps: False simulates every step individually (slow; the same outcomes).
     """
     replicas = [Replica(i, config, leaps) for i in range(num_replicas)]
     rng = np.random.default_rng((seed, 2))
@@ -86,7 +86,7 @@ def run(
 
 
 def _draw(rng: np.random.Generator, num: int, num_drawn: int) -> list[int]:
-    """Different replicas, drawn at random."""
+    """Distinct random replicas."""
     first = int(rng.integers(num))
     if num_drawn == 1:
         return [first]

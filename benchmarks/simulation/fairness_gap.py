@@ -1,8 +1,8 @@
-"""How evenly tenants that wait at the same time are served. Looks on; decides nothing.
+"""Measures how evenly tenants with waiting requests are served. Passive observer.
 
-Over any stretch in which two tenants both have requests waiting, the frames admitted for each (guidance rows counted
-apart, divided by its weight) should stay close: within twice the dearest request for a virtual token counter
-(Sheng et al. 2024, theorem 4.4). The gap is the widest that was seen over all such stretches and pairs.
+Over any interval in which two tenants both have requests waiting, the frames admitted for each (counting guidance rows
+separately, divided by its weight) should stay close: within twice the most expensive request for a virtual token
+counter (Sheng et al. 2024, theorem 4.4). The gap is the maximum over all such intervals and pairs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from itertools import combinations
 
 
 class FairnessGap:
-    """Of one replica. Told of every request that comes to wait, begins or goes away."""
+    """Fairness gap of one replica. Notified of every request that is queued, started or removed."""
 
     def __init__(self) -> None:
         self._num_waiting: dict[str, int] = {}
         self._served: dict[str, float] = {}
         self._began: dict[tuple[str, str], float] = {}
-        """For each pair that waits: what the first had been served more than the second."""
+        """For each waiting pair: the lead of the first over the second at the start of the interval."""
         self.widest = 0.0
         self.dearest = 0.0
 
@@ -38,7 +38,7 @@ class FairnessGap:
         self.left(tenant)
 
     def left(self, tenant: str) -> None:
-        """A request no longer waits."""
+        """A request is no longer waiting."""
         self._num_waiting[tenant] -= 1
         if not self._num_waiting[tenant]:
             self._began = {pair: lead for pair, lead in self._began.items() if tenant not in pair}

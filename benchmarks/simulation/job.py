@@ -1,4 +1,4 @@
-"""One request on its way through a replica: when its frames were complete, and how it ended. Knows no scheduler."""
+"""One request in a replica: when its frames were completed, and how it ended. Independent of the scheduler."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from musicgen.types import ChunkPolicy
 
 
 class End(enum.Enum):
-    """How a request ended; exactly one for each."""
+    """How a request ended; exactly one per request."""
 
     FINISHED = "finished"
     LEFT = "left"
-    """Its listener went away before all frames were made."""
+    """Its listener disconnected before all frames were generated."""
     REJECTED = "rejected"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one request."""
+    """Outcome of one request."""
 
     request: Request
     replica: int
     end: End
     queue_s: float
-    """From its arrival until it held pages; infinite if it never did."""
+    """From arrival until it held pages; infinite if it never did."""
     first_audio_s: float
-    """From the listener's wish to the first sound; infinite if there was none."""
+    """From the listener's request to the first audio; infinite if there was none."""
     underrun_s: float
     num_underruns: int
     made_s: float
@@ -42,13 +42,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Listening:
-    """What surrounds the engine, the same for all requests; all times are assumptions."""
+    """Everything around the engine, the same for all requests; all times are assumptions."""
 
     frame_rate_hz: float
     before_s: float
-    """Text encoder, chroma and the way there, before the engine sees the request."""
+    """Text encoder, chroma and network, before the request reaches the engine."""
     codec_s: float
-    """Codec and the way back, for each chunk."""
+    """Codec and network, per chunk."""
     prebuffer_s: float
 
 
@@ -60,15 +60,15 @@ class Job:
     sequence: Sequence
     num_rows: int
     load_left: int
-    """Row-steps still to be decoded in the current window and those after it, for the balancer."""
+    """Remaining row-steps in the current and later windows, for the balancer."""
     steps: list[list[int]] = field(default_factory=list)
     """Ranges [first, count] of the replica's steps in which it decoded."""
     ends_at: int = 0
-    """Positions a row at the end of the current window."""
+    """Positions per row at the end of the current window."""
     frames_base: int = 0
-    """Complete frames of the piece less positions a row, in the current window."""
+    """Complete frames of the piece minus positions per row, in the current window."""
     kv_extra: int = 0
-    """Positions of the text that each step reads besides (cross-attention)."""
+    """Additional text positions read by each step (cross-attention)."""
 
     def open_window(self) -> None:
         """Its sequence has opened a window."""
@@ -85,7 +85,7 @@ class Job:
             self.steps.append([first_step, num_steps])
 
     def time_of(self, ordinal: int, step_ends: array[float]) -> float:
-        """When its decode step number `ordinal` (from 1) was done."""
+        """End time of its decode step number `ordinal` (from 1)."""
         for first, count in self.steps:
             if ordinal <= count:
                 return step_ends[first + ordinal - 1]
@@ -93,12 +93,12 @@ class Job:
         return math.inf
 
     def chunks(self, policy: ChunkPolicy, step_ends: array[float]) -> tuple[list[float], list[int]]:
-        """When the chunks that are complete by now were, and their frames. As `EngineCore` hands them out: a chunk
-        once it is as long as the policy wants, the rest with the last step."""
+        """Completion times and lengths of the chunks completed so far. As in `EngineCore`: a chunk is emitted once it
+        has the length required by the policy, the rest with the last step."""
         max_delay = self.sequence.config.delay_pattern.max_delay
         ready, lengths = [], []
         known = done = self.request.num_known
-        before, begin = 0, known  # steps and frames before the window that makes frame `done`
+        before, begin = 0, known  # steps and frames before the window that generates frame `done`
         ends = [window.end for window, _ in self.sequence.windows]
         last = 0
         while done < ends[-1]:
@@ -115,7 +115,7 @@ class Job:
         return ready, lengths
 
     def heard(self, policy: ChunkPolicy, step_ends: array[float], listening: Listening) -> Heard | None:
-        """What its listener heard of the chunks that are complete by now; None if nothing."""
+        """Playback of the chunks completed so far; None if nothing was played."""
         ready, lengths = self.chunks(policy, step_ends)
         return play(
             ready,

@@ -1,8 +1,8 @@
-"""The engine's scheduler, able to take many equal steps at once. Knows no clock and no step times.
+"""The engine's scheduler, with the ability to take many identical steps at once. Independent of clocks and step times.
 
-Between events a step decodes one position of every running row and nothing else, so k such steps are known without
-asking k times. `quiet_steps` says how many the scheduler would answer so; `leap` takes them, and leaves pages, rows
-and counters as that many calls of `schedule` and of the core's bookkeeping would.
+Between events, a step decodes one position of every running row and nothing else, so k such steps can be computed
+without k calls. `quiet_steps` returns how many such steps follow; `leap` takes them, and leaves pages, rows and
+counters in the same state as that many calls of `schedule` and of the core's bookkeeping.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ UNLIMITED = sys.maxsize
 
 
 class LeapingScheduler(Scheduler):
-    """`Scheduler`, with nothing overridden."""
+    """`Scheduler` with additional methods; overrides nothing."""
 
     def quiet_steps(self) -> int:
         """Steps from now in which everyone running decodes one position, if nobody comes, leaves or ends; and, while
@@ -40,7 +40,7 @@ class LeapingScheduler(Scheduler):
         return any(self.places.is_modest(s.request.tenant) for s in self.running)
 
     def pages_after(self) -> list[int]:
-        """`[16]` pages that the running rows take in quiet step j (and again in steps j + 16, j + 32 …)."""
+        """`[16]` pages allocated by the running rows in quiet step j (and again in steps j + 16, j + 32 …)."""
         taken = [0] * PAGE_LEN
         for sequence in self.running:
             for row in sequence.rows:

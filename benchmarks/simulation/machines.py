@@ -1,6 +1,6 @@
-"""What a GPU and a model are to the simulation: rates, sizes, bytes and FLOPs. Knows no clock and no request.
+"""GPUs and models as the simulation sees them: rates, sizes, bytes and FLOPs. Independent of clocks and requests.
 
-Rates are the vendors' dense peaks; shares of them that a program reaches are an assumption of `step_time`.
+Rates are the vendors' dense peaks; the achievable fraction of them is an assumption of `step_time`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Gpu:
     name: str
     bytes_s: float
     flops_s: float
-    """Dense bfloat16 on tensor cores; weights of 8 and 4 bits are taken to be widened to it."""
+    """Dense bfloat16 on tensor cores; 8-bit and 4-bit weights are assumed to be dequantized to it."""
     float32_flops_s: float
     memory_bytes: float
 
@@ -41,15 +41,15 @@ GPUS = {
 WEIGHT_BYTES: dict[WeightDtype, float] = {
     "float32": 4.0,
     "bfloat16": 2.0,
-    "int8": 1.0 + 2 / 128,  # a 16-bit scale for each group of 128
-    "int4": 0.5 + 2 / 32,  # and for each of 32
+    "int8": 1.0 + 2 / 128,  # one 16-bit scale per group of 128
+    "int4": 0.5 + 2 / 32,  # one per group of 32
 }
-"""Bytes of a weight of the matrices, scales included."""
+"""Bytes per matrix weight, including scales."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """One decoder, as far as bytes and FLOPs go."""
+    """Dimensions of a decoder, for counting bytes and FLOPs."""
 
     name: str
     num_layers: int
@@ -60,30 +60,30 @@ class Shapes:
 
     @property
     def num_weights(self) -> float:
-        """Weights of the matrices that a step reads: attention, feed-forward, heads.
+        """Matrix weights that a step reads: attention, feed-forward, heads.
 
-        Of cross-attention a step reads the query and the output matrix; keys and values are made once a request.
+        For cross-attention, a step reads the query and output matrices; keys and values are computed once per request.
         """
         per_layer = 12 if self.melody else 14
         return self.num_layers * per_layer * self.dim**2 + NUM_CODEBOOKS * CODEBOOK_SIZE * self.dim
 
     @property
     def num_resident_weights(self) -> float:
-        """Weights that occupy memory."""
+        """Weights held in memory."""
         return self.num_weights + (0 if self.melody else self.num_layers * 2 * self.dim**2)
 
     @property
     def token_flops(self) -> float:
-        """FLOPs of the matrices for one position of one row."""
+        """Matrix FLOPs per position and row."""
         return 2 * self.num_weights
 
     @property
     def attended_flops(self) -> float:
-        """FLOPs of attention for one position of one row, for each position that it attends to: QK and PV."""
+        """Attention FLOPs (QK and PV) per position and row, for each attended position."""
         return 4.0 * self.num_layers * self.dim
 
     def kv_bytes(self, dtype: KVDtype) -> float:
-        """Bytes of one position of one row over all layers, scales included."""
+        """KV bytes per position and row over all layers, including scales."""
         return self.page_bytes(dtype) / PAGE_LEN
 
     def page_bytes(self, dtype: KVDtype) -> int:
@@ -92,11 +92,11 @@ class Shapes:
 
     @property
     def num_kernels(self) -> int:
-        """Launches a step: about eight fused ones a layer (three more with cross-attention) and sixteen around."""
+        """Kernel launches per step: about eight fused ones per layer (eleven with cross-attention) plus sixteen."""
         return self.num_layers * (8 if self.melody else 11) + 16
 
     def num_pages(self, gpu: Gpu, weights: WeightDtype, kv: KVDtype, memory_share: float) -> int:
-        """Pages that fit beside the weights into a share of the device's memory (0: the weights do not fit)."""
+        """Pages that fit next to the weights into a share of the device's memory (0: the weights do not fit)."""
         embeddings = NUM_CODEBOOKS * (CODEBOOK_SIZE + 1) * self.dim * 4.0
         resident = self.num_resident_weights * WEIGHT_BYTES[weights] + embeddings
         return max(0, int((gpu.memory_bytes * memory_share - resident) // self.page_bytes(kv)))
@@ -116,9 +116,9 @@ MODELS = {
 
 
 def model_config(shapes: Shapes) -> ModelConfig:
-    """The configuration that the scheduler and its sequences see: true lengths, embeddings of width 1.
+    """The configuration for the scheduler and its sequences: real lengths, embeddings of width 1.
 
-    They use widths for nothing but the contents of page keys, and a width of 1 keeps keys distinct and cheap.
+    Widths only affect the contents of page keys, and a width of 1 keeps keys distinct and cheap.
     """
     codec = CodecConfig(
         sample_rate=32000,

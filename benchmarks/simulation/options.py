@@ -1,4 +1,4 @@
-"""What can be typed after `python -m benchmarks.simulate`, with examples; and the settings that follow from it."""
+"""Command-line options of `python -m benchmarks.simulate`, with examples, and the resulting settings."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from musicgen.errors import InvalidRequestError
 from musicgen.types import ChunkPolicy
 
 DESCRIPTION = """\
-How many machines does it take? The real scheduler under a virtual clock: requests arrive, replicas take steps that
-last as long as a roofline or a measured table says, listeners play at real time. Everything printed is simulated; no
-GPU was measured.
+How many machines does it take? Runs the real scheduler on a virtual clock: requests arrive, replicas execute steps with
+times from a roofline model or a measured table, listeners play in real time. All results are simulated; no GPU was
+measured.
 """
 
 EXAMPLES = """\
 examples:
-  one replica of an L4 with small, at 70 % of what it can do, 2,000 requests (half a minute):
+  one L4 replica of small at 70 % of its capacity, 2,000 requests (half a minute):
     python -m benchmarks.simulate --gpu L4 --model small --load 0.7 --requests 2000
-  how the time to first audio grows with load, drawn:
+  plot of time to first audio versus load:
     python -m benchmarks.simulate --replicas 4 --load 0.5 0.7 0.8 0.9 0.95 --requests 4000 --plot load.png
-  the same listeners in bursts (Markov-modulated, five times the calm rate):
+  bursty arrivals (Markov-modulated, five times the calm rate):
     python -m benchmarks.simulate --replicas 4 --load 0.8 --arrivals bursts --burstiness 5
-  replicas for 1,000 people who listen at the same time, p95 of the first audio within 2 s, and hardly a gap:
+  replicas for 1,000 concurrent listeners, p95 of first audio within 2 s, and almost no underruns:
     python -m benchmarks.simulate --listeners 1000 --find-replicas --slo-first-audio 2 --slo-underrun 0.001
-  8-bit weights and keys, a bound instead of an estimate (100 % of bandwidth, nothing for launches):
+  8-bit weights and KV, a bound instead of an estimate (100 % of bandwidth, no launch overhead):
     python -m benchmarks.simulate --weights int8 --kv int8 --bandwidth-share 1 --flops-share 1 --kernel-us 0 --host-ms 0
-  steps as they were measured somewhere (CSV: num_positions,kv_positions,seconds), pages as given:
+  measured step times (CSV: num_positions,kv_positions,seconds) and a given number of pages:
     python -m benchmarks.simulate --step-table steps.csv --num-pages 4000 --load 0.8
-  100,000 requests in two processes, each half of the replicas behind a balancer of its own:
+  100,000 requests in two processes, each with half of the replicas behind its own balancer:
     python -m benchmarks.simulate --replicas 100 --load 0.8 --requests 100000 --cells 2
-  two tenants, one asking for four times as much at the same weight:
+  two tenants, one with four times the load at the same weight:
     python -m benchmarks.simulate --tenants big=0.8,small=0.2 --load 1.1
 
-the load is the arrival rate over the closed form of what the replicas can do at most (see docs/capacity.md); the
-last line is one JSON object.
+load is the arrival rate relative to the closed-form capacity of the replicas (see docs/capacity.md); the last line
+is one JSON object.
 """
 
 
@@ -60,13 +60,15 @@ def parser() -> argparse.ArgumentParser:
     _load(p.add_argument_group("load"))
     _service(p.add_argument_group("service"))
     out = p.add_argument_group("output")
-    out.add_argument("--slo-first-audio", type=float, default=2.0, metavar="S", help="objective for p95 (2)")
-    out.add_argument("--slo-underrun", type=float, metavar="RATIO", help="and for silence over music (not held)")
-    out.add_argument("--plot", type=Path, metavar="FILE", help="draw, as .png or .svg")
-    out.add_argument("--csv", type=Path, metavar="FILE", help="one line a request (of the last run)")
-    out.add_argument("--seed", type=int, default=0, help="of arrivals, requests and the balancer (0)")
-    out.add_argument("--processes", type=int, default=1, help="runs of several loads side by side (1)")
-    out.add_argument("--cells", type=int, default=1, help="parts of the cluster, each balanced apart in a process (1)")
+    out.add_argument(
+        "--slo-first-audio", type=float, default=2.0, metavar="S", help="p95 objective for first audio (2)"
+    )
+    out.add_argument("--slo-underrun", type=float, metavar="RATIO", help="objective for the underrun ratio (none)")
+    out.add_argument("--plot", type=Path, metavar="FILE", help="write a plot, .png or .svg")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="write one line per request (of the last run)")
+    out.add_argument("--seed", type=int, default=0, help="seed of arrivals, requests and the balancer (0)")
+    out.add_argument("--processes", type=int, default=1, help="loads simulated in parallel (1)")
+    out.add_argument("--cells", type=int, default=1, help="cells of the cluster with their own balancer (1)")
     return p
 
 
@@ -74,56 +76,58 @@ def _machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gpu", choices=sorted(GPUS), default="H100")
     group.add_argument("--model", choices=sorted(MODELS), default="melody")
     group.add_argument("--weights", choices=sorted(WEIGHT_BYTES), default="bfloat16")
-    group.add_argument("--kv", choices=get_args(KVDtype), default="bfloat16", help="dtype of keys and values")
+    group.add_argument("--kv", choices=get_args(KVDtype), default="bfloat16", help="KV dtype")
     group.add_argument("--memory-share", type=float, default=0.9, help="of the device, for weights and pages (0.9)")
-    group.add_argument("--num-pages", type=int, help="pages, instead of what fits")
+    group.add_argument("--num-pages", type=int, help="number of pages; default: as many as fit")
     group.add_argument("--step-table", type=Path, metavar="CSV", help="measured steps instead of the roofline")
-    group.add_argument("--bandwidth-share", type=float, default=0.7, help="assumed share of the peak (0.7)")
-    group.add_argument("--flops-share", type=float, default=0.5, help="assumed share of the peak (0.5)")
-    group.add_argument("--kernel-us", type=float, default=1.0, help="assumed overhead a kernel, in a graph (1)")
+    group.add_argument("--bandwidth-share", type=float, default=0.7, help="assumed fraction of the peak (0.7)")
+    group.add_argument("--flops-share", type=float, default=0.5, help="assumed fraction of the peak (0.5)")
+    group.add_argument("--kernel-us", type=float, default=1.0, help="assumed overhead per kernel, in a graph (1)")
     group.add_argument(
-        "--host-ms", type=float, default=0.5, help="assumed host time a step, scheduler and Python (0.5)"
+        "--host-ms", type=float, default=0.5, help="assumed host time per step, scheduler and Python (0.5)"
     )
 
 
 def _load(group: argparse._ArgumentGroup) -> None:
     how = group.add_mutually_exclusive_group()
-    how.add_argument("--load", type=float, nargs="+", metavar="L", help="share of capacity; several for a sweep (0.8)")
-    how.add_argument("--rate", type=float, metavar="HZ", help="requests a second, of all replicas together")
-    how.add_argument("--listeners", type=float, metavar="N", help="pieces played at the same time: rate × mean length")
+    how.add_argument(
+        "--load", type=float, nargs="+", metavar="L", help="fraction of capacity; several for a sweep (0.8)"
+    )
+    how.add_argument("--rate", type=float, metavar="HZ", help="requests per second, over all replicas")
+    how.add_argument("--listeners", type=float, metavar="N", help="concurrent listeners: rate × mean duration")
     group.add_argument(
-        "--requests", type=int, default=2000, help="how many arrive; the first tenth only warms up (2000)"
+        "--requests", type=int, default=2000, help="number of requests; the first tenth is warm-up (2000)"
     )
     group.add_argument("--arrivals", choices=get_args(Process), default="poisson")
     group.add_argument("--burstiness", type=float, default=3.0, help="see --arrivals in docs/capacity.md (3)")
     group.add_argument("--durations", type=float, nargs=2, default=(5.0, 30.0), metavar=("MIN", "MAX"))
     group.add_argument("--kinds", default="text=0.45,melody=0.35,double=0.05,continuation=0.15")
     group.add_argument("--tenants", default="a=0.6,b=0.3,c=0.1", help="name=share[:weight],…")
-    group.add_argument("--repeat-share", type=float, default=0.1, help="requests with a recent prompt (0.1)")
-    group.add_argument("--leave-share", type=float, default=0.05, help="listeners who leave early (0.05)")
+    group.add_argument("--repeat-share", type=float, default=0.1, help="share of requests with a recent prompt (0.1)")
+    group.add_argument("--leave-share", type=float, default=0.05, help="share of early disconnects (0.05)")
 
 
 def _service(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--replicas", type=int, default=1)
-    group.add_argument("--find-replicas", action="store_true", help="the fewest that meet the objective, by bisection")
+    group.add_argument("--find-replicas", action="store_true", help="find the fewest that meet the objective")
     group.add_argument(
-        "--balancing", choices=get_args(Balancing), default="two", help="two: the better of two at random"
+        "--balancing", choices=get_args(Balancing), default="two", help="two: the less loaded of two random replicas"
     )
-    group.add_argument("--max-requests", type=int, default=256, help="running at the same time (256)")
-    group.add_argument("--prefill-tokens", type=int, default=256, help="beside running decodes (256)")
+    group.add_argument("--max-requests", type=int, default=256, help="maximum running requests per replica (256)")
+    group.add_argument("--prefill-tokens", type=int, default=256, help="chunked-prefill budget of a step (256)")
     group.add_argument("--max-waiting", type=int, default=1024)
     group.add_argument("--deadline-factor", type=float, default=float("inf"), metavar="X")
     group.add_argument("--first-chunk", type=int, default=ChunkPolicy().first_frames, metavar="FRAMES")
     group.add_argument("--max-chunk", type=int, default=ChunkPolicy().max_frames, metavar="FRAMES")
     group.add_argument("--chunk-growth", type=float, default=ChunkPolicy().growth)
-    group.add_argument("--before-ms", type=float, default=30.0, help="assumed: text encoder, chroma, the way in (30)")
-    group.add_argument("--codec-ms", type=float, default=30.0, help="assumed: codec and the way out, a chunk (30)")
-    group.add_argument("--prebuffer", type=float, default=0.0, metavar="S", help="sound that a player collects first")
+    group.add_argument("--before-ms", type=float, default=30.0, help="assumed: text encoder, chroma, network (30)")
+    group.add_argument("--codec-ms", type=float, default=30.0, help="assumed: codec and network, per chunk (30)")
+    group.add_argument("--prebuffer", type=float, default=0.0, metavar="S", help="playback buffer of the player")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the options come to."""
+    """The resolved options."""
 
     replica: ReplicaConfig
     mix: Mix
@@ -133,14 +137,14 @@ def settings(options: argparse.Namespace) -> Settings:
     """Resolve the options.
 
     Raises:
-        InvalidRequestError: a share or a list that cannot be read, or a model that does not fit.
+        InvalidRequestError: a malformed share or list, or a model that does not fit.
     """
     shapes, gpu = MODELS[options.model], GPUS[options.gpu]
     num_pages = options.num_pages
     if num_pages is None:
         num_pages = shapes.num_pages(gpu, options.weights, options.kv, options.memory_share)
     if num_pages < 1:
-        raise InvalidRequestError("a model that fits", f"{options.model} on {options.gpu}", "try 8 or 4 bits")
+        raise InvalidRequestError("a model that fits", f"{options.model} on {options.gpu}", "try int8 or int4")
     scheduler = SchedulerConfig(
         max_requests=options.max_requests,
         max_rows=3 * options.max_requests,

@@ -1,21 +1,21 @@
-"""A listener's player at real time: what it hears when, and where it falls silent. Knows frames and seconds only."""
+"""Simulated real-time player: start of playback and underruns. Deals in frames and seconds only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 LOOKAHEAD_FRAMES = 4
-"""Frames that the codec must have seen before it gives a frame's samples, except at the end of a piece."""
+"""Lookahead of the codec in frames, except at the end of a piece."""
 RESOLUTION_S = 1e-6
-"""Less silence than this is rounding, not an under-run."""
+"""Shorter silence is rounding, not an underrun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """How one stream went for its listener."""
+    """Playback of one stream."""
 
     first_audio_s: float
-    """When the first sound was heard, on the simulation's clock."""
+    """Start of playback, on the simulation's clock."""
     underrun_s: float
     """Silence within the piece."""
     num_underruns: int
@@ -31,14 +31,14 @@ def play(
     prebuffer_s: float = 0.0,
     lookahead_frames: int = LOOKAHEAD_FRAMES,
 ) -> Heard | None:
-    """Play a stream whose codes come in chunks; None if the player never begins.
+    """Play a stream whose codes arrive in chunks; None if playback never starts.
 
     Args:
-        ready_s: when each chunk's codes are there, ascending.
+        ready_s: when each chunk's codes are complete, ascending.
         num_frames: frames of each chunk.
-        is_complete: the last chunk ends the piece, so nothing is held back for the look-ahead.
+        is_complete: whether the last chunk ends the piece, so that nothing is held back for the lookahead.
         codec_s: from a chunk's codes to its samples at the player.
-        prebuffer_s: sound that the player collects before it starts; less if the piece is shorter.
+        prebuffer_s: audio that the player buffers before it starts; less if the piece is shorter.
     """
     audible, total = [], 0
     for frames in num_frames:

@@ -1,4 +1,4 @@
-"""Pictures of runs. Every picture says that it is simulated."""
+"""Plots of runs. Every plot is labelled as simulated."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def draw(
     slo_s: float,
     by_replicas: bool = False,
 ) -> None:
-    """Four panels: first audio, silence, occupancy over time, and the runs side by side.
+    """Four panels: first audio, underruns, occupancy over time, and a comparison of the runs.
 
     Args:
-        runs: label, run, figures; each a line.
-        by_replicas: the side-by-side panel is over replicas, else over load.
+        runs: label, run, summary; each is one line.
+        by_replicas: compare over the number of replicas, else over load.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def draw(
     _beyond(axes[0, 0], runs, "first_audio_s", "time to first audio (s)")
     axes[0, 0].axvline(slo_s, color="black", linestyle=":", linewidth=1)
     axes[0, 0].text(slo_s, 1, " objective", va="top", fontsize=7)
-    _beyond(axes[0, 1], runs, "underrun_s", "silence within a piece (s)")
+    _beyond(axes[0, 1], runs, "underrun_s", "underrun of a piece (s)")
     _over_time(axes[1, 0], runs)
     if len(runs) > 1:
         _side_by_side(axes[1, 1], [summary for _, _, summary in runs], slo_s, by_replicas)
@@ -48,7 +48,7 @@ def draw(
 
 
 def _beyond(ax: Any, runs: list[tuple[str, Run, Summary]], name: str, label: str) -> None:
-    """Share of pieces that are beyond x."""
+    """Share of pieces beyond x."""
     for text, run, _ in runs:
         begin, end = run.config.measured_s
         finished = [o for o in run.outcomes if o.end is End.FINISHED and begin <= o.request.arrived_s < end]
@@ -64,7 +64,7 @@ def _beyond(ax: Any, runs: list[tuple[str, Run, Summary]], name: str, label: str
 
 
 def _binned(run: Run, values: Floats) -> tuple[Floats, Floats]:
-    """Means over equal stretches of time."""
+    """Means over equal time intervals."""
     times = np.array([look.at_s for look in run.looks])
     edges = np.linspace(0, times[-1] * (1 + 1e-9), NUM_BINS + 1)
     index = np.digitize(times, edges) - 1
@@ -80,7 +80,7 @@ def _over_time(ax: Any, runs: list[tuple[str, Run, Summary]]) -> None:
         waiting = np.array([look.num_waiting for look in run.looks], dtype=np.float64)
         ax.plot(*_binned(run, running), color=f"C{i}", label=f"{text}: running")
         ax.plot(*_binned(run, waiting), color=f"C{i}", linestyle=":")
-    ax.set(xlabel="simulated time (s)", ylabel="requests a replica (dotted: waiting)")
+    ax.set(xlabel="simulated time (s)", ylabel="requests per replica (dotted: waiting)")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)
 
@@ -98,8 +98,8 @@ def _side_by_side(ax: Any, summaries: list[Summary], slo_s: float, by_replicas: 
     ax.plot(x, [s.first_audio_s.p95 for s in ordered], "o-", label="first audio p95 (s)")
     ax.plot(x, [s.first_audio_s.p99 for s in ordered], "o-", label="first audio p99 (s)")
     ratios = [100 * s.underrun_ratio for s in ordered]
-    ax.plot(x, ratios, "s--", color="C3", label="under-run ratio (%)")
+    ax.plot(x, ratios, "s--", color="C3", label="underrun ratio (%)")
     ax.axhline(slo_s, color="black", linestyle=":", linewidth=1)
-    ax.set(xlabel="replicas" if by_replicas else "load (% of the closed form)", yscale="log")
+    ax.set(xlabel="replicas" if by_replicas else "load (% of closed-form capacity)", yscale="log")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)

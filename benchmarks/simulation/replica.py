@@ -1,7 +1,7 @@
-"""One replica under a virtual clock: the real scheduler and pages, no tensors, steps that take the model's time.
+"""One replica on a virtual clock: the real scheduler and page allocator, no tensors, steps of modelled duration.
 
-Does what `EngineCore` does around the scheduler, and takes stretches of equal steps at once. All figures come out as
-they would one step at a time: each step's end, its pages and its rows are computed, only the calls are saved.
+Replicates what `EngineCore` does around the scheduler, but takes runs of identical steps at once. The results equal
+those of single steps: the end, pages and rows of each step are computed, only the calls are saved.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ MAX_EMPTY_STEPS = 64
 
 @dataclass(frozen=True, slots=True)
 class ReplicaConfig:
-    """What all replicas have in common.
+    """Configuration shared by all replicas.
 
     Args:
-        deadline_factor: refuse a request at once if it is quoted to end later than so many times its length from
-            now (infinite: never).
-        measured_s: from … to, the stretch over which use is averaged.
+        deadline_factor: reject a request if its estimated time to completion exceeds this multiple of its duration
+            (infinite: never).
+        measured_s: start and end of the measured interval.
     """
 
     model: ModelConfig
@@ -52,7 +52,7 @@ class ReplicaConfig:
 
 @dataclass(slots=True)
 class Use:
-    """What a replica did in the measured stretch."""
+    """Usage of a replica in the measured interval."""
 
     num_steps: int = 0
     busy_s: float = 0.0
@@ -60,12 +60,12 @@ class Use:
     """Pages held, integrated over time."""
     row_steps: int = 0
     stream_steps: int = 0
-    """Decode steps, counted for each stream."""
+    """Decode steps, counted per stream."""
     most_pages: int = 0
 
 
 class Replica:
-    """A simulated replica. `advance` before anything is read or submitted."""
+    """A simulated replica. Call `advance` before reading its state or submitting."""
 
     def __init__(self, index: int, config: ReplicaConfig, leaps: bool = True) -> None:
         self.index, self.config = index, config
@@ -73,7 +73,7 @@ class Replica:
         self.scheduler = LeapingScheduler(config.scheduler, self.allocator, config.model.frame_rate_hz)
         self.now = 0.0
         self.load_left = 0
-        """Row-steps still to be decoded for everyone here."""
+        """Remaining row-steps of all requests."""
         self.use, self.fairness = Use(), FairnessGap()
         self.outcomes: list[Outcome] = []
         self._jobs: dict[int, Job] = {}
@@ -86,7 +86,7 @@ class Replica:
     # --- coming and going ---
 
     def submit(self, request: Request, now: float) -> None:
-        """A request reaches the engine at `now`, at which the replica has been advanced."""
+        """A request reaches the engine at `now`, to which the replica has been advanced."""
         if not self._jobs:
             self.now = max(self.now, now)
         sequence = new_sequence(request, self.config.model, self.config.chunks, now)
@@ -106,7 +106,7 @@ class Replica:
             heapq.heappush(self._leaving, (request.arrived_s + request.leaves_after_s, request.number))
 
     def _is_refused(self, sequence: Sequence) -> bool:
-        """As `EngineCore.add` refuses."""
+        """Same conditions as in `EngineCore.add`."""
         if len(self.scheduler.waiting) >= self.config.scheduler.max_waiting:
             return True
         if not self.scheduler.fits_alone(sequence):
@@ -118,7 +118,7 @@ class Replica:
         return num_steps * self._step_times.mean_s > deadline_s
 
     def advance(self, until: float) -> None:
-        """Take every step that begins before `until`."""
+        """Execute all steps that start before `until`."""
         while self._jobs:
             self._let_leave()
             if self.now >= until or not self._jobs:
@@ -136,7 +136,7 @@ class Replica:
                     self.fairness.left(job.request.tenant.name)
                 self._end(job, End.LEFT)
 
-    # --- one step, as the core takes it ---
+    # --- one step, as in the core ---
 
     def _step(self) -> None:
         num_running = len(self.scheduler.running)
@@ -145,7 +145,7 @@ class Replica:
             self.fairness.began(sequence.request.tenant, sequence.cost / sequence.request.weight)
         if not batch.chunks:
             self._num_empty += 1
-            assert self._num_empty < MAX_EMPTY_STEPS, "the scheduler has work and schedules nothing"
+            assert self._num_empty < MAX_EMPTY_STEPS, "the scheduler has work but schedules nothing"
             return
         self._num_empty = 0
         num_rows = sum(s.num_rows for s in batch.deciding)
@@ -176,10 +176,10 @@ class Replica:
             attended += texts
         return StepLoad(num_positions, np.array([kv_positions], np.float64), np.array([attended], np.float64))
 
-    # --- many equal steps ---
+    # --- many identical steps ---
 
     def _leap(self, limit: float) -> bool:
-        """Take the quiet steps that begin before `limit`; False if there are fewer than two."""
+        """Execute the quiet steps that start before `limit`; False if there are fewer than two."""
         quiet = self.scheduler.quiet_steps()
         if quiet < 2:
             return False
@@ -211,7 +211,7 @@ class Replica:
     # --- bookkeeping ---
 
     def _pass(self, seconds: Floats, pages: Floats, num_rows: int, num_streams: int) -> None:
-        """Let the clock run through steps of these lengths, each with the pages it holds."""
+        """Advance the clock by steps of these durations and record their usage."""
         ends = np.cumsum(np.concatenate([[self.now], seconds]))
         self._step_ends.extend(ends[1:].tolist())
         first, last = np.searchsorted(ends[:-1], self.config.measured_s, "left")
@@ -225,7 +225,7 @@ class Replica:
         self.now = float(ends[-1])
 
     def _decoded(self, job: Job, first_step: int, num_steps: int) -> None:
-        """A job has decoded `num_steps` steps; what follows is what `EngineCore._advance` does."""
+        """A job has decoded `num_steps` steps; follows `EngineCore._advance`."""
         job.decoded(first_step, num_steps)
         job.load_left -= num_steps * job.num_rows
         self.load_left -= num_steps * job.num_rows
@@ -253,7 +253,7 @@ class Replica:
         job.open_window()
 
     def _end(self, job: Job, end: End) -> None:
-        """The one place where an accepted request ends."""
+        """The only place where an accepted request ends."""
         request, sequence, listening = job.request, job.sequence, self.config.listening
         heard = job.heard(self.config.chunks, self._step_ends, listening)
         del self._jobs[id(sequence)]

@@ -1,4 +1,4 @@
-"""From outcomes to figures, a table and JSON. Every heading says that the figures are simulated."""
+"""Outcomes → figures, table and JSON. Every table is labelled as simulated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.simulation.job import End, Outcome
 
 NOTICE = "simulated; no GPU was measured"
 AUDIBLE_S = 0.1
-"""A piece with more silence than this is broken."""
+"""A piece with more underrun than this counts as broken."""
 CSV_COLUMNS = (
     *("number", "arrived_s", "tenant", "kind", "num_new_frames", "replica", "end"),
     *("queue_s", "first_audio_s", "underrun_s", "made_s"),
@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Three quantiles, in seconds; infinite where too many had none."""
+    """Three quantiles in seconds; infinite if too many requests have no value."""
 
     p50: float
     p95: float
@@ -42,44 +42,44 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One run. Figures are of requests that arrived in the measured stretch, and of replicas within it."""
+    """One run. Figures cover requests that arrived in the measured interval, and replicas within it."""
 
     num_replicas: int
     offered_load: float
-    """Share of the closed-form capacity."""
+    """Fraction of the closed-form capacity."""
     rate_hz: float
     listeners: float
-    """Pieces that are played at the same time on average: rate × mean duration."""
+    """Mean number of concurrent listeners: rate × mean duration."""
     num_requests: int
     num_finished: int
     num_left: int
     num_rejected: int
     num_unheard: int
-    """Left before the first sound; not in the quantiles."""
+    """Disconnected before the first audio; excluded from the quantiles."""
     first_audio_s: Spread
-    """Refused requests count as infinite."""
+    """Rejected requests count as infinite."""
     queue_s: Spread
     underrun_ratio: float
-    """Seconds of silence for each second of music, of finished pieces."""
+    """Seconds of underrun per second of music, over finished pieces."""
     underrun_share: float
-    """Finished pieces with any under-run."""
+    """Share of finished pieces with any underrun."""
     broken_share: float
-    """Finished pieces with more than 0.1 s of silence."""
+    """Share of finished pieces with more than 0.1 s of underrun."""
     goodput_hz: float
-    """Requests a second that finished, began within the objective and had at most 0.1 s of silence."""
+    """Requests per second that finished, started within the objective and had at most 0.1 s of underrun."""
     goodput_share: float
     frames_s: float
-    """Decode steps of all streams, a second and replica."""
+    """Decode steps of all streams, per second and replica."""
     streams_a_step: float
     step_s: float
     busy_share: float
     pages_mean: float
-    """Share of the pages that are held, over time."""
+    """Mean share of pages held over time."""
     pages_most: float
     fairness_gap: float
-    """Widest gap between two tenants that both waited, in weighted row-frames, worst replica."""
+    """Maximum gap between two waiting tenants, in weighted row-frames, on the worst replica."""
     fairness_bound: float
-    """Twice the dearest request."""
+    """Twice the most expensive request."""
     first_audio_p95_s: dict[str, float] = field(default_factory=dict)
     """By tenant."""
 
@@ -87,7 +87,7 @@ class Summary:
 def summarise(
     run: Run, *, offered_load: float, rate_hz: float, first_audio_slo_s: float, mean_duration_s: float
 ) -> Summary:
-    """Figures of `run`."""
+    """Summarize a run."""
     begin, end = run.config.measured_s
     outcomes = [o for o in run.outcomes if begin <= o.request.arrived_s < end]
     finished = [o for o in outcomes if o.end is End.FINISHED]
@@ -143,24 +143,24 @@ def _ms(spread: Spread) -> str:
 
 
 def table(summaries: list[Summary]) -> str:
-    """One column a run."""
+    """One column per run."""
     rows = [
         ("replicas", [f"{s.num_replicas}" for s in summaries]),
-        ("load, of the closed form", [f"{s.offered_load:.0%}" for s in summaries]),
+        ("load, of closed-form capacity", [f"{s.offered_load:.0%}" for s in summaries]),
         ("requests/s", [f"{s.rate_hz:.2f}" for s in summaries]),
         ("concurrent listeners", [f"{s.listeners:.0f}" for s in summaries]),
         ("requests measured", [f"{s.num_requests}" for s in summaries]),
-        ("finished / left / refused", [f"{s.num_finished} / {s.num_left} / {s.num_rejected}" for s in summaries]),
+        ("finished / left / rejected", [f"{s.num_finished} / {s.num_left} / {s.num_rejected}" for s in summaries]),
         ("first audio p50 / p95 / p99 (s)", [_ms(s.first_audio_s) for s in summaries]),
-        ("in queue p50 / p95 / p99 (s)", [_ms(s.queue_s) for s in summaries]),
-        ("under-run ratio", [f"{s.underrun_ratio:.3%}" for s in summaries]),
-        ("pieces with any under-run", [f"{s.underrun_share:.2%}" for s in summaries]),
-        ("pieces with > 0.1 s of it", [f"{s.broken_share:.2%}" for s in summaries]),
+        ("queue time p50 / p95 / p99 (s)", [_ms(s.queue_s) for s in summaries]),
+        ("underrun ratio", [f"{s.underrun_ratio:.3%}" for s in summaries]),
+        ("pieces with any underrun", [f"{s.underrun_share:.2%}" for s in summaries]),
+        ("pieces with > 0.1 s of underrun", [f"{s.broken_share:.2%}" for s in summaries]),
         ("goodput (requests/s; share)", [f"{s.goodput_hz:.2f}; {s.goodput_share:.2%}" for s in summaries]),
-        ("stream-steps/s a replica", [f"{s.frames_s:.0f}" for s in summaries]),
-        ("streams a step; step (ms)", [f"{s.streams_a_step:.1f}; {s.step_s * 1e3:.2f}" for s in summaries]),
+        ("stream-steps/s per replica", [f"{s.frames_s:.0f}" for s in summaries]),
+        ("streams per step; step (ms)", [f"{s.streams_a_step:.1f}; {s.step_s * 1e3:.2f}" for s in summaries]),
         ("busy", [f"{s.busy_share:.1%}" for s in summaries]),
-        ("pages held, mean; most", [f"{s.pages_mean:.1%}; {s.pages_most:.1%}" for s in summaries]),
+        ("pages in use, mean; maximum", [f"{s.pages_mean:.1%}; {s.pages_most:.1%}" for s in summaries]),
         ("fairness gap; bound", [f"{s.fairness_gap:.0f}; {s.fairness_bound:.0f}" for s in summaries]),
     ]
     names = sorted({name for s in summaries for name in s.first_audio_p95_s})
@@ -174,7 +174,7 @@ def table(summaries: list[Summary]) -> str:
 
 
 def as_json(summary: Summary) -> dict[str, object]:
-    """Numbers that JSON knows: infinite and undefined ones become null."""
+    """JSON-compatible values: infinite and undefined numbers become null."""
     cleaned: dict[str, object] = _clean(asdict(summary))  # type: ignore[assignment]
     return cleaned
 
@@ -188,7 +188,7 @@ def _clean(value: object) -> object:
 
 
 def write_csv(path: Path, outcomes: list[Outcome]) -> None:
-    """One line a request."""
+    """Write one line per request."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_COLUMNS)

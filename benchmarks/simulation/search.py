@@ -1,4 +1,4 @@
-"""The smallest number that will do, by steps that double and bisection. Knows nothing of what is tried."""
+"""Smallest sufficient number, by exponential search and bisection."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ MOST = 4096
 
 
 def fewest(meets: Callable[[int], bool], *, start: int = 1) -> int:
-    """The smallest n ≥ 1 with `meets(n)`, which is taken to stay true from there on.
+    """The smallest n ≥ 1 with `meets(n)`, which is assumed to be monotonic.
 
     Args:
-        meets: is called once for each number that is tried.
-        start: a first guess; the nearer, the fewer numbers are tried.
+        meets: called once for each number tried.
+        start: initial guess; the closer, the fewer calls.
     Raises:
-        InvalidRequestError: not even 4096 will do.
+        InvalidRequestError: not even 4096 is enough.
     """
     too_few, enough, stride = 0, None, 1
     guess = min(start, MOST)
@@ -27,7 +27,7 @@ def fewest(meets: Callable[[int], bool], *, start: int = 1) -> int:
         else:
             too_few = guess
             if too_few == MOST:
-                raise InvalidRequestError("an objective that some number of replicas meets", f"none of {MOST} do")
+                raise InvalidRequestError("an objective that can be met", f"one that {MOST} replicas miss")
             guess = min(MOST, too_few + stride) if enough is None else (too_few + enough) // 2
         stride *= 2
     return enough

@@ -1,8 +1,8 @@
-"""How long a step takes, from what it computes. Knows bytes and FLOPs, or a measured table; no schedule.
+"""Duration of a step from its work: a roofline model, or a measured table. Independent of the schedule.
 
-The roofline: matrices are read once a step and multiplied with every position; each row's keys and values are read
-up to its length. The two parts run one after the other, each as fast as memory or arithmetic allows. Left out:
-embeddings, norms, sampling and a text's keys and values when it arrives (each below a percent of a step).
+The roofline: matrices are read once per step and multiplied with every position; each row's KV is read up to its
+length. The two phases run one after another, each as fast as memory or arithmetic allows. Not modelled: embeddings,
+norms, sampling, and computing a text's KV on arrival (each below 1 % of a step).
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """What one step computes; of `k` steps in a row where a field is an array."""
+    """Work of one step; array fields cover `k` consecutive steps."""
 
     num_positions: int
-    """New positions of all rows, the same in each of the steps."""
+    """New positions over all rows, the same in each step."""
     kv_positions: Floats
-    """Positions whose keys and values are read, `[k]`."""
+    """Positions whose KV is read, `[k]`."""
     attended: Floats
-    """Pairs of a new position and one that it attends to, `[k]`."""
+    """Pairs of a new and an attended position, `[k]`."""
 
 
 class StepTime(Protocol):
-    """Seconds of each of k steps."""
+    """Model of step durations."""
 
     def seconds(self, load: StepLoad) -> Floats:
         """`[k]` seconds."""
         ...
 
     def describe(self) -> str:
-        """One line, with every assumption."""
+        """All assumptions, in one line."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """A bound, or with shares below 1 an estimate.
+    """A bound or, with fractions below 1, an estimate.
 
     Args:
-        bandwidth_share, flops_share: of the peaks that are reached (an assumption).
-        overhead_s: added to each step: launches and the host's own work (an assumption).
+        bandwidth_share, flops_share: assumed fractions of the peaks.
+        overhead_s: assumed launch and host overhead per step.
     """
 
     gpu: Gpu
@@ -80,20 +80,20 @@ class Roofline:
         return (
             f"roofline of {self.gpu.name}, {self.shapes.name}, {self.weights} weights, {self.kv} KV, "
             f"{self.bandwidth_share:.0%} of bandwidth, {self.flops_share:.0%} of FLOP/s, "
-            f"{self.overhead_s * 1e3:.2f} ms overhead a step"
+            f"{self.overhead_s * 1e3:.2f} ms overhead per step"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredTable:
-    """Least-squares plane through measured steps: seconds = a + b · new positions + c · positions read."""
+    """Least-squares fit of measured steps: seconds = a + b · new positions + c · positions read."""
 
     base_s: float
     position_s: float
     kv_position_s: float
     source: str
     worst_error: float
-    """Largest relative error of the plane at a measured point."""
+    """Largest relative error of the fit at a measured point."""
 
     @classmethod
     def read(cls, path: Path) -> MeasuredTable:
@@ -111,10 +111,10 @@ class MeasuredTable:
         inputs = np.column_stack([np.ones(len(points)), points[:, :2]])
         if np.linalg.matrix_rank(inputs) < 3:
             expected = "points that differ in both counts"
-            raise InvalidRequestError(expected, f"{len(points)} that do not", param="step-table")
+            raise InvalidRequestError(expected, f"{len(points)} degenerate points", param="step-table")
         plane, *_ = np.linalg.lstsq(inputs / points[:, 2:], np.ones(len(points)), rcond=None)
         if plane.min() < 0:
-            raise InvalidRequestError("times that grow with both counts", f"{plane}", param="step-table")
+            raise InvalidRequestError("times that grow with both counts", f"coefficients {plane}", param="step-table")
         worst = float(np.abs(inputs @ plane / points[:, 2] - 1).max())
         return cls(float(plane[0]), float(plane[1]), float(plane[2]), path.name, worst)
 
@@ -123,6 +123,6 @@ class MeasuredTable:
 
     def describe(self) -> str:
         return (
-            f"plane through {self.source}: {self.base_s * 1e3:.3f} ms + {self.position_s * 1e6:.3f} µs a new position "
-            f"+ {self.kv_position_s * 1e9:.3f} ns a position read; worst error {self.worst_error:.1%}"
+            f"fit of {self.source}: {self.base_s * 1e3:.3f} ms + {self.position_s * 1e6:.3f} µs per new position "
+            f"+ {self.kv_position_s * 1e9:.3f} ns per position read; worst error {self.worst_error:.1%}"
         )

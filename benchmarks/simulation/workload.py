@@ -1,6 +1,6 @@
-"""What requests ask for: kind of prompt, duration, tenant, patience; and the engine's sequence for each.
+"""Workload of the simulation: kind of prompt, duration, tenant and patience of requests, and their engine sequences.
 
-Prompts are stand-ins with the true lengths; equal prompts have equal contents, so pages are shared as in service.
+Prompts are placeholders of realistic length; equal prompts have equal contents, so pages are shared as in production.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from musicgen.models.language_model import GuidanceRows, PlannedRows
 from musicgen.types import ChunkPolicy, CodesRequest, Conditioning, EngineRequest, SamplingParams, Window
 
 Kind = Literal["text", "melody", "double", "continuation"]
-"""double: melody with double guidance, three rows. continuation: a text and the codes of a recording."""
+"""double: melody with double guidance, three rows. continuation: a text and an audio prompt."""
 RECENT_PROMPTS = 50
 STRIDE_S = 18.0
-"""Windows beyond the model's longest duration start so far apart."""
+"""Stride between windows of pieces longer than the model's window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
     name: str
     share: float
-    """Of all requests."""
+    """Share of all requests."""
     weight: float = 1.0
-    """Of the fair share."""
+    """Fair-share weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One listener's wish."""
+    """One listener's request."""
 
     number: int
     arrived_s: float
     tenant: Tenant
     kind: Kind
     num_frames: int
-    """Of the result, known ones included."""
+    """Total frames, including known ones."""
     num_known: int
     text_len: int
     prompt: int
     """Requests of one kind with the same number have the same text and melody."""
     leaves_after_s: float
-    """Patience: the listener goes away so long after arriving; infinite if it never does."""
+    """Patience: the listener disconnects this long after arriving; infinite: never."""
 
     @property
     def num_new(self) -> int:
@@ -58,13 +58,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """What requests are drawn from.
+    """Distribution of requests.
 
     Args:
         kinds: share of each kind.
         durations_s: uniform between the two.
-        repeat_share: requests whose prompt is one of the last fifty.
-        leave_share: listeners who leave at a uniformly drawn moment of the piece.
+        repeat_share: share of requests that repeat one of the last fifty prompts.
+        leave_share: share of listeners who disconnect, at a uniformly random time within the piece.
     """
 
     kinds: dict[Kind, float]
@@ -76,7 +76,7 @@ class Mix:
     leave_share: float = 0.05
 
     def draw(self, num: int, arrivals: Arrivals, config: ModelConfig, seed: int) -> list[Request]:
-        """`num` requests in order of arrival; the same seed gives the same ones at any rate, only denser."""
+        """`num` requests in order of arrival; the same seed yields the same requests at any rate, only denser."""
         times = arrivals.times(num, np.random.default_rng((seed, 0)))
         rng = np.random.default_rng((seed, 1))
         kinds = list(self.kinds)
@@ -120,7 +120,7 @@ def num_rows(kind: Kind) -> int:
 
 
 def guidance_rows(request: Request, config: ModelConfig) -> GuidanceRows:
-    """The rows that the language model would make, of width 1: conditional, melody-only, null."""
+    """The rows that the language model would create, of width 1: conditional, melody-only, null."""
     text = torch.full((request.text_len, 1), float(request.prompt + 1))
     if config.chroma is None:
         return GuidanceRows(None, torch.stack([text, torch.zeros_like(text)]), 2)
@@ -134,7 +134,7 @@ def guidance_rows(request: Request, config: ModelConfig) -> GuidanceRows:
 
 
 def engine_request(request: Request, config: ModelConfig, chunks: ChunkPolicy) -> EngineRequest:
-    """The request as the engine takes it, with an empty conditioning: `guidance_rows` stands in for the model's."""
+    """The engine request, with empty conditioning: `guidance_rows` replaces the model's."""
     known = None
     if request.num_known:
         codes = np.random.default_rng(request.number).integers(0, 2048, (4, request.num_known), dtype=np.int32)
@@ -153,7 +153,7 @@ def engine_request(request: Request, config: ModelConfig, chunks: ChunkPolicy) -
 
 
 def new_sequence(request: Request, config: ModelConfig, chunks: ChunkPolicy, now: float) -> Sequence:
-    """A sequence as the engine core makes it."""
+    """A sequence as created by the engine core."""
     engine = engine_request(request, config, chunks)
     rows = PlannedRows.of(guidance_rows(request, config))
     windows: list[tuple[Window, PlannedRows]] = [

@@ -1,8 +1,9 @@
-"""What the edges ask of the gatekeeper, and its answers. Values and the protocol; `deployments/gatekeeper.py` does it.
+"""The interface between the ingresses and the gatekeeper: value types and the protocol, implemented by
+`deployments/gatekeeper.py`.
 
-The gatekeeper is one process: it knows every request of the service from admission to its end, counts allowances, keeps
-the ledger, and tells the edges which requests somebody else has cancelled. It is on the way in and out of a request,
-never on the way of its audio.
+The gatekeeper is a single process. It tracks every request from admission to its end, enforces quotas, keeps the ledger
+and notifies the ingresses of cancelled requests. It is involved at the start and end of a request, never in its audio
+path.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from musicgen_serving.types import GenerationStatus
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Who calls. Set by `tenancy` from an API key."""
+    """The caller. Set by `tenancy` from an API key."""
 
     name: str
     tenant_class: str
@@ -29,13 +30,13 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRequest:
-    """Set by the service."""
+    """A request for admission. Set by the service."""
 
     request_id: str
     tenant: str
     model: str
     audio_s: float
-    """Of all pieces together."""
+    """Total over all pieces."""
     idempotency_key: str | None = None
     fingerprint: str = ""
     num_pieces: int = 1
@@ -43,7 +44,7 @@ class AdmissionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A request is admitted; it must be settled once. Set by the gatekeeper."""
+    """Proof of admission; the request must be settled once. Set by the gatekeeper."""
 
     request_id: str
     tenant: str
@@ -51,41 +52,41 @@ class Ticket:
     weight: float
     priority: int
     quoted_wait_s: float
-    """Seconds until decoding starts, as the backlog says."""
+    """Estimated seconds until decoding starts."""
     serial: str = ""
-    """Of this admission: request ids come again, serials do not."""
+    """Unique id of this admission; request ids may be reused."""
     paid_s: float = 0.0
-    """Seconds of its audio that were billed when it was asked for before, with the same idempotency key."""
+    """Seconds of its audio already billed to earlier attempts with the same idempotency key."""
     idempotency_key: str | None = None
     fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far an admitted request is: all that a gatekeeper must know which did not admit it. Set by the service."""
+    """Progress of an admitted request: everything a gatekeeper needs that did not admit it. Set by the service."""
 
     ticket: Ticket
     model: str
     audio_s: float
-    """Asked for, all pieces together."""
+    """Requested, total over all pieces."""
     done_s: float
-    """Given out."""
+    """Delivered."""
     made_s: float
-    """Made, whether it was given out or not: of each piece from its beginning to where it stands."""
+    """Generated, delivered or not: from the beginning of each piece to its current position."""
     num_pieces: int = 1
 
     @property
     def billed_s(self) -> float:
-        """Seconds that count against the allowance, if it stays at this: what was made and is not billed yet."""
+        """Seconds to charge to the quota at this point: generated and not billed before."""
         return max(0.0, min(self.made_s, self.audio_s) - self.ticket.paid_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """How an admitted request ended. Set by the service; a second one for the same ticket changes nothing."""
+    """How an admitted request ended. Set by the service; idempotent per ticket."""
 
     progress: Progress
-    """Where it ended; what was taken from the allowance beyond its `billed_s` is given back."""
+    """Final progress; whatever was charged beyond its `billed_s` is refunded."""
     reason: FinishReason
     time_to_first_audio_s: float | None
     total_s: float
@@ -98,41 +99,41 @@ class Settlement:
 
 
 class Gatekeeper(Protocol):
-    """Errors are raised as themselves, whatever process the gatekeeper runs in."""
+    """Exceptions keep their type, whichever process the gatekeeper runs in."""
 
     async def authenticate(self, api_key: str | None) -> Tenant:
         """Raises: UnauthenticatedError."""
 
     async def takes_requests(self) -> bool:
-        """False: the service is about to stop."""
+        """False: the service is shutting down."""
 
     async def admit(self, request: AdmissionRequest) -> Ticket:
-        """Take one request in.
+        """Admit one request.
 
         Raises:
-            QuotaExceededError: an allowance is used up; with `retry_after_s`. Nothing is taken from any allowance.
-            OverloadedError: it would wait longer than `max_wait_s`; with `retry_after_s`. Or the service stops soon.
-            ConflictError: its id is in use, or its idempotency key was used for another request.
+            QuotaExceededError: a quota is exhausted; with `retry_after_s`. No quota is charged.
+            OverloadedError: the wait would exceed `max_wait_s`, with `retry_after_s`; or the service is shutting down.
+            ConflictError: the id is in use, or the idempotency key was used for a different request.
         """
 
     async def settle(self, settlement: Settlement) -> None:
-        """A request has ended: its allowance, slot, ledger line; also one that an earlier gatekeeper admitted."""
+        """Settle an ended request: quota, slot, ledger entry. It may have been admitted by an earlier gatekeeper."""
 
     async def report(self, edge: str, running: list[Progress]) -> list[str]:
-        """What an edge's requests are doing, about once a second; returns ids of those that somebody has cancelled.
+        """Report the progress of an ingress's requests, about once a second; returns the ids of cancelled ones.
 
-        Requests of an edge that reports no more are settled as cancelled; those the gatekeeper does not know (it was
-        replaced) are taken over.
+        Requests of an ingress that stops reporting are settled as cancelled. Unknown requests are adopted: the
+        gatekeeper may have been replaced.
         """
 
     async def wait_cancelled(self, edge: str) -> list[str]:
-        """Wait (up to some seconds) until requests of this edge are cancelled; returns their ids."""
+        """Long-poll, for a few seconds at most, for cancelled requests of this ingress; returns their ids."""
 
     async def cancel(self, tenant: str, request_id: str) -> GenerationStatus:
-        """Cancel a request, wherever it runs; one that has ended stays as it is.
+        """Cancel a request, wherever it runs. No effect if it has already ended.
 
         Raises: NotFoundError: no such request of this tenant.
         """
 
     async def status(self, tenant: str, request_id: str) -> GenerationStatus:
-        """Raises: NotFoundError: no such request of this tenant, or it ended long ago."""
+        """Raises: NotFoundError: no running or recently finished request of this tenant has this id."""

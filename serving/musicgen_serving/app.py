@@ -1,6 +1,6 @@
-"""Settings → one Ray Serve application. The only place that says how many replicas there are and what each may take.
+"""Settings → one Ray Serve application. The only place that sets replica counts, resources and concurrency limits.
 
-`serve deploy` finds `build_app` by `musicgen_serving.app:build_app`.
+`serve deploy` imports `musicgen_serving.app:build_app`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from musicgen_serving.settings import ModelSettings, ReplicaSettings, ServeSetti
 
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
 LOOK_BACK_S = 11.0
-"""Serve averages loads over this before the delays begin; by default over 30 s. It warns below its own 10 s."""
+"""Window over which Serve averages loads before the scaling delays apply; default 30 s, and it warns below 10 s."""
 ONE_LOOP = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
-"""Nothing blocks a replica's loop, so Serve's part of it needs no thread of its own, and no passing to and fro."""
+"""Replicas never block their event loop, so Serve's router and user code can share it, avoiding cross-thread hops."""
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
-"""Of Serve's own part of a replica, which would write a line for each call between two of them."""
+"""For Serve's own loggers, which would otherwise write one line per call between replicas."""
 MAX_ONGOING = 10_000
-"""Serve's own limits would queue silently; the gatekeeper and the engine say no instead."""
+"""Effectively unlimited: Serve would queue silently, whereas the gatekeeper and the engine reject excess load."""
 
 
 def build_app(values: dict[str, Any]) -> Application:
-    """The application of these settings (and of the environment's).
+    """The application for these settings (and those from the environment).
 
     Raises:
         InvalidRequestError: invalid settings.
@@ -46,7 +46,7 @@ def build_app(values: dict[str, Any]) -> Application:
 
 
 def actor_options(how: ReplicaSettings) -> dict[str, Any]:
-    """What Ray is told of each replica. Whoever overrides a deployment's options must say all of these."""
+    """Ray actor options of a replica. An override of a deployment's options must repeat all of them."""
     return {
         "num_cpus": how.num_cpus,
         "num_gpus": how.num_gpus,
@@ -75,7 +75,7 @@ def _parts(model: ModelSettings, settings: ServeSettings) -> tuple[Application, 
 
 
 def _deployment(cls: type, name: str, how: ReplicaSettings, settings: ServeSettings) -> serve.Deployment:
-    """A deployment of `cls`: resources, bounds, health, drain."""
+    """A deployment of `cls`: resources, scaling, health checks, drain."""
     options: dict[str, Any] = {"num_replicas": how.min_replicas}
     if how.max_replicas > how.min_replicas:
         policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]

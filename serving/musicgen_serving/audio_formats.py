@@ -1,8 +1,8 @@
-"""Samples to the bytes of a response: whole, or as a stream that decodes to the same.
+"""Samples → response bytes: a whole file, or a stream that decodes to the same samples.
 
-The conversion of float to 16 bits is `audio_encode.to_frames` everywhere: so a wav is its pcm16 with a header, and what
-a flac decodes to. A streamed mp3 or ogg decodes to the samples of the whole one, too. Of opus that is not promised: it
-is resampled in parts, which is the same only to float rounding.
+Float to 16-bit conversion is `audio_encode.to_frames` everywhere, so a wav equals its pcm16 plus a header and the
+decoded flac. A streamed mp3 or ogg also decodes to the same samples as the whole file. This is not guaranteed for opus:
+it is resampled in chunks, which is equal only up to float rounding.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _MEDIA_TYPES = {
 }
 _RAW_ENCODINGS = {"pcm16": "s16le", "f32": "f32le"}
 _OGG_BLOCK = 65536
-"""Samples. The Vorbis encoder's output depends on how many samples come at once: the same as in `encode_audio`."""
+"""Samples per write. The Vorbis encoder's output depends on it: must be the same as in `encode_audio`."""
 _OPUS_PAGE_MS = 100.0
-"""Pages leave the encoder whole, by default each second: late for who listens. Shorter ones cost bytes, 3 % here."""
+"""The encoder emits whole pages, by default one per second, which is too slow for streaming. This costs 3 % in size."""
 _SET_OGG_PAGE_LATENCY_MS = 0x1302
 
 
@@ -44,7 +44,7 @@ def media_type(format: str, sample_rate: int, channels: int) -> str:
 
 
 def file_rate(format: str, sample_rate: int) -> int:
-    """Rate in Hz of what is given for samples at `sample_rate`."""
+    """Sample rate in Hz of the encoded audio."""
     return FORMATS[format].rate_for(sample_rate) if format in FORMATS else sample_rate
 
 
@@ -56,7 +56,7 @@ def encode_whole(samples: Tensor, sample_rate: int, format: str, metadata: Mappi
 
 
 def levelled(samples: Tensor, sample_rate: int, loudness_lufs: float | None) -> Tensor:
-    """`[C, N]` of a whole piece at that loudness; None: as it is."""
+    """A whole piece `[C, N]` normalized to a loudness; None: unchanged."""
     if loudness_lufs is None:
         return samples
     return normalize_audio(
@@ -69,26 +69,26 @@ def levelled(samples: Tensor, sample_rate: int, loudness_lufs: float | None) -> 
 
 
 def encode_raw(samples: Tensor, format: str) -> bytes:
-    """`[C, N]` float32 → interleaved little-endian samples: f32 as they are, pcm16 as in a wav."""
+    """`[C, N]` float32 → interleaved little-endian samples: f32 unchanged, pcm16 as in a wav."""
     if format == "f32":
         return np.ascontiguousarray(samples.numpy().T, dtype="<f4").tobytes()
     return to_frames(samples, PCM_16).astype("<i2", copy=False).tobytes()
 
 
 class StreamEncoder(Protocol):
-    """One stream. A call that was abandoned in its thread harms nobody: nothing is closed under it."""
+    """Encoder of one stream. A call abandoned in its thread is harmless: nothing is closed underneath it."""
 
     def encode(self, samples: Tensor) -> bytes:
-        """The next `[C, N]` samples; returns what can be sent already, perhaps nothing."""
+        """Encode the next `[C, N]` samples; returns the bytes available so far, possibly none."""
 
     def finish(self) -> bytes:
-        """The rest."""
+        """The remaining bytes."""
 
 
 def stream_encoder(
     format: str, sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]
 ) -> StreamEncoder:
-    """An encoder for exactly `num_samples` samples a channel, in any of the API's formats."""
+    """An encoder for exactly `num_samples` samples per channel, in any of the API's formats."""
     if format == "wav":
         return _RawStream("pcm16", wav_head(sample_rate, channels, num_samples, metadata))
     if format in _RAW_ENCODINGS:
@@ -109,7 +109,7 @@ class _RawStream:
 
 
 class _FileStream:
-    """A file by libsndfile, into a sink that forgets what was sent."""
+    """Encodes with libsndfile, into a sink that discards what was sent."""
 
     def __init__(
         self, format: str, sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]
@@ -153,21 +153,20 @@ class _FileStream:
         self._has_begun = True
         if self._format == "flac":
             return flac_head(taken, self._num_samples)
-        return self._head + taken[len(self._head) :]  # as long as what LAME has in its place
+        return self._head + taken[len(self._head) :]  # same length as LAME's head
 
 
 def _set_page_latency(file: soundfile.SoundFile, latency_ms: float) -> None:
-    """Let an Ogg file with Opus write a page after so many milliseconds, at least 50.
+    """Set the page duration of an Ogg Opus file in milliseconds, at least 50.
 
-    A command of libsndfile's, SFC_SET_OGG_PAGE_LATENCY_MS, for which soundfile has no name; what carries it out there
-    is not public either.
+    This is libsndfile's SFC_SET_OGG_PAGE_LATENCY_MS, which soundfile does not expose, hence the private members.
     """
     value = soundfile._ffi.new("double *", latency_ms)
     soundfile._snd.sf_command(file._file, _SET_OGG_PAGE_LATENCY_MS, value, soundfile._ffi.sizeof("double"))
 
 
 class _ForgetfulSink:
-    """A file for libsndfile to write. What has been taken cannot be written again; such corrections are dropped."""
+    """File object for libsndfile. Bytes already taken cannot be rewritten; later corrections to them are dropped."""
 
     def __init__(self) -> None:
         self._kept = bytearray()

@@ -1,5 +1,5 @@
-"""How many replicas a deployment should have, from the load that each reports. Runs in Serve's controller, many times a
-second: nothing but arithmetic. Serve applies the bounds and the delays."""
+"""Autoscaling policy: number of replicas from the load that each reports. Runs in Serve's controller, many times a
+second, so it is pure arithmetic. Serve applies bounds and delays."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 from typing import Any
 
 LOAD = "load"
-"""The name under which replicas report their load: decode frames, or calls."""
+"""Metric name under which replicas report their load: queued frames, or calls."""
 
 
 class ByLoad:
-    """Aims at `target_load` a replica.
+    """Targets a load of `target_load` per replica.
 
     Args:
-        target_load: in the unit in which the replicas report.
+        target_load: in the unit that the replicas report.
     """
 
     def __init__(self, target_load: float) -> None:
@@ -25,5 +25,5 @@ class ByLoad:
         loads = (context.aggregated_metrics or {}).get(LOAD, {})
         if not loads:  # no replica has reported yet
             return context.target_num_replicas, {}
-        # Replicas that have just started have not reported: what is known is shared out over all.
+        # Newly started replicas have not reported yet; the known load is spread over all.
         return max(1, math.ceil(sum(loads.values()) / self._target_load)), {}

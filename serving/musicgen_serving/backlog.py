@@ -1,33 +1,34 @@
-"""How long a request would wait for one model: the quoted wait, and the refusal when that is too long.
+"""Estimated queue time of a request for one model, and its rejection if that is too long.
 
-Owns the speed estimate and the model of the queue. Knows no allowance, no ids but those it is given, and nothing of
-what the engines really do: it sees admissions, ends, and how far each request is.
+Owns the throughput estimate and the queue model. Sees only admissions, ends and progress of requests, not the state of
+the engines; independent of quotas.
 
-**The queue.** A model with `R` replicas decodes up to `S = R · max_requests` pieces side by side, at `v` seconds of
-audio a second in all; a slot that is taken then moves at `v / S`. While fewer than `S` pieces are there, the next
-starts at once: its wait is 0, whatever it asks for, so an idle service refuses nobody. Otherwise those that have given
-out audio hold slots, then the oldest of the others, and the rest wait. The wait of a new request is when the slot that
-falls to it is free: the earliest slot goes to the first that waits, and so on, through all that go before the new one.
+**Queue model.** A model with `R` replicas decodes up to `S = R · max_requests` pieces concurrently, at a total of `v`
+seconds of audio per second; with all slots busy, each advances at `v / S`. While fewer than `S` pieces are present, the
+next one starts at once: its wait is 0 regardless of size, so an idle service rejects nobody. Otherwise slots belong to
+the requests that have delivered audio, then to the oldest of the others; the rest wait. The wait of a new request is
+the time until its slot is free: the earliest slot goes to the first waiting request, and so on, through all requests
+ahead of the new one.
 
-**Who goes before it.** The engines go by priority, then by weighted fair shares between tenants, in the order of
-arrival within one. So before a new request of tenant `t` go: all that wait with a lower priority number; all of `t`'s
-own that wait, `W_t` seconds; and of each other tenant `u` of the same priority what its weight entitles it to in the
-meantime: those that begin within its first `W_t · w_u / w_t` seconds, hence always its oldest, which was there before.
-A tenant that floods the service waits for itself; another waits for one request of the flood.
+**Requests ahead.** The engines schedule by priority, then by weighted fair share between tenants, then FIFO within a
+tenant. Ahead of a new request of tenant `t` are therefore: all waiting requests with a lower priority number; all
+waiting requests of `t`, `W_t` seconds in total; and for every other tenant `u` of the same priority its fair share in
+the meantime: the requests that start within its first `W_t · w_u / w_t` seconds, hence always its oldest, which was
+there before. A tenant that floods the service waits for itself; any other tenant waits for one request of the flood.
 
-**Who is not refused.** A tenant whose next piece is still within its share of the slots, by weight, is taken in however
-long it would wait: it is others that are too many. All shares together are the slots, so this cannot pile up. While
-others ask for more than `BURST` times theirs, so many times its own counts: requests come in bursts, and the engines
-have places beyond the slots for it.
+**Guaranteed admission.** A tenant whose next piece is within its weighted share of the slots is admitted however long
+the wait: the excess is due to others. The shares add up to the slots, so this cannot accumulate. While others exceed
+`BURST` times their share, `BURST` times its own share counts: requests come in bursts, and the engines have extra slots
+for this case.
 
-**The speed** `v` is seconds of audio given out per second, as a ratio of two sums that forget with a time constant, so
-that audio which comes in lumps counts as what it is over time. There are two such ratios. One counts all time with
-work. The other counts only time with all slots taken, and starts with the speed that the settings promise. `v` is the
-larger: few pieces at a time never show what a full batch can do, so they may raise the estimate but not lower it. Time
-without any engine counts for neither: one that comes back is as fast as it was.
+**Throughput** `v` is delivered seconds of audio per second, as a ratio of two exponentially decaying sums, so that
+bursty delivery averages out. There are two such ratios. One covers all time with work. The other covers only time with
+all slots busy, and starts from the configured speed. `v` is the larger one: a few concurrent pieces never show what a
+full batch can do, so they may raise the estimate but not lower it. Time without any engine counts for neither: a
+recovered engine is as fast as before.
 
-It is an estimate: pieces move alike only roughly, guidance and long windows take more, and audio reaches the client
-after the language model has made it. The engines' own queue bounds stand behind it.
+This is an estimate: pieces advance only roughly at the same rate, guidance and long windows cost more, and audio
+reaches the client after the language model has generated it. The engines' own queue limits are the backstop.
 """
 
 from __future__ import annotations
@@ -43,29 +44,29 @@ from musicgen.engine.fairness import burst
 from musicgen.errors import OverloadedError
 
 MEMORY_S = 30.0
-"""Time constant of the speed estimate."""
+"""Time constant of the throughput estimate."""
 PRIOR_S = 5.0
-"""Seconds of work that the initial speed counts for."""
+"""Weight of the initial speed, as seconds of work."""
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
-"""Bounds of what a refusal tells the caller. By the upper one the speed will have been measured anew."""
+"""Bounds of the retry delay. By the upper one, the throughput estimate will have been refreshed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLoad:
-    """One model at this moment."""
+    """Current load of one model."""
 
     wait_s: float
-    """Quoted wait of a request behind all others."""
+    """Estimated queue time of a request behind all others."""
     speed: float
-    """Seconds of audio a second, all replicas."""
+    """Seconds of audio per second, over all replicas."""
     left_s: float
-    """Seconds of audio that running requests still have to give out."""
+    """Seconds of audio that admitted requests have yet to deliver."""
     num_requests: int
 
 
 @dataclass(slots=True)
 class _Work:
-    """A request that was admitted and has not ended."""
+    """An admitted request that has not ended."""
 
     tenant: str
     weight: float
@@ -81,7 +82,7 @@ class _Work:
 
 @dataclass(slots=True)
 class _Ratio:
-    """Seconds of audio over seconds, both forgetting."""
+    """Seconds of audio over seconds of time, both decaying exponentially."""
 
     audio_s: float
     time_s: float
@@ -97,13 +98,13 @@ class _Ratio:
 
 
 class Backlog:
-    """The requests of one model that were admitted and have not ended.
+    """The admitted, unfinished requests of one model.
 
     Args:
         num_replicas: language-model replicas.
-        num_slots: pieces that a replica decodes at the same time.
-        initial_speed: seconds of audio a second of one replica, until it has been measured.
-        max_wait_s: a request that would wait longer is refused.
+        num_slots: pieces that a replica decodes concurrently.
+        initial_speed: assumed throughput of one replica, in seconds of audio per second, until measured.
+        max_wait_s: requests with a longer estimated wait are rejected.
         clock: seconds, monotonic.
     """
 
@@ -117,17 +118,17 @@ class Backlog:
         self._any = _Ratio(initial_speed * num_replicas * PRIOR_S, PRIOR_S)
         self._full = _Ratio(initial_speed * num_replicas * PRIOR_S, PRIOR_S)
         self._quotes: dict[tuple[str, float, int], float] = {}
-        """Quotes since the last event: in a storm of refusals the same tenants ask again and again."""
+        """Cache of quotes since the last event: under overload, the same tenants ask again and again."""
         self._since = clock()
 
     @property
     def speed(self) -> float:
-        """Seconds of audio a second, all replicas."""
+        """Seconds of audio per second, over all replicas."""
         return max(self._any.value, self._full.value)
 
     def set_capacity(self, num_replicas: int) -> None:
-        """The number of replicas has changed: so has the speed, in proportion. None at all counts as one, which is
-        being replaced."""
+        """Set the number of replicas; the throughput estimate scales with it. 0 counts as one replica that is being
+        replaced."""
         self._pass_time()
         self._has_engine = num_replicas > 0
         num_replicas = max(1, num_replicas)
@@ -136,23 +137,23 @@ class Backlog:
         self._num_replicas = num_replicas
 
     def check(self, tenant: str, weight: float, priority: int) -> float:
-        """Seconds that a request would wait until its decoding starts.
+        """Estimated seconds until decoding of a new request starts.
 
         Raises:
-            OverloadedError: it is longer than `max_wait_s`, and the tenant has its share; with `retry_after_s`.
+            OverloadedError: longer than `max_wait_s`, and the tenant has its share; with `retry_after_s`.
         """
         wait_s = self.quote(tenant, weight, priority)
         if wait_s > self._max_wait_s and not self._is_below_share(tenant, weight, priority):
             retry_after_s = min(MAX_RETRY_S, max(MIN_RETRY_S, wait_s - self._max_wait_s))
             raise OverloadedError(
-                f"the request would wait {wait_s:.0f} s to start, more than {self._max_wait_s:g} s; "
+                f"estimated queue time of {wait_s:.0f} s exceeds the limit of {self._max_wait_s:g} s; "
                 f"retry in {math.ceil(retry_after_s)} s",
                 retry_after_s=retry_after_s,
             )
         return wait_s
 
     def _is_below_share(self, tenant: str, weight: float, priority: int) -> bool:
-        """Whether rivals of the same priority keep a tenant from the slots that its weight entitles it to."""
+        """Whether tenants of the same priority keep this one below its weighted share of the slots."""
         if any(work.priority < priority for work in self._works.values()):
             return False
         rivals = {w.tenant: w.weight for w in self._works.values() if w.priority == priority and w.tenant != tenant}
@@ -165,7 +166,7 @@ class Backlog:
         return bool(rivals) and num_pieces[tenant] + 1 <= share
 
     def quote(self, tenant: str, weight: float, priority: int) -> float:
-        """Seconds that a request would wait until its decoding starts."""
+        """Estimated seconds until decoding of a new request starts."""
         if self._num_pieces < self._slots:
             return 0.0
         key = tenant, weight, priority
@@ -190,13 +191,13 @@ class Backlog:
         return self._wait_s(running, ahead)
 
     def end_s(self, request_id: str) -> float:
-        """Seconds until a running request may have ended, if it runs now and moves like the others."""
+        """Estimated seconds until a request ends, if it is running and advances like the others."""
         work = self._works[request_id]
         num_moving = max(work.num_pieces, min(self._num_pieces, self._slots))
         return work.left_s / work.num_pieces * num_moving / self.speed if self.speed > 0 else math.inf
 
     def load(self) -> ModelLoad:
-        """The model at this moment."""
+        """Current load of the model."""
         full = self._num_pieces >= self._slots
         return ModelLoad(
             wait_s=self._wait_s(*self._split()) if full else 0.0,
@@ -215,10 +216,10 @@ class Backlog:
         self._num_pieces += num_pieces
 
     def progress(self, request_id: str, done_s: float, counts: bool = True) -> None:
-        """A request has given out `done_s` seconds of audio so far.
+        """A request has delivered `done_s` seconds of audio so far.
 
         Args:
-            counts: False for what was made while nobody looked: it says nothing about the speed.
+            counts: whether to use it for the throughput estimate; False for audio delivered at unknown times.
         """
         work = self._works[request_id]
         made_s = done_s - work.done_s
@@ -241,7 +242,7 @@ class Backlog:
         return self._num_replicas * self._num_slots
 
     def _pass_time(self, made_s: float = 0.0) -> None:
-        """An event: count the time since the last one, with the state it had, and the audio made in it."""
+        """Account for the time since the last event, in the state since then, and the audio delivered in it."""
         self._quotes.clear()
         now = self._clock()
         past_s, self._since = max(0.0, now - self._since), now
@@ -253,7 +254,7 @@ class Backlog:
             self._full.add(made_s, past_s)
 
     def _split(self) -> tuple[list[_Work], list[_Work]]:
-        """Those that hold the slots, and those that wait, in the order of their arrival."""
+        """Requests that hold slots, and waiting ones, in arrival order."""
         running = [work for work in self._works.values() if work.done_s > 0]
         free = self._slots - sum(work.num_pieces for work in running)
         waiting: list[_Work] = []
@@ -268,7 +269,7 @@ class Backlog:
         return running, waiting
 
     def _wait_s(self, running: Iterable[_Work], ahead: Iterable[_Work]) -> float:
-        """When the slot that comes after all `ahead` is free; a slot moves at speed / slots."""
+        """Seconds until a slot is free after all of `ahead`; each slot advances at speed / slots."""
         free_at = [work.left_s / work.num_pieces for work in running for _ in range(work.num_pieces)]
         if len(free_at) < self._slots:
             return 0.0

@@ -1,6 +1,6 @@
-"""Calls that come while a batch is computed make up the next one. No waiting for company: when idle, it starts at once.
+"""Dynamic batching: calls that arrive while a batch is running form the next one. When idle, a call starts at once.
 
-Ray Serve's own `@serve.batch` does the same inside a replica only; this one also runs in a test and in one process.
+Unlike Ray Serve's `@serve.batch`, this also works outside a replica, as in tests.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Batcher(Generic[Item, Result]):
     """Runs a function of several items on a thread, one batch at a time.
 
     Args:
-        compute: a result, or an error, for each item, in order. What it raises is every item's error.
-        executor: of the thread; None: the event loop's own.
+        compute: returns a result or an error for each item, in order. An exception from it applies to every item.
+        executor: where to run `compute`; None: the event loop's default executor.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class Batcher(Generic[Item, Result]):
         self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
         self._worker: asyncio.Task[None] | None = None
         self.num_calls = 0
-        """Waiting and under way."""
+        """Calls queued and in flight."""
 
     async def __call__(self, item: Item) -> Result:
-        """The result of one item. Raises: what `compute` gave for it."""
+        """The result of one item. Raises: the error that `compute` returned for it."""
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._worker is None or self._worker.done():

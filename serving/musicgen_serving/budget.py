@@ -1,7 +1,7 @@
-"""How many bytes of callers one edge holds at the same time: what they upload, and whole answers until they are sent.
+"""Memory budget of one ingress replica: uploads plus buffered non-streaming responses.
 
-Limits of a single request bound one; this bounds all of them together, so that many large ones at once are refused
-instead of ending the process. One loop's: nothing here is locked.
+Request limits bound a single request; this bounds their sum, so that many large requests at once are rejected instead
+of exhausting memory. Confined to one event loop, hence no locks.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ RETRY_S = 2.0
 
 
 def whole_bytes(num_pieces: int, num_samples: int, channels: int) -> int:
-    """What a whole answer holds: float32 samples, and as much again while they are encoded."""
+    """Memory of a non-streaming response: float32 samples, and as much again for encoding."""
     return num_pieces * num_samples * channels * 4 * 2
 
 
 class Budget:
-    """What is held, and how much may be.
+    """Bytes in use, and their limit.
 
     Args:
-        max_bytes: gives those of all requests together. One that is alone is taken whatever its size: its own limits
+        max_bytes: returns the limit for all requests together. A single request is always accepted: its own limits
             bound it.
     """
 
@@ -33,12 +33,12 @@ class Budget:
 
     @contextmanager
     def share(self, num_bytes: int = 0) -> Iterator[Share]:
-        """What one request holds, from now until the context is left.
+        """The memory of one request, released on exit from the context.
 
         Args:
-            num_bytes: that it begins with.
+            num_bytes: initial reservation.
         Raises:
-            OverloadedError: too much is held already.
+            OverloadedError: the budget is exhausted.
         """
         share = Share(self)
         try:
@@ -49,16 +49,16 @@ class Budget:
 
 
 class Share:
-    """One request's part of a budget. Set by `Budget.share`."""
+    """One request's share of a budget. Set by `Budget.share`."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget, self.held = budget, 0
 
     def take(self, num_bytes: int) -> None:
-        """Hold so many more. Raises: OverloadedError: too much is held already; nothing was added."""
+        """Reserve more bytes. Raises: OverloadedError: the budget is exhausted; nothing was reserved."""
         budget = self._budget
         if budget.held > self.held and budget.held + num_bytes > budget.max_bytes():
-            message = f"expected room for {num_bytes} bytes more, got too many large requests at the same time"
-            raise OverloadedError(f"{message}; retry in {RETRY_S:g} s, or send less at once", retry_after_s=RETRY_S)
+            message = f"too many large requests are in progress to accept {num_bytes} more bytes"
+            raise OverloadedError(f"{message}; retry in {RETRY_S:g} s", retry_after_s=RETRY_S)
         budget.held += num_bytes
         self.held += num_bytes

@@ -1,6 +1,7 @@
-"""Certificate and key of one port: those in force, and the new ones that take their place.
+"""Certificate and key of one port, with hot reload.
 
-Owns that they are taken together and only if they can be used. Knows no server: HTTP takes a context, gRPC the texts.
+Certificate and key are replaced together, and only if valid. Independent of servers: HTTP uses the SSL context, gRPC
+the PEM contents.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pem:
-    """The texts."""
+    """Contents of the PEM files."""
 
     certificate: bytes
-    """With those that lead from it to a root, if there are any."""
+    """The certificate chain."""
     key: bytes = field(repr=False)
     client_ca: bytes | None = None
 
     def context(self) -> ssl.SSLContext:
-        """What a server shows with them. `ssl` takes files only, so it gets some in memory: what is checked here is
-        then what is used, whatever happens to the real ones.
+        """A server context. `ssl` only loads files, so it gets in-memory ones: exactly what was validated here is used,
+        even if the real files change.
 
         Raises:
-            ssl.SSLError: one of them is no PEM or needs a password, or certificate and key do not belong together.
+            ssl.SSLError: invalid PEM, a key with a password, or a certificate and key that do not match.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with _in_memory(self.certificate) as certificate, _in_memory(self.key) as key:
-            context.load_cert_chain(certificate, key, password="")  # None would ask for one at the terminal
+            context.load_cert_chain(certificate, key, password="")  # None would prompt for one
         if self.client_ca is not None:
             with _in_memory(self.client_ca) as client_ca:
                 context.load_verify_locations(client_ca)
@@ -46,14 +47,14 @@ class Pem:
 
 
 class Certificates:
-    """What one port shows. `look` brings in what is new, for connections that begin then.
+    """Certificate of one port. `look` reloads it for new connections.
 
     Args:
         part: the protocol, for messages.
-        client_ca: of clients, if they must show a certificate.
+        client_ca: CA of client certificates, if clients must present one.
 
     Raises:
-        InvalidRequestError: the files cannot be read or used.
+        InvalidRequestError: the files cannot be read or are invalid.
     """
 
     pem: Pem
@@ -68,27 +69,27 @@ class Certificates:
         except OSError as error:
             got = f"{', '.join(map(str, paths))} ({error})"
             param = f"{part}.tls_certificate"
-            raise InvalidRequestError("readable PEM files that belong together", got, param=param) from error
+            raise InvalidRequestError("readable, matching PEM files", got, param=param) from error
 
     def look(self) -> None:
-        """Take what the files say, if it is new and can be used."""
+        """Reload the files if they have changed and are valid."""
         if not self._files.have_changed():
             return
         try:
             self._take()
         except OSError as error:
-            log.error("%s: the new files of TLS cannot be used, the old ones stay in force: %s", self._part, error)
+            log.error("%s: invalid TLS files, keeping the previous ones: %s", self._part, error)
         else:
-            log.info("%s: new files of TLS are in force for new connections", self._part)
+            log.info("%s: TLS files reloaded for new connections", self._part)
 
     def _take(self) -> None:
-        """Raises: OSError: they cannot be read or, as `ssl.SSLError`, used; nothing has changed."""
+        """Raises: OSError: unreadable or, as `ssl.SSLError`, invalid files; nothing has changed."""
         pem = Pem(*self._files.contents)
         self.context, self.pem = pem.context(), pem
 
 
 def certificates_of(part: str, settings: EdgeSettings, client_ca: Path | None = None) -> Certificates | None:
-    """Those of a port; None: it speaks plaintext. Raises: InvalidRequestError: they cannot be read or used."""
+    """Certificates of a port; None: plaintext. Raises: InvalidRequestError: unreadable or invalid files."""
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
     return Certificates(part, settings.tls_certificate, settings.tls_key, client_ca)
@@ -96,7 +97,7 @@ def certificates_of(part: str, settings: EdgeSettings, client_ca: Path | None = 
 
 @contextmanager
 def _in_memory(content: bytes) -> Iterator[str]:
-    """Path of a file that lies on no disk."""
+    """Path of an in-memory file."""
     with os.fdopen(os.memfd_create("pem"), "wb", buffering=0) as file:
         file.write(content)
         yield f"/proc/self/fd/{file.fileno()}"

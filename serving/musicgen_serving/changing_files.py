@@ -1,7 +1,7 @@
-"""Files that operators replace while the service runs: the list of tenants, certificates and keys.
+"""Change detection for files that operators replace at runtime: tenants, certificates and keys.
 
-Owns whether they say something new. Each look reads them instead of asking for their times: they are small, a volume of
-Kubernetes changes a link and no file, and two writes may bear the same time. Knows nothing of what they mean.
+Polls the contents rather than modification times: the files are small, Kubernetes volumes swap a symlink instead of
+writing a file, and two writes may have the same timestamp. Independent of the files' meaning.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 LOOK_S = 2.0
-"""Between two looks. What is new counts from the second look that finds it, so within twice as long."""
+"""Polling interval. A change takes effect at the second poll that sees it, so within twice this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class _Unreadable:
 
 
 class ChangingFiles:
-    """Some files that belong together.
+    """A group of files that change together.
 
     Args:
-        paths: of the files. What they say now is known, and no news.
+        paths: of the files. Their current contents are the baseline.
     """
 
     def __init__(self, *paths: Path) -> None:
@@ -38,18 +38,18 @@ class ChangingFiles:
 
     @property
     def contents(self) -> tuple[bytes, ...]:
-        """What is known that they say, in the order of their paths.
+        """The last accepted contents, in the order of the paths.
 
         Raises:
-            OSError: one of them cannot be read.
+            OSError: one of the files could not be read.
         """
         if isinstance(self._known, _Unreadable):
             raise OSError(self._known.errno, os.strerror(self._known.errno), str(self._known.path))
         return self._known
 
     def have_changed(self) -> bool:
-        """Look at them. True, once, if they say something new, and said the same when they were looked at before: what
-        is half written at one look is not at the next."""
+        """Poll the files. True, once per change, if the contents are new and identical in two consecutive polls, so
+        that half-written files are not picked up."""
         before, self._seen = self._seen, self._read()
         if self._seen == self._known or self._seen != before:
             return False
@@ -67,13 +67,13 @@ class ChangingFiles:
 
 
 async def keep_looking(look: Callable[[], None]) -> None:
-    """Call `look` every few seconds until this is cancelled, in a thread: reading and parsing may take their time.
+    """Call `look` every `LOOK_S` seconds until cancelled, in a thread, because reading and parsing may be slow.
 
-    An error in it is logged by its kind alone, because its words could show what the files hold.
+    Exceptions are logged by type only, because their messages could reveal file contents.
     """
     while True:
         await asyncio.sleep(LOOK_S)
         try:
             await asyncio.to_thread(look)
         except Exception as error:
-            log.error("a look at files that may change failed: %s", type(error).__name__)
+            log.error("reloading changed files failed: %s", type(error).__name__)

@@ -1,7 +1,7 @@
-"""From the fields of a call to a checked `GenerationRequest`: limits, seeds and the fingerprint of a repeat.
+"""Fields of a call → validated `GenerationRequest`: limits, seeds and fingerprints for idempotency.
 
-Both edges use it, so that HTTP and gRPC accept the same requests and give the same audio for them. Knows no transport
-and no models: what depends on the model (its window, whether it follows a melody) the service checks.
+Shared by both ingresses, so that HTTP and gRPC accept the same requests and produce the same audio. Independent of
+transports and models: the service checks what depends on the model (window length, melody support).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_MODEL_CHARS = 200
 MAX_API_KEY_CHARS = 512
 MIN_LOUDNESS_LUFS, MAX_LOUDNESS_LUFS = -70.0, 0.0
 _MAX_NUMBER = 1e4
-"""No field means anything beyond it; keeps float32 arithmetic finite."""
+"""Upper bound of numeric fields; keeps float32 arithmetic finite."""
 _MAX_COUNT = 2**31 - 1
 _INLINE_BYTES = 65536
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
@@ -35,7 +35,7 @@ _TRACE_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0
 
 
 class TooLargeFieldError(TooLargeError):
-    """More than the service takes, in a field that has a name."""
+    """A size limit is exceeded by a named field."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         self.param = param
@@ -44,17 +44,17 @@ class TooLargeFieldError(TooLargeError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestFields:
-    """A call as it came in, in plain types. Set by an edge; nothing in it is checked yet."""
+    """An incoming call in plain types, not validated yet. Set by an ingress."""
 
     request_id: str
     model: str
-    """Name of a served model; the edge has put the default in."""
+    """Name of a served model; the ingress has filled in the default."""
     prompts: tuple[str | None, ...] = (None,)
-    """One text each, or None for none; each gives `num_samples` pieces, next to each other."""
+    """None: no text. Each yields `num_samples` consecutive pieces."""
     duration_s: float = 10.0
     num_samples: int = 1
     seed: int | None = None
-    """Piece i is drawn with seed + i. None: derived from tenant and idempotency key if there is one, else random."""
+    """Piece i uses seed + i. None: derived from tenant and idempotency key if there is one, else random."""
     temperature: float = 1.0
     top_k: int = 250
     top_p: float = 0.0
@@ -62,15 +62,15 @@ class RequestFields:
     guidance_scale: float = 3.0
     melody_guidance: float | None = None
     melody: bytes | None = None
-    """Content of a file that `recordings.check_recording` has seen."""
+    """Audio file that has passed `recordings.check_recording`."""
     prompt_audio: bytes | None = None
     """As `melody`."""
     stems: bool = False
     extend_stride_s: float = 18.0
     loudness_lufs: float | None = None
-    """Level that the edge brings whole pieces to; None: as generated."""
+    """Loudness to which the ingress normalizes whole pieces; None: no normalization."""
     chunks: ChunkPolicy | None = None
-    """How a stream is cut; None: the caller does not listen meanwhile."""
+    """Chunking of a stream; None: non-streaming."""
     first_sample: int = 0
     deadline_s: float | None = None
     idempotency_key: str | None = None
@@ -78,7 +78,7 @@ class RequestFields:
 
 
 def is_request_id(text: str) -> bool:
-    """Whether a caller's own request id can be used: up to 128 letters, digits, '.', '_', ':' or '-'."""
+    """Whether a caller's request id is valid: up to 128 letters, digits, '.', '_', ':' or '-'."""
     return _REQUEST_ID.fullmatch(text) is not None
 
 
@@ -87,27 +87,27 @@ def new_request_id() -> str:
 
 
 def well_formed_trace_parent(text: str | None) -> str | None:
-    """A W3C traceparent that can be passed on, or None; a broken one is ignored, as the standard says."""
+    """The W3C traceparent if well-formed, else None: the standard says to ignore invalid ones."""
     return text if text and _TRACE_PARENT.fullmatch(text) else None
 
 
 def given_key(authorization: str, x_api_key: str) -> str | None:
-    """The API key of a call: `Authorization: Bearer KEY`, or `X-API-Key: KEY`; empty texts for what is not there.
+    """The API key of a call: `Authorization: Bearer KEY`, or `X-API-Key: KEY`; empty strings if absent.
 
     Raises:
-        UnauthenticatedError: another scheme, or a key that no key can be.
+        UnauthenticatedError: an unsupported scheme, or a key that is too long.
     """
     scheme, _, key = authorization.partition(" ")
     if scheme and scheme.lower() != "bearer":
-        raise UnauthenticatedError("expected Authorization: Bearer KEY or X-API-Key: KEY, got another scheme")
+        raise UnauthenticatedError("unsupported authorization scheme; use Authorization: Bearer KEY or X-API-Key: KEY")
     key = key.strip() or x_api_key.strip()
     if len(key) > MAX_API_KEY_CHARS:
-        raise UnauthenticatedError("expected an API key, got something longer than any")
+        raise UnauthenticatedError("API key is too long")
     return key or None
 
 
 async def checked_request(fields: RequestFields, tenant: Tenant, limits: LimitSettings) -> GenerationRequest:
-    """As `build_request`; in a thread where there are recordings to hash, which takes so long that others hear it.
+    """As `build_request`, but in a thread if large recordings must be hashed, so as not to stall other streams.
 
     Raises: as `build_request`.
     """
@@ -117,11 +117,11 @@ async def checked_request(fields: RequestFields, tenant: Tenant, limits: LimitSe
 
 
 def build_request(fields: RequestFields, tenant: Tenant, limits: LimitSettings) -> GenerationRequest:
-    """The checked request.
+    """The validated request.
 
     Raises:
-        InvalidRequestError: a field out of its range; it names the field.
-        TooLargeError: a text beyond the limits, or more audio than one answer may have.
+        InvalidRequestError: a field is out of range; names the field.
+        TooLargeError: a text exceeds the limits, or there is too much audio for one response.
     """
     _check_texts(fields, limits)
     _check_numbers(fields, tenant, limits)
@@ -134,7 +134,7 @@ def build_request(fields: RequestFields, tenant: Tenant, limits: LimitSettings) 
         melody_guidance=fields.melody_guidance,
     )
     if fields.stems and fields.melody is None:
-        raise InvalidRequestError("a melody with stems", "none", "send a melody, or leave stems out", param="stems")
+        raise InvalidRequestError("a melody with stems", "none", "send a melody or omit stems", param="stems")
     texts = [prompt for prompt in fields.prompts for _ in range(fields.num_samples)]
     seeds = resolve_seeds(_first_seed(fields, tenant.name), len(texts))
     return GenerationRequest(
@@ -158,16 +158,17 @@ def build_request(fields: RequestFields, tenant: Tenant, limits: LimitSettings) 
 
 def _check_texts(fields: RequestFields, limits: LimitSettings) -> None:
     if not is_request_id(fields.request_id):
-        expected = "1 to 128 letters, digits, '.', '_', ':' or '-', a letter or digit first"
-        raise InvalidRequestError(expected, "something else", param="request_id")
+        expected = "1 to 128 letters, digits, '.', '_', ':' or '-', starting with a letter or digit"
+        raise InvalidRequestError(expected, "a malformed id", param="request_id")
     if not 0 < len(fields.model) <= MAX_MODEL_CHARS:
-        raise InvalidRequestError(f"a model's name of up to {MAX_MODEL_CHARS} characters", "another", param="model")
+        got = f"{len(fields.model)} characters"
+        raise InvalidRequestError(f"a model name of 1 to {MAX_MODEL_CHARS} characters", got, param="model")
     key = fields.idempotency_key
     if key is not None and not (0 < len(key) <= MAX_IDEMPOTENCY_KEY_CHARS and key.isascii() and key.isprintable()):
         expected = f"1 to {MAX_IDEMPOTENCY_KEY_CHARS} printable ASCII characters"
-        raise InvalidRequestError(expected, "something else", param="idempotency_key")
+        raise InvalidRequestError(expected, "a malformed key", param="idempotency_key")
     if not fields.prompts:
-        hint = "leave it out to make music without a text"
+        hint = "omit it for unconditional generation"
         raise InvalidRequestError("at least one prompt", "an empty list", hint, param="prompt")
     for prompt in fields.prompts:
         if prompt is None:
@@ -176,11 +177,11 @@ def _check_texts(fields: RequestFields, limits: LimitSettings) -> None:
             message = f"prompt: expected at most {limits.max_prompt_chars} characters, got {len(prompt)}"
             raise TooLargeFieldError(message, "prompt")
         if any("\ud800" <= char <= "\udfff" for char in prompt):
-            raise InvalidRequestError("Unicode text", "half of a surrogate pair", param="prompt")
+            raise InvalidRequestError("valid Unicode", "a lone surrogate", param="prompt")
 
 
 def longest_piece_s(tenant: Tenant, limits: LimitSettings) -> float:
-    """Seconds of the longest piece that the tenant may ask for."""
+    """Maximum duration of a piece for this tenant, in seconds."""
     return limits.max_duration_s if tenant.max_duration_s is None else min(limits.max_duration_s, tenant.max_duration_s)
 
 
@@ -194,8 +195,9 @@ def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings)
     if fields.loudness_lufs is not None:
         _check_range("loudness", fields.loudness_lufs, MIN_LOUDNESS_LUFS, MAX_LOUDNESS_LUFS, "LUFS")
         if fields.chunks is not None or fields.first_sample:
-            hint = "it is measured over the whole piece; leave out streaming and first_sample, or loudness"
-            raise InvalidRequestError("loudness only for whole results", "a part of one", hint, param="loudness")
+            hint = "loudness is measured over the whole piece; omit it, or omit streaming and first_sample"
+            got = "a stream or first_sample"
+            raise InvalidRequestError("loudness only for complete, non-streaming pieces", got, hint, param="loudness")
     if fields.deadline_s is not None and not fields.deadline_s > 0:
         raise InvalidRequestError("a deadline in the future", f"{fields.deadline_s:g} s", param="deadline_s")
     num_pieces = len(fields.prompts) * fields.num_samples
@@ -204,14 +206,14 @@ def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings)
         raise InvalidRequestError(expected, str(num_pieces), "send several requests", param="num_samples")
     if fields.chunks is None and num_pieces > 1 and num_pieces * fields.duration_s > limits.max_answer_s:
         raise TooLargeFieldError(
-            f"duration_s: expected at most {limits.max_answer_s:g} s of audio (max_answer_s) in one whole answer, got "
-            f"{num_pieces} pieces of {fields.duration_s:g} s; stream them, or send several requests",
+            f"duration_s: expected at most {limits.max_answer_s:g} s of audio in a non-streaming response "
+            f"(max_answer_s), got {num_pieces} pieces of {fields.duration_s:g} s; stream them or send several requests",
             "duration_s",
         )
 
 
 def _check_range(param: str, value: float, low: float, high: float, unit: str = "", *, above: bool = False) -> None:
-    """`low ≤ value ≤ high`, or `low < value` where `above`; NaN is in no range."""
+    """Check `low ≤ value ≤ high`, or `low < value ≤ high` if `above`; rejects NaN."""
     if (low < value if above else low <= value) and value <= high:
         return
     bounds = f"more than {low:g} and at most {high:g}" if above else f"{low:g} to {high:.17g}"
@@ -220,7 +222,7 @@ def _check_range(param: str, value: float, low: float, high: float, unit: str = 
 
 def _shown(value: float) -> str:
     text = repr(value)
-    return text if len(text) <= 40 else f"a number of {len(text)} digits"
+    return text if len(text) <= 40 else f"a number with {len(text)} digits"
 
 
 def _first_seed(fields: RequestFields, tenant: str) -> int:
@@ -234,7 +236,7 @@ def _first_seed(fields: RequestFields, tenant: str) -> int:
 
 
 def _fingerprint(fields: RequestFields, seeds: list[int]) -> str:
-    """SHA-256, in hex, of everything that decides the samples; not of how and from where on they are sent."""
+    """SHA-256, in hex, of everything that determines the samples, but not their delivery (chunks, first sample)."""
     values: dict[str, object] = {
         "model": fields.model,
         "prompts": fields.prompts,
@@ -253,6 +255,6 @@ def _fingerprint(fields: RequestFields, seeds: list[int]) -> str:
 
 
 def _canonical(number: float | None) -> str | None:
-    """One text for 1, 1.0 and -0.0's like."""
+    """The same text for equal numbers, such as 1 and 1.0, or 0.0 and -0.0."""
     assert number is None or math.isfinite(number)
     return None if number is None else (float(number) + 0.0).hex()

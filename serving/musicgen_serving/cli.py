@@ -1,6 +1,6 @@
-"""`musicgen serve` and `musicgen hash-key`: found by the command `musicgen` through the entry points of its package.
+"""`musicgen serve` and `musicgen hash-key`, discovered by the `musicgen` command through package entry points.
 
-Owns what can be typed and what is said meanwhile. Imports Ray only when it is needed.
+Owns command-line options and console output. Imports Ray only when it is needed.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 SERVE = """\
 Serve models over HTTP and gRPC, on this machine or on a Ray cluster.
 
-Everything that can be set is in one file (--config); the options here are for the first steps, and go before it. An
-environment variable such as MUSICGEN_LIMITS__MAX_DURATION_S=60 goes before both.
+All settings live in one file (--config). The options below cover common cases and override it; an environment
+variable such as MUSICGEN_LIMITS__MAX_DURATION_S=60 overrides both.
 
 examples:
-  the model that comes along, for everybody on this machine
+  the bundled demo model, for local clients only
     musicgen serve
   two models, on other ports
     musicgen serve --model melody --model small --http-port 8080 --grpc-port 9090
-  what can be set, with its defaults; then serve with it
+  write all settings with their defaults, then serve with them
     musicgen serve --print-config > service.yaml
     musicgen serve --config service.yaml
-  the same as a file for `serve deploy`
+  convert the settings to a config file for `serve deploy`
     musicgen serve --config service.yaml --print-serve-config > serve.yaml
 """
 
@@ -43,23 +43,23 @@ class ServeCommand:
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add = parser.add_argument
-        add("--config", type=Path, metavar="FILE", help="YAML file with the settings")
-        add("--model", action="append", metavar="NAME", help="model to serve; may be repeated (default: demo)")
-        add("--weights", choices=("float32", "bfloat16", "int8", "int4"), help="of the models named with --model")
-        add("--device", metavar="NAME", help="of the models named with --model, such as cpu or cuda")
-        add("--host", metavar="ADDRESS", help="where both protocols listen (default: 127.0.0.1, this machine only)")
-        add("--http-port", type=int, metavar="PORT", help="default: 8000")
-        add("--grpc-port", type=int, metavar="PORT", help="default: 9000; 0 turns gRPC off")
-        add("--ray-address", metavar="ADDRESS", help="cluster to join (default: one of its own)")
-        add("--print-config", action="store_true", help="print the settings as YAML and stop")
-        add("--print-serve-config", action="store_true", help="print the file for `serve deploy` and stop")
+        add("--config", type=Path, metavar="FILE", help="YAML settings file")
+        add("--model", action="append", metavar="NAME", help="model to serve; repeatable (default: demo)")
+        add("--weights", choices=("float32", "bfloat16", "int8", "int4"), help="weight data type of the --model models")
+        add("--device", metavar="NAME", help="torch device of the --model models, e.g. cpu or cuda")
+        add("--host", metavar="ADDRESS", help="listen address of both protocols (default: 127.0.0.1)")
+        add("--http-port", type=int, metavar="PORT", help="HTTP port (default: 8000)")
+        add("--grpc-port", type=int, metavar="PORT", help="gRPC port (default: 9000); 0 disables gRPC")
+        add("--ray-address", metavar="ADDRESS", help="existing Ray cluster (default: start a local one)")
+        add("--print-config", action="store_true", help="print the settings as YAML and exit")
+        add("--print-serve-config", action="store_true", help="print a `serve deploy` config and exit")
 
     @staticmethod
     def run(values: dict[str, Any]) -> int:
         """Serve until interrupted. Returns the exit code.
 
         Raises:
-            InvalidRequestError: invalid settings. StartError: a part could not be started.
+            InvalidRequestError: invalid settings. StartError: a component could not be started.
         """
         import yaml
 
@@ -81,15 +81,15 @@ class HashKeyCommand:
     """`musicgen hash-key`."""
 
     name = "hash-key"
-    help = "make an API key, or hash one, for the service's list of tenants"
+    help = "generate an API key, or hash an existing one, for the service's tenants file"
     description = (
-        "Print what belongs into `key_sha256` of a tenant. Without --stdin a new key is made and printed first: give "
-        "it to the tenant, it is kept nowhere."
+        "Print the value for a tenant's `key_sha256`. Without --stdin, a new key is generated and printed first: give "
+        "it to the tenant; it is not stored anywhere."
     )
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--stdin", action="store_true", help="hash the key that is read from standard input")
+        parser.add_argument("--stdin", action="store_true", help="hash a key read from standard input")
 
     @staticmethod
     def run(values: dict[str, Any]) -> int:
@@ -103,7 +103,7 @@ class HashKeyCommand:
 
 
 def _merged(values: dict[str, Any]) -> dict[str, Any]:
-    """The file's settings, with what was typed in their place."""
+    """The file's settings, overridden by the command-line options."""
     from musicgen_serving.settings import read_settings
 
     path = values["config"]
@@ -133,7 +133,7 @@ def _serve(settings: Any) -> int:
         interrupted.set()
 
     _fetch(settings)
-    _say("starting Ray; the first parts are ready after some ten seconds")
+    _say("starting Ray; the first components should be ready in about ten seconds")
     from musicgen_serving import cluster
 
     for name in ("ray", "ray.serve"):  # after the import, which sets Serve's
@@ -151,16 +151,16 @@ def _serve(settings: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     grpc = f", gRPC on {endpoints.grpc}" if endpoints.grpc else ""
-    print(f"ready: HTTP on {endpoints.http} (try {endpoints.http}/docs){grpc}; Ctrl-C drains and stops", flush=True)
+    print(f"ready: HTTP on {endpoints.http} (docs: {endpoints.http}/docs){grpc}; Ctrl-C to drain and stop", flush=True)
     interrupted.wait()
     interrupted.clear()
-    _say("draining: nothing more is taken in; Ctrl-C again stops at once")
+    _say("draining: no new requests are accepted; press Ctrl-C again to stop immediately")
     last = -1
 
     def on_running(num_running: int) -> None:
         nonlocal last
         if num_running != last:
-            _say(f"{num_running} requests still run")
+            _say(f"{num_running} requests still running")
             last = num_running
         if interrupted.is_set():
             raise KeyboardInterrupt
@@ -174,11 +174,11 @@ def _serve(settings: Any) -> int:
 
 
 def _fetch(settings: Any) -> None:
-    """See that the models are here before anything is started, and not in several processes at once.
+    """Download the models before starting anything, so that several processes do not download them at once.
 
-    Raises: InvalidRequestError, WeightsError: a name that nothing goes by, or files that cannot be had.
+    Raises: InvalidRequestError, WeightsError: an unknown model name, or files that cannot be obtained.
     """
-    if settings.ray_address is not None:  # elsewhere
+    if settings.ray_address is not None:  # the models load on other machines
         return
     from musicgen.weights import hub
 

@@ -1,6 +1,6 @@
-"""One service on this machine, or on a cluster that is there: start Ray, deploy, wait until ready, drain, stop.
+"""The service on this machine or on an existing Ray cluster: start Ray, deploy, wait until ready, drain, stop.
 
-Owns the order of starting and stopping. Ray listens on loopback unless an address says otherwise.
+Owns the startup and shutdown sequence. A local Ray listens on loopback.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ LOOK_S, DRAIN_LOOK_S = 1.0, 0.5
 _FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 OnState = Callable[[dict[str, str]], None]
-"""Called with the state of each deployment, when one changes."""
+"""Called with the state of every deployment when one changes."""
 
 
 class StartError(MusicGenError):
-    """The service could not be started; the message says which part, and why as far as Ray knows."""
+    """The service could not be started; the message names the component and Ray's reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +47,20 @@ class Endpoints:
 
 
 def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: float = 600.0) -> Endpoints:
-    """Start the service and wait until every part is ready.
+    """Start the service and wait until every component is ready.
 
     Raises:
-        StartError: a port is taken, or a part could not be started, or not in time. What was started is stopped.
+        StartError: a port is in use, or a component failed to start or timed out. What was started is stopped.
     """
     if settings.ray_address is None:
         check_ports(settings)
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(importlib.import_module, "torch")  # which takes seconds; meanwhile Ray's processes start
+        pool.submit(importlib.import_module, "torch")  # takes seconds; overlap it with Ray's startup
         _start_ray(settings)
     try:
         from musicgen_serving.app import build_app
 
-        serve.start(proxy_location=ProxyLocation.Disabled)  # the ingresses listen themselves
+        serve.start(proxy_location=ProxyLocation.Disabled)  # the ingresses open their own ports
         app = build_app(settings.model_dump(mode="json"))
         with ThreadPoolExecutor(1) as pool:
             deployed = pool.submit(serve.run, app, name=APP_NAME, route_prefix=None)
@@ -76,7 +76,7 @@ def _url(scheme: str, edge: HttpSettings | GrpcSettings) -> str:
 
 
 def drain(on_running: Callable[[int], None], timeout_s: float) -> bool:
-    """Take nothing more in and wait until what runs has ended. Returns whether it has."""
+    """Stop admission and wait until all running requests have ended. Returns whether they have."""
     gatekeeper = serve.get_deployment_handle("Gatekeeper", APP_NAME)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -92,11 +92,11 @@ def stop(*, joined: bool = False) -> None:
     """Stop everything that `start` started.
 
     Args:
-        joined: the cluster is somebody else's: only the service is taken away from it.
+        joined: Ray was already running: only remove the service from it.
     """
     if not ray.is_initialized():
         return
-    with redirect_stdout(io.StringIO()):  # Ray prints there that the controller, which it has just ended, has died
+    with redirect_stdout(io.StringIO()):  # Ray reports the death of the controller it has just stopped
         if joined:
             serve.delete(APP_NAME)
         else:
@@ -105,11 +105,11 @@ def stop(*, joined: bool = False) -> None:
 
 
 def check_ports(settings: ServeSettings) -> None:
-    """See that both ports can be had. The ingresses share a port with whoever else of this user shares it: a second
-    service would take every other connection of the first, and nobody would be told.
+    """Check that both ports are free. The ingresses use SO_REUSEPORT: without this check, a second service of the same
+    user would silently take every other connection of the first.
 
     Raises:
-        StartError: one cannot be had; it names the port and what to do.
+        StartError: a port is unavailable; names the port and the remedy.
     """
     for name, host, port in (
         ("http", settings.http.host, settings.http.port),
@@ -123,13 +123,13 @@ def _check_port(name: str, host: str, port: int) -> None:
     try:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended hold nothing up
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections in TIME_WAIT
             probe.bind(address)
     except OSError as error:
         reason = (error.strerror or type(error).__name__).lower()
         raise StartError(
-            f"{name}.port: expected port {port} of {host} to be free, got: {reason}; stop what listens there (another "
-            f"`musicgen serve`?), or choose another port with --{name}-port"
+            f"{name}.port: cannot listen on port {port} of {host}: {reason}; stop the process that uses it (another "
+            f"`musicgen serve`?) or choose another port with --{name}-port"
         ) from error
 
 
@@ -140,21 +140,21 @@ def _start_ray(settings: ServeSettings) -> None:
         ray.init(settings.ray_address, log_to_driver=False, logging_level=logging.ERROR)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's workers step back for every other process by default; but here they are what the machine is for.
+    # Ray workers run at lower priority by default, but here they are the main workload.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Workers that Ray starts before anybody asks have another environment than replicas want: none is ever used.
+    # Prestarted workers have a different runtime environment than the replicas and would never be used.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    # Serve's controller looks at everything ten times a second, which takes a twentieth of a core at rest.
+    # By default Serve's controller runs its loop ten times a second, which costs 5 % of a core when idle.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
-    # Ray listens on every interface unless it believes that this machine cannot be part of a cluster: the switch that
-    # it has for other systems. Children read the variable; this process has read it already.
+    # Ray listens on all interfaces unless clusters are disabled, as it does on other operating systems. Child processes
+    # read the variable; this process has already read it.
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False
     ask_for_a_token()
     ray.init(
-        # Unless told, Ray joins whatever cluster it finds in RAY_ADDRESS or on this machine.
+        # By default, Ray would join any cluster found in RAY_ADDRESS or on this machine.
         "local",
-        # Parts share this machine's cores; what they set aside in Ray's books must not limit how many there are.
+        # Components share the cores; Ray's CPU reservations must not limit their number.
         num_cpus=max(os.cpu_count() or 1, 4),
         include_dashboard=False,
         log_to_driver=False,
@@ -163,7 +163,7 @@ def _start_ray(settings: ServeSettings) -> None:
 
 
 def _watch(deployed: Future[Any], on_state: OnState, timeout_s: float) -> None:
-    """Tell of every change until it is deployed. Raises: StartError."""
+    """Report every state change until deployed. Raises: StartError."""
     deadline = time.monotonic() + timeout_s
     states: dict[str, str] = {}
     while not deployed.done():
@@ -174,14 +174,14 @@ def _watch(deployed: Future[Any], on_state: OnState, timeout_s: float) -> None:
             states = now
         if time.monotonic() > deadline:
             waiting = ", ".join(name for name, state in states.items() if state != "ready")
-            raise StartError(f"expected the service to be ready within {timeout_s:g} s, still waiting for: {waiting}")
+            raise StartError(f"the service was not ready within {timeout_s:g} s; still waiting for: {waiting}")
         wait([deployed], timeout=LOOK_S)
     if (error := deployed.exception()) is not None:
         raise StartError(f"the service could not be started: {_reasons() or error}") from error
 
 
 def _reasons() -> str:
-    """What each part that failed said last; Serve's own error only names them, and their messages are tracebacks."""
+    """The last line of each failed deployment's message, which is a traceback; Serve's own error only names them."""
     application = serve.status().applications.get(APP_NAME)
     parts = {} if application is None else application.deployments
     last = {name: part.message.strip().rpartition("\n")[2] for name, part in parts.items() if part.status in _FAILED}
@@ -189,5 +189,5 @@ def _reasons() -> str:
 
 
 def _state(replicas: Mapping[Any, int]) -> str:
-    """One word for a deployment."""
+    """State of a deployment in one word."""
     return "ready" if set(replicas) == {"RUNNING"} else "starting"

@@ -1,5 +1,4 @@
-"""Habits of asyncio that the pipeline needs: receiving ahead of the consumer, waiting for several at once, ending tasks
-for certain."""
+"""Asyncio helpers: prefetching from a generator, fail-fast gather, reliable cancellation."""
 
 from __future__ import annotations
 
@@ -11,13 +10,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 MAX_WAITING = 1024
-"""Items that may wait for the consumer of `ahead`: all codes of a long piece. A replica does not wait for who is slow
-to take them, so it costs nothing more to know what it has made."""
+"""Queue size of `ahead`: enough for all codes of a long piece. Replicas do not wait for slow consumers, so buffering
+here costs nothing extra."""
 CANCEL_AGAIN_S = 1.0
 
 
 async def ahead(events: AsyncGenerator[T, None]) -> AsyncGenerator[list[T], None]:
-    """The events, received while the consumer works; those that came meanwhile are handed over together."""
+    """The events, received in the background while the consumer works; yields all that have arrived at once."""
     queue: asyncio.Queue[T | BaseException | None] = asyncio.Queue(MAX_WAITING)
 
     async def receive() -> None:
@@ -47,7 +46,7 @@ async def ahead(events: AsyncGenerator[T, None]) -> AsyncGenerator[list[T], None
 
 
 async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """All results, or the first error, after which nothing goes on."""
+    """All results, or the first error, after which the other calls are cancelled."""
     tasks = [asyncio.create_task(call) for call in calls]
     try:
         return list(await asyncio.gather(*tasks))
@@ -58,9 +57,8 @@ async def together(*calls: Coroutine[Any, Any, Any]) -> list[Any]:
 async def ended(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks and wait until they have ended.
 
-    A task may miss a cancellation: before Python 3.12 `asyncio.wait_for`, which libraries use, forgets one that comes
-    in the moment in which what it waits for is there. So it is cancelled again, seldom enough to leave it time to clean
-    up.
+    A task may miss a cancellation: before Python 3.12, `asyncio.wait_for`, which libraries use, drops one that arrives
+    just as its awaitable completes. Tasks are therefore cancelled repeatedly, at intervals long enough for cleanup.
     """
     while waiting := [task for task in tasks if not task.done()]:
         for task in waiting:

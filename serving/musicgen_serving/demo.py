@@ -1,7 +1,7 @@
-"""The service shown in one go: started, four pieces streamed from it, stopped. What `make demo` runs.
+"""End-to-end demo, run by `make demo`: start the service, stream four pieces from it, stop it.
 
-Two texts over HTTP, two with a melody over gRPC, each pair at the same time. Writes the files, a picture of each, one
-of how the audio arrived, and a table.
+Two pieces from text over HTTP, two with a melody over gRPC, each pair concurrently. Writes the audio files, a plot of
+each, a plot of audio received over time, and a table.
 
     python -m musicgen_serving.demo --out out
 """
@@ -38,13 +38,13 @@ LOUDNESS_LUFS = -14.0
 
 @dataclass(slots=True)
 class Take:
-    """One piece as a listener got it. Filled in while it streams."""
+    """One piece as received. Filled in while it streams."""
 
     name: str
     protocol: str
     request: MusicRequest
     arrivals: list[tuple[float, float]] = field(default_factory=list)
-    """(seconds since it was asked for, seconds of audio there by then)."""
+    """(seconds since the request, seconds of audio received by then)."""
     chunks: list[Any] = field(default_factory=list)
     sample_rate: int = 0
     underrun_s: float = 0.0
@@ -63,7 +63,7 @@ class Take:
 
 
 def listen(url: str, take: Take) -> None:
-    """Stream one piece (mutates `take`). The client checks its checksum."""
+    """Stream one piece (mutates `take`). The client verifies its checksum."""
     player, began, received = Player(buffer_s=0.5), time.monotonic(), 0
     with connect(url) as client:
         for event in client.events(take.request):
@@ -79,7 +79,7 @@ def listen(url: str, take: Take) -> None:
 
 
 def write(take: Take, folder: Path) -> Path:
-    """The file of a piece, and its picture."""
+    """Write the audio file of a piece and its plot."""
     wav = torch.from_numpy(np.concatenate(take.chunks, axis=-1))
     tags = generation_metadata("demo", take.request.seed, license="MIT", prompt=take.request.prompt or "")
     path = audio_write(
@@ -95,7 +95,7 @@ def write(take: Take, folder: Path) -> Path:
 
 
 def plot_arrivals(takes: Sequence[Take], path: Path) -> None:
-    """Audio received over time, beside what a player needs."""
+    """Plot audio received over time, against real time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -107,20 +107,20 @@ def plot_arrivals(takes: Sequence[Take], path: Path) -> None:
         times, audio = zip(*take.arrivals, strict=True)
         axes.step([0, *times, longest_s], [0, *audio, audio[-1]], where="post", label=f"{take.name} ({take.protocol})")
     axes.plot([0, longest_s], [0, longest_s], "k:", label="real time")
-    axes.set(xlabel="seconds since the request", ylabel="seconds of audio received", title="How the audio arrived")
+    axes.set(xlabel="seconds since the request", ylabel="seconds of audio received", title="Audio received over time")
     axes.legend()
     figure.savefig(path)
 
 
 def table(takes: Sequence[Take]) -> str:
-    """What each listener had to wait for."""
-    lines = [f"{'piece':<28} {'over':<5} {'first audio':>11} {'total':>7} {'audio':>7} {'RTF':>5} {'silence':>8}"]
+    """Latencies of each stream."""
+    lines = [f"{'piece':<28} {'over':<5} {'first audio':>11} {'total':>7} {'audio':>7} {'RTF':>5} {'underrun':>8}"]
     lines += [
         f"{take.name:<28} {take.protocol:<5} {take.first_audio_s:>9.2f} s {take.total_s:>5.2f} s {take.audio_s:>5.2f} s"
         f" {take.total_s / take.audio_s:>5.2f} {take.underrun_s:>6.2f} s"
         for take in takes
     ]
-    lines.append("RTF: seconds of waiting a second of audio. Silence: of a player that starts with 0.5 s.")
+    lines.append("RTF: total time per second of audio. Underrun: silence of a player with a 0.5 s buffer.")
     return "\n".join(lines)
 
 
@@ -142,7 +142,7 @@ def main() -> int:
     plot_arrivals(takes, options.out / "arrivals.png")
     results = [check.check(path, 32000, options.duration) for path in paths]
     print("\n".join(line for line, _ in results))
-    print(f"pictures: one beside each file, and {options.out / 'arrivals.png'}")
+    print(f"plots: one next to each file, and {options.out / 'arrivals.png'}")
     print(table(takes))
     return 0 if all(good for _, good in results) else 1
 
@@ -156,7 +156,7 @@ def _take(text: str, protocol: str, options: argparse.Namespace, melody: Path | 
 
 
 def _run(takes: Sequence[Take]) -> None:
-    """Start the service, stream the pieces, protocol by protocol, and stop it."""
+    """Start the service, stream the pieces one protocol at a time, and stop it."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     http_port, grpc_port = free_ports(2)
@@ -169,13 +169,13 @@ def _run(takes: Sequence[Take]) -> None:
             shown.add(name)
             print(f"{time.monotonic() - began:5.1f} s  {name} ready", file=sys.stderr, flush=True)
 
-    print("starting the service: seven parts, each a process", file=sys.stderr, flush=True)
+    print("starting the service: seven components, each in its own process", file=sys.stderr, flush=True)
     endpoints = cluster.start(settings, on_state)
     try:
         for protocol, url in (("HTTP", endpoints.http), ("gRPC", endpoints.grpc)):
             assert url is not None
             chosen = [take for take in takes if take.protocol == protocol]
-            print(f"two pieces over {protocol} from {url}", file=sys.stderr, flush=True)
+            print(f"streaming two pieces over {protocol} from {url}", file=sys.stderr, flush=True)
             with ThreadPoolExecutor(len(chosen)) as pool:
                 list(pool.map(lambda take, url=url: listen(url, take), chosen))
     finally:

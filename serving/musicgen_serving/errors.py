@@ -1,16 +1,16 @@
-"""What the service adds to the errors of `musicgen.errors`, and the one table that says how each looks outside.
+"""Exceptions that the service adds to `musicgen.errors`, and the one table that maps each to its public form.
 
     MusicGenError
-    ├── UnauthenticatedError     no API key, or none that is known
-    ├── ForbiddenError           the tenant may not do this
+    ├── UnauthenticatedError     missing or invalid API key
+    ├── ForbiddenError           not permitted for this tenant
     ├── NotFoundError            no such model or request
-    ├── ConflictError            an idempotency key or request id that is used for something else
-    ├── TooLargeError            a body, file or text beyond the limits
+    ├── ConflictError            an idempotency key or request id already in use for something else
+    ├── TooLargeError            a body, file or text exceeds a limit
     ├── DeadlineExceededError    the caller's deadline passed
-    ├── ReplicaLostError         a replica died or fell silent, and so did those tried in its place
-    └── InternalError            replicas that live fail, all in the same way
+    ├── ReplicaLostError         a replica died or stopped responding, and so did its replacements
+    └── InternalError            live replicas fail repeatedly with the same error
 
-`report` is total: what is not in the table is an internal error without a word about its cause.
+`report` is total: any other exception becomes an internal error that reveals nothing about its cause.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from musicgen.errors import (
 
 
 class UnauthenticatedError(MusicGenError):
-    """No API key was given, or it is not known."""
+    """Missing or invalid API key."""
 
 
 class ForbiddenError(MusicGenError):
-    """The key is known, but may not do this."""
+    """The API key is valid, but not permitted to do this."""
 
 
 class NotFoundError(MusicGenError):
-    """There is no such thing, or the tenant may not know of it."""
+    """Not found, or not visible to the tenant."""
 
 
 class ConflictError(MusicGenError):
-    """The same id or idempotency key was used for another request."""
+    """The request id or idempotency key is already in use for a different request."""
 
 
 class TooLargeError(MusicGenError):
-    """More than the service takes."""
+    """A size limit is exceeded."""
 
 
 class DeadlineExceededError(MusicGenError):
@@ -55,22 +55,22 @@ class DeadlineExceededError(MusicGenError):
 
 
 class ReplicaLostError(MusicGenError):
-    """A replica is gone and the attempts to go on elsewhere are used up."""
+    """A replica was lost and the failover attempts are exhausted."""
 
 
 class InternalError(MusicGenError):
-    """Replicas that live fail in the same way, one after the other: the same request will fail again."""
+    """Live replicas fail in the same way one after another, so retrying the request is pointless."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
-    """An error as clients see it."""
+    """The public form of an error."""
 
     http_status: int
     type: str
-    """OpenAI's class of errors, such as `invalid_request_error`."""
+    """OpenAI error type, such as `invalid_request_error`."""
     code: str
-    """Stable name for programs, such as `rate_limit_exceeded`; gRPC's ErrorInfo.reason is its upper case."""
+    """Stable machine-readable code, such as `rate_limit_exceeded`; in upper case, gRPC's ErrorInfo.reason."""
     message: str
     grpc_code: str
     """Name of a `grpc.StatusCode`."""
@@ -105,22 +105,22 @@ _TABLE = (
     _Row(WeightsError, 500, "server_error", "internal_error", "INTERNAL"),
 )
 CLIENT_CODES = frozenset(row.code for row in _TABLE if row.http_status < 500)
-"""Of errors that callers bring about: no fault of the service, whenever they are found."""
+"""Codes of errors caused by the caller, not by the service."""
 _HIDDEN = (EngineDeadError, WeightsError)
-"""Their messages name what is inside."""
+"""Errors whose messages contain internal details."""
 _INTERNAL = ErrorReport(
     500, "server_error", "internal_error", "internal error; the request id is in the log", "INTERNAL"
 )
 
 
 def report(error: BaseException) -> ErrorReport:
-    """How `error` looks outside. Never names a path, a replica, a key or a cause that is not the caller's own."""
+    """The public form of `error`. Never reveals paths, replicas, keys, or causes other than the caller's."""
     for row in _TABLE:
         if isinstance(error, row.error):
             message = " ".join(str(error).split())
             if isinstance(error, _HIDDEN):
                 message = (
-                    "the service failed and recovers; retry later" if row.http_status == 503 else _INTERNAL.message
+                    "the service failed and is recovering; retry later" if row.http_status == 503 else _INTERNAL.message
                 )
             return ErrorReport(
                 row.http_status,

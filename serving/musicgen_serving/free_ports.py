@@ -1,4 +1,4 @@
-"""Ports for services that somebody starts to try or to measure them."""
+"""Free ports for demos, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from itertools import islice
 
 FIRST, END = 20_000, 32_000
-"""Below those that Linux, by default, gives to whoever asks for any: Ray's processes do, while a service starts."""
+"""Below Linux's default ephemeral range, from which Ray's processes take ports while a service starts."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports of this machine that nobody has at the moment."""
+    """Distinct TCP ports of this machine that are currently free."""
     found = list(islice(_untaken(), count))
     if len(found) < count:
-        raise OSError(f"expected {count} free ports of {FIRST} to {END}, got {len(found)}")
+        raise OSError(f"expected {count} free ports between {FIRST} and {END}, got {len(found)}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The gatekeeper in Ray's process. There is one, and requests wait while it is replaced: hence it loads no torch."""
+"""The gatekeeper as a Ray replica. A singleton; requests wait while it restarts, so it must not load torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from musicgen_serving.settings import ServeSettings
 
 
 class GatekeeperReplica(LocalGatekeeper):
-    """The one gatekeeper."""
+    """The singleton gatekeeper."""
 
     find_tenant, admit = told(LocalGatekeeper.find_tenant), told(LocalGatekeeper.admit)
     cancel, status = told(LocalGatekeeper.cancel), told(LocalGatekeeper.status)
@@ -35,4 +35,4 @@ class GatekeeperReplica(LocalGatekeeper):
                 recorder.set("quoted_wait_seconds", load.wait_s, {"model": model})
 
     def check_health(self) -> None:
-        """A gatekeeper that answers is well."""
+        """A gatekeeper that responds is healthy."""

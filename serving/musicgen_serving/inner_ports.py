@@ -1,7 +1,7 @@
-"""Who reaches the ports that Ray and Serve open for themselves. Whoever may call them can run code.
+"""Access control for the internal ports of Ray and Serve. Anyone who can call them can execute code.
 
-Two bolts for a cluster that is one machine: its processes know each other by a token, and the servers by which replicas
-call each other, which Serve opens on every interface, listen on loopback as everything else of such a cluster does.
+Two safeguards for a single-machine cluster: its processes authenticate with a token, and the servers for calls between
+replicas, which Serve opens on all interfaces, listen on loopback like everything else.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 
 
 def ask_for_a_token() -> None:
-    """Before Ray is started: its processes, which inherit the environment, answer only those that know the token.
+    """Call before starting Ray: enables token authentication for its processes, which inherit the environment.
 
-    An operator's own is kept. Otherwise a new one, which is written nowhere: Ray would keep one in the home folder for
-    all clusters, and only if nobody had turned that off.
+    An operator's token is kept. Otherwise a new one is generated and never written to disk: Ray itself would keep one
+    in the home directory for all clusters, and only if authentication had not been disabled.
     """
     os.environ[MODE] = "token"
     if not (os.environ.get(TOKEN) or os.environ.get(TOKEN_PATH)):
         os.environ[TOKEN] = secrets.token_hex(32)
-    Config.initialize("")  # this process has read the variables already
+    Config.initialize("")  # this process has already read the variables
     AuthenticationTokenLoader.instance().reset_cache()
 
 
 def keep_to_this_machine() -> None:
-    """In a replica, before Serve opens its port: on loopback, if that is where this node is known."""
+    """Call in a replica before Serve opens its port: makes it listen on loopback if the node's address is loopback."""
     address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     if not ipaddress.ip_address(address).is_loopback:
         return
     listen = getattr(replica, "add_port_to_grpc_server", None)
     if listen is None:
         logger.warning(
-            "this Ray opens the ports between replicas elsewhere: they may be on every interface, with a token"
+            "unsupported Ray version: ports between replicas may listen on all interfaces (protected by a token)"
         )
         return
 

@@ -1,4 +1,4 @@
-"""Log lines of the service's processes: one JSON object a line, with the request's id. No prompts unless asked for."""
+"""Structured logs: one JSON object per line, with the request id. No prompts unless enabled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 LOGGERS = ("musicgen", "musicgen_serving")
 FIELDS = ("request_id", "model", "tenant_class", "reason", "code", "audio_s", "total_s", "first_audio_s", "prompts")
-"""What a line may carry beside its text: `logger.info(..., extra={...})`."""
+"""Extra fields of a line: `logger.info(..., extra={...})`."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -34,7 +34,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, part: str) -> None:
-    """Write the lines of this process to its standard error, which Ray keeps in its log files."""
+    """Log to standard error, which Ray redirects to its log files."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(part))
     for name in LOGGERS:

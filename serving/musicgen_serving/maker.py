@@ -1,7 +1,7 @@
-"""The pieces of one request, made side by side in tasks of their own; their events in one stream.
+"""Generates the pieces of one request concurrently, one task each, and merges their events into one stream.
 
-A request can be stopped from outside at any moment, for a reason that its consumer then gets as an error. A consumer
-that takes nothing holds the pieces up: little waits for it. Knows no admission.
+A request can be stopped from outside at any time, with an error that its consumer then receives. The buffer is small,
+so a slow consumer applies backpressure to the pieces. Independent of admission.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from musicgen_serving.pipeline import PieceEvent, Pipeline, Prepared
 from musicgen_serving.types import GenerationRequest
 
 EVENTS_A_PIECE = 2
-"""That may wait for the consumer."""
+"""Buffered events per piece."""
 
 
 class Maker:
-    """Starts to make a request when made.
+    """Starts generating on construction.
 
     Args:
         ends_at: the event loop's time of its deadline.
@@ -45,27 +45,27 @@ class Maker:
         self._news = asyncio.Event()
         self._reason: MusicGenError | None = None
         self._num_frames: dict[int, int] = {}
-        """Made, by piece."""
+        """Generated frames, by piece."""
         self._task = asyncio.create_task(self._make())
         self._task.add_done_callback(lambda _: self._news.set())
 
     @property
     def made_s(self) -> float:
-        """Seconds of audio made, all pieces together: also what nobody has taken yet."""
+        """Seconds of audio generated, total over all pieces, including audio not consumed yet."""
         return sum(self._num_frames.values()) / self._config.frame_rate_hz
 
     def stop(self, reason: MusicGenError) -> None:
-        """Make nothing more; the consumer gets `reason`. Only the first call counts."""
+        """Stop generating; the consumer receives `reason`. Only the first call has an effect."""
         if self._reason is None and not self._task.done():
             self._reason = reason
             self._task.cancel()
-            self._news.set()  # should the task miss it, the consumer cancels again
+            self._news.set()  # if the task misses the cancellation, the consumer repeats it
 
     async def events(self) -> AsyncGenerator[Prepared | PieceEvent, None]:
-        """`Prepared`, then the events of all pieces. Leaving early stops everything.
+        """`Prepared`, then the events of all pieces. Closing early stops everything.
 
         Raises:
-            MusicGenError: as `Pipeline.prepare` and `Pipeline.run`, or the reason given to `stop`.
+            MusicGenError: as `Pipeline.prepare` and `Pipeline.run`, or the reason passed to `stop`.
         """
         try:
             while True:

@@ -1,4 +1,4 @@
-"""How often and how long to try again when a replica is lost. Knows nothing of what is tried."""
+"""Retry policy for lost replicas. Independent of the work that is retried."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ T = TypeVar("T")
 
 
 class Repetition:
-    """Tells a failure that is the same wherever it is tried from one that another replica may not have."""
+    """Distinguishes a failure that recurs on every replica from one that another replica may not have."""
 
     def __init__(self) -> None:
         self._last: str | None = None
 
     def check(self, error: BaseException) -> None:
-        """An attempt failed so. Raises: InternalError: so did the one before, in a replica that lives."""
+        """Record a failed attempt. Raises: InternalError: a live replica has failed twice in a row in the same way."""
         failure = str(error) if isinstance(error, BrokenError) else None
         if failure is not None and failure == self._last:
-            raise InternalError("a part of the service failed twice in the same way; its replicas' logs say how")
+            raise InternalError("a service component failed repeatedly with the same error; see the replica logs")
         self._last = failure
 
 
 class Patience:
-    """The attempts that one piece of work has left. Progress fills them up again.
+    """The remaining attempts of one unit of work. Progress resets them.
 
     Args:
-        what: the work, for the log.
-        max_attempts: in the place of the settings', if it is less.
+        what: description of the work, for the log.
+        max_attempts: overrides the setting, if smaller.
     """
 
     def __init__(self, settings: FailoverSettings, what: str, max_attempts: int | None = None) -> None:
@@ -46,23 +46,23 @@ class Patience:
         self.num_failures = 0
 
     def progress(self) -> None:
-        """The work got on: failures before this count no more."""
+        """The work advanced: earlier failures no longer count."""
         self._num_in_a_row = 0
         self._repetition = Repetition()
 
     async def lost(self, error: BaseException) -> None:
-        """An attempt failed: wait before the next.
+        """An attempt failed: back off before the next one.
 
         Raises:
-            ReplicaLostError: that was the last one.
-            InternalError: replicas that live fail in the same way: more attempts would too.
+            ReplicaLostError: it was the last attempt.
+            InternalError: live replicas fail in the same way, so more attempts are pointless.
         """
         self.num_failures += 1
         self._num_in_a_row += 1
-        logger.warning("%s: attempt %d lost: %s", self._what, self._num_in_a_row, _first_line(error))
+        logger.warning("%s: attempt %d failed: %s", self._what, self._num_in_a_row, _first_line(error))
         self._repetition.check(error)
         if self._num_in_a_row >= self._max_attempts:
-            raise ReplicaLostError("the service lost a part of itself and could not replace it in time; retry later")
+            raise ReplicaLostError("a component of the service is unavailable; retry later")
         wait_s = self._settings.backoff_s * 2 ** (self._num_in_a_row - 1)
         await asyncio.sleep(min(wait_s, self._settings.max_backoff_s))
 
@@ -70,12 +70,12 @@ class Patience:
 async def insist(
     settings: FailoverSettings, what: str, call: Callable[[], Awaitable[T]], max_attempts: int | None = None
 ) -> tuple[T, int]:
-    """Call, and again while replicas are lost. Returns the result and how often one was lost.
+    """Call, retrying while replicas are lost. Returns the result and the number of failed attempts.
 
     Args:
-        max_attempts: in the place of the settings', if it is less.
+        max_attempts: overrides the setting, if smaller.
     Raises:
-        ReplicaLostError: the attempts are used up. InternalError: they fail alike. Other errors are passed on.
+        ReplicaLostError: attempts exhausted. InternalError: they fail in the same way. Other errors propagate.
     """
     patience = Patience(settings, what, max_attempts)
     while True:

@@ -1,23 +1,23 @@
-"""A listener who plays a stream as it comes: what a real-time player would have suffered.
+"""Simulated real-time player of a stream, to measure buffer underruns.
 
-Plays from when it has `buffer_s` seconds, at real time; when it runs dry it waits for `buffer_s` again.
+Starts playing once `buffer_s` seconds are buffered; after an underrun it rebuffers `buffer_s` seconds.
 """
 
 from __future__ import annotations
 
 
 class Player:
-    """One piece's listener. Times are seconds of any one clock."""
+    """Player of one piece. Times are seconds of any one clock."""
 
     def __init__(self, buffer_s: float) -> None:
         self._buffer_s = buffer_s
         self._received_s = 0.0
         self._played_s = 0.0
         self._since: float | None = None
-        """When it began to play what is left; None while it waits."""
+        """Start time of the current playback; None while buffering."""
         self._waiting_from: float | None = None
         self.underrun_s = 0.0
-        """Seconds of silence after it first played."""
+        """Seconds of silence after playback first started."""
         self.num_underruns = 0
 
     def receive(self, now: float, audio_s: float, *, last: bool = False) -> None:
@@ -34,7 +34,7 @@ class Player:
         if self._since is None:
             return
         left_s = self._received_s - self._played_s
-        if now - self._since > left_s + 1e-9:  # ran dry on the way
+        if now - self._since > left_s + 1e-9:  # underrun in between
             self._waiting_from = self._since + left_s
             self.num_underruns += 1
             self._played_s = self._received_s

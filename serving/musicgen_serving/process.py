@@ -1,4 +1,4 @@
-"""What every process of the service does first. Without torch: a process that computes nothing need not load it."""
+"""Common setup of the service's processes. Does not import torch, which not every process needs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from musicgen_serving import inner_ports, logs, tracing
 from musicgen_serving.settings import ObservabilitySettings
 
 APP_NAME = "musicgen"
-"""Of the one application in Serve."""
+"""Name of the Serve application."""
 GAUGES_S = 1.0
-"""Between two looks of a replica at its own load."""
+"""Interval at which replicas update their gauges."""
 
 
 def set_up(part: str, observability: ObservabilitySettings) -> None:
-    """Logs, spans, ports.
+    """Set up logging, tracing and internal ports.
 
     Args:
-        part: what runs here, for logs and spans.
+        part: name of the component, for logs and spans.
     """
     logs.set_up(observability.log_level, part)
     tracing.set_up(observability.otlp_endpoint, part)

@@ -1,16 +1,15 @@
-"""Allowances of a tenant: requests a minute, audio-seconds a minute and a day.
+"""Quotas of a tenant: requests per minute, audio-seconds per minute and per day.
 
-Owns what is counted and when it is worth trying again. Knows no request and no queue. How many requests a tenant has
-at the same time is not counted here: the gatekeeper knows which run.
+Owns the counting and the retry delay. Independent of requests and queues. The concurrency limit is not enforced here:
+the gatekeeper knows which requests are running.
 
 Counters live in a storage of the `limits` library (memory, Redis). Its strategies are not used, because none of them
-can take back a part of a hit, and its moving window keeps one record for each unit of a hit's cost. Here it is the
-sliding-window counter over the storage's two plain operations: time is cut into windows of one period, each with its
-own counter, and what counts at a moment that is a share `f` into its window is `previous · (1 − f) + current`. A
-refund goes to the counter of the window that was charged, so it frees exactly what was taken and nothing else; one
-for a window that is over and no longer counts changes nothing.
+supports partial refunds, and its moving window keeps one record per unit of cost. This is a sliding-window counter over
+the storage's two basic operations: time is divided into windows of one period, each with its own counter, and the usage
+at a fraction `f` into the current window is `previous · (1 − f) + current`. A refund goes to the counter of the window
+that was charged, so it frees exactly what was charged; a refund for a window that no longer counts has no effect.
 
-The approximation: hits of the previous window count as if they had been spread evenly over it.
+Approximation: hits of the previous window count as if spread evenly over it.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ STORAGE_RETRY_S = 2.0
 _MINUTE, _DAY = 60, 86400
 _PERIOD_NAMES = {_MINUTE: "minute", _DAY: "day"}
 _TOLERANCE_S = 1e-3
-"""A wait below this is none: the clock and the windows are rounded numbers."""
+"""Shorter waits count as zero, because of rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What was taken from one window of one allowance."""
+    """Amount charged to one window of one quota."""
 
     key: str
     period_s: int
@@ -48,7 +47,7 @@ class Taken:
 
 
 Charge = tuple[Taken, ...]
-"""What one request took from its tenant's allowances. Set by `Quotas.take`."""
+"""What one request was charged across its tenant's quotas. Set by `Quotas.take`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +58,22 @@ class _Allowance:
 
     def __str__(self) -> str:
         unit = "seconds of audio" if self.audio else "requests"
-        return f"{self.limit} {unit} a {_PERIOD_NAMES[self.period_s]}"
+        return f"{self.limit} {unit} per {_PERIOD_NAMES[self.period_s]}"
 
     def key(self, tenant: str, index: int) -> str:
-        """The limit is not part of it: what was taken stays counted when the limit changes."""
+        """Does not include the limit, so that usage survives a change of the limit."""
         return f"musicgen/{'audio' if self.audio else 'requests'}/{self.period_s}/{tenant}/{index}"
 
 
 class Quotas:
-    """Takes from allowances and gives back.
+    """Charges and refunds quotas.
 
     Args:
-        storage: URL of the storage, such as `memory://` or `redis://host:6379`.
-        clock: seconds of the epoch; shared by all that share the storage.
+        storage: storage URL, such as `memory://` or `redis://host:6379`.
+        clock: seconds since the epoch; must agree between all users of the storage.
 
     Raises:
-        InvalidRequestError: an unknown kind of storage.
+        InvalidRequestError: unknown storage type.
         MissingDependencyError: the storage's client is not installed.
     """
 
@@ -83,12 +82,12 @@ class Quotas:
         self._clock = clock
 
     async def take(self, tenant: TenantSettings, audio_s: float) -> Charge:
-        """Take one request of `audio_s` seconds, rounded up, from all allowances of a tenant, or nothing from any.
+        """Charge one request of `audio_s` seconds, rounded up, to all quotas of a tenant, or to none.
 
         Raises:
-            QuotaExceededError: one is used up; `retry_after_s` is when this request would fit if nobody takes more,
-                None if it is larger than the whole allowance.
-            OverloadedError: the storage does not answer.
+            QuotaExceededError: a quota is exhausted; `retry_after_s` is when this request would fit without further
+                usage, None if it exceeds the whole quota.
+            OverloadedError: the storage does not respond.
         """
         allowances = _allowances(tenant)
         taken: list[Taken] = []
@@ -98,16 +97,16 @@ class Quotas:
             for allowance in allowances:
                 await self._take_one(tenant.name, allowance, _cost(allowance, audio_s), taken)
         except StorageError as error:
-            log.error("allowances cannot be counted: %s", type(error.storage_error).__name__)
+            log.error("quota storage unavailable: %s", type(error.storage_error).__name__)
             await self._put_back(taken)
-            raise OverloadedError("allowances cannot be counted now", retry_after_s=STORAGE_RETRY_S) from None
+            raise OverloadedError("quota storage is unavailable", retry_after_s=STORAGE_RETRY_S) from None
         except BaseException:
             await self._put_back(taken)
             raise
         return tuple(taken)
 
     async def give_back(self, charge: Charge, unused_s: int) -> None:
-        """Give back whole seconds of audio that were taken and not made; the request itself stays counted."""
+        """Refund whole seconds of audio that were charged but not generated; the request itself stays counted."""
         back = [Taken(t.key, t.period_s, min(unused_s, t.amount), True) for t in charge if t.audio]
         await self._put_back([taken for taken in back if taken.amount > 0])
 
@@ -122,7 +121,7 @@ class Quotas:
         key, period_s = allowance.key(tenant, index), allowance.period_s
         current = await self._storage.incr(key, 2 * period_s + 60, amount=cost)
         taken.append(Taken(key, period_s, cost, allowance.audio))
-        # Judged again: between the check and now another gatekeeper may have taken from the same storage.
+        # Check again: another gatekeeper may have charged the same storage in the meantime.
         previous = await self._storage.get(allowance.key(tenant, index - 1))
         _judge(allowance, cost, previous, current - cost, share)
 
@@ -131,19 +130,19 @@ class Quotas:
             for part in taken:
                 await self._storage.incr(part.key, 2 * part.period_s + 60, amount=-part.amount)
         except StorageError as error:
-            log.error("an allowance could not be given back: %s", type(error.storage_error).__name__)
+            log.error("quota refund failed: %s", type(error.storage_error).__name__)
 
     def _window(self, allowance: _Allowance) -> tuple[int, float]:
-        """Number of the window that the clock is in, and the share of it that is over."""
+        """Index of the current window, and the elapsed fraction of it."""
         share, index = math.modf(self._clock() / allowance.period_s)
         return int(index), share
 
 
 def retry_after_s(limit: int, cost: int, previous: int, current: int, share: float, period_s: float) -> float | None:
-    """Seconds until `cost` fits under `limit` if nobody takes more; 0: now; None: never.
+    """Seconds until `cost` fits under `limit` without further usage; 0: now; None: never.
 
-    Solves `previous · (1 − f) + current + cost ≤ limit` for `f` in this window, and, if there is no solution, with
-    `current` as the previous count in the next.
+    Solves `previous · (1 − f) + current + cost ≤ limit` for `f` in this window or, if there is no solution, in the next
+    one, with `current` as its previous count.
     """
     if cost > limit:
         return None
@@ -157,11 +156,9 @@ def retry_after_s(limit: int, cost: int, previous: int, current: int, share: flo
 def _judge(allowance: _Allowance, cost: int, previous: int, current: int, share: float) -> None:
     wait_s = retry_after_s(allowance.limit, cost, max(0, previous), max(0, current), share, allowance.period_s)
     if wait_s is None:
-        raise QuotaExceededError(f"expected at most {allowance}, got a request for {cost}; ask for less")
+        raise QuotaExceededError(f"the request needs {cost}, more than the quota of {allowance}; request less audio")
     if wait_s > _TOLERANCE_S:
-        raise QuotaExceededError(
-            f"the allowance of {allowance} is used up; retry in {math.ceil(wait_s)} s", retry_after_s=wait_s
-        )
+        raise QuotaExceededError(f"quota of {allowance} exceeded; retry in {math.ceil(wait_s)} s", retry_after_s=wait_s)
 
 
 def _allowances(tenant: TenantSettings) -> list[_Allowance]:
@@ -184,9 +181,9 @@ def _open_storage(url: str) -> Storage:
     except ConfigurationError as error:
         scheme = url.partition("://")[0]
         if "prerequisite" in str(error):
-            raise MissingDependencyError(f"storage {scheme} needs its client; `pip install redis` for Redis") from error
+            raise MissingDependencyError(f"storage {scheme} requires its client, e.g. pip install redis") from error
         raise InvalidRequestError(
-            "a storage such as memory:// or redis://host:6379", scheme, param="access.limits_storage"
+            "a storage URL such as memory:// or redis://host:6379", scheme, param="access.limits_storage"
         ) from None
     assert isinstance(storage, Storage)
     return storage

@@ -1,7 +1,7 @@
-"""Whether a caller's recording may go further: what it is, how big, how long. Shared by both edges.
+"""Validation of uploaded recordings: format, size, duration. Shared by both ingresses.
 
-Looks at the content only, never at a name or a content type, and opens no path. Reads headers, decodes nothing: a file
-of 1 kB that says it holds ten hours is refused here.
+Looks at the content only, never at file names or content types, and opens no paths. Reads headers without decoding, so
+that a 1 kB file that claims to hold ten hours is rejected here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from musicgen_serving.checks import TooLargeFieldError
 from musicgen_serving.settings import LimitSettings
 
 _CONTAINERS = {"wav": ("WAV", "WAVEX", "RF64"), "flac": ("FLAC",), "mp3": ("MP3",), "ogg": ("OGG",), "aiff": ("AIFF",)}
-"""What the first bytes say → what libsndfile may find in it."""
+"""Format by magic bytes → formats that libsndfile may report."""
 _EXPECTED = "a wav, flac, mp3, ogg, opus or aiff file"
 
 
 class _Content(io.BytesIO):
-    """A file in memory. A damaged header can make libsndfile seek before its beginning; that is no error of ours."""
+    """A file in memory that tolerates out-of-range seeks, which libsndfile makes if a header is damaged."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: len(self.getbuffer())}[whence]
@@ -30,7 +30,7 @@ class _Content(io.BytesIO):
 
 
 def sniff(content: bytes) -> str | None:
-    """Kind of audio file by its first bytes: `wav`, `flac`, `mp3`, `ogg` or `aiff`; None: none of these."""
+    """Audio format by magic bytes: `wav`, `flac`, `mp3`, `ogg` or `aiff`; None: unknown."""
     head = content[:12]
     if head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:12] == b"WAVE":
         return "wav"
@@ -40,33 +40,33 @@ def sniff(content: bytes) -> str | None:
         return "flac"
     if head[:4] == b"OggS":
         return "ogg"
-    # MPEG audio: 11 set bits, then a version and a layer that are not the reserved ones.
+    # MPEG audio: 11 set bits, then a version and a layer that are not reserved values.
     is_frame = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0 and head[1] & 0x18 != 8 and head[1] & 6
     return "mp3" if head[:3] == b"ID3" or is_frame else None
 
 
 async def check_recording(content: bytes, param: str, limits: LimitSettings) -> None:
-    """Refuse what is not a recording within the limits. Reads its header in a thread.
+    """Validate a recording against the limits. Reads its header in a thread.
 
     Args:
         param: name of the field, for the error.
     Raises:
         TooLargeError: more bytes than `limits.max_file_bytes`.
-        InvalidRequestError: no audio file, or none that can be read, is empty, too long, has too many channels, or
-            takes too much memory once it is decoded.
+        InvalidRequestError: not an audio file, unreadable, empty, too long, too many channels, or too large when
+            decoded.
     """
     if len(content) > limits.max_file_bytes:
-        message = f"{param}: expected at most {limits.max_file_bytes} bytes, got {len(content)}; cut or compress it"
+        message = f"{param}: expected at most {limits.max_file_bytes} bytes, got {len(content)}; trim or compress it"
         raise TooLargeFieldError(message, param)
     kind = sniff(content)
     if kind is None:
-        got = "no bytes" if not content else "something else"
+        got = "no bytes" if not content else "an unknown format"
         raise InvalidRequestError(_EXPECTED, got, param=param)
     await asyncio.to_thread(_check_header, content, kind, param, limits.max_recording_s)
 
 
 def length_s(content: bytes) -> float | None:
-    """Seconds of a recording as its header says; None: it says so only roughly (MPEG), or cannot be read."""
+    """Duration of a recording in seconds from its header; None: only approximate (MPEG), or unreadable."""
     try:
         with soundfile.SoundFile(_Content(content)) as file:
             return None if str(file.format) in _CONTAINERS["mp3"] else int(file.frames) / int(file.samplerate)
@@ -80,9 +80,9 @@ def _check_header(content: bytes, kind: str, param: str, max_recording_s: float)
             container, frames = str(file.format), int(file.frames)
             rate, channels = int(file.samplerate), int(file.channels)
     except (soundfile.LibsndfileError, OSError, ValueError, OverflowError, TypeError) as error:
-        raise InvalidRequestError(_EXPECTED, "one that cannot be read", "is it damaged?", param=param) from error
+        raise InvalidRequestError(_EXPECTED, "an unreadable file", "it may be damaged", param=param) from error
     if container not in _CONTAINERS[kind]:
-        raise InvalidRequestError(_EXPECTED, "something else", param=param)
+        raise InvalidRequestError(_EXPECTED, "an unsupported format", param=param)
     if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
         expected = f"a sample rate of {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz"
         raise InvalidRequestError(expected, f"{rate} Hz", param=param)
@@ -90,11 +90,11 @@ def _check_header(content: bytes, kind: str, param: str, max_recording_s: float)
         expected = f"at most {MAX_CHANNELS} channels"
         raise InvalidRequestError(expected, str(channels), "mix it to stereo first", param=param)
     if frames <= 0:
-        raise InvalidRequestError("at least one sample", "a recording without any", param=param)
+        raise InvalidRequestError("at least one sample", "an empty recording", param=param)
     if frames > max_recording_s * rate:
-        got = f"{frames / rate:.0f} s" if frames < 2**50 else "one of unknown length"
-        raise InvalidRequestError(f"at most {max_recording_s:g} s of audio", got, "cut it first", param=param)
+        got = f"{frames / rate:.0f} s" if frames < 2**50 else "unknown length"
+        raise InvalidRequestError(f"at most {max_recording_s:g} s of audio", got, "trim it first", param=param)
     if frames * channels > max_recording_s * MAX_SAMPLES_PER_S:
-        expected = f"at most {max_recording_s * MAX_SAMPLES_PER_S:.0f} samples of all channels together"
-        hint = "mix it to stereo, or bring it to a lower rate"
+        expected = f"at most {max_recording_s * MAX_SAMPLES_PER_S:.0f} samples over all channels"
+        hint = "mix it to stereo or resample it to a lower rate"
         raise InvalidRequestError(expected, str(frames * channels), hint, param=param)

@@ -1,7 +1,7 @@
-"""The project's own errors between processes: answers, not failures.
+"""Passing `MusicGenError`s between processes as return values.
 
-Serve takes whatever a method of a replica raises for a failure of the deployment: it logs a traceback and counts an
-error. Of a request that is refused neither is true, and most are refused when there is least time for a page of log.
+Serve treats any exception raised by a replica method as a failure of the deployment: it logs a traceback and counts an
+error. A rejected request is neither, and rejections peak when there is the least time for writing logs.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """In place of a result, or of an item of a stream: what was raised. Seen by nobody but `answer`."""
+    """An exception in place of a result or stream item. Only seen by `answer`."""
 
     error: MusicGenError
 
 
 def told(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """A method of a replica that returns a `Refusal` where `method` raises one of the project's own errors.
+    """Decorates a replica method to return a `Refusal` instead of raising a `MusicGenError`.
 
-    Not of a dead engine: that is a failure, and the replica must be replaced.
+    Except for a dead engine: that is a failure, and the replica must be replaced.
     """
 
     @functools.wraps(method)
@@ -44,7 +44,7 @@ def told(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[A
 
 
 def told_in_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P, AsyncGenerator[T, None]]:
-    """As `told`, for a method that is a stream: the refusal is its last item."""
+    """As `told`, for a streaming method: the refusal is the last item."""
 
     @functools.wraps(method)
     async def wrapped(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Any, None]:
@@ -61,7 +61,7 @@ def told_in_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P, 
 
 
 def answer(result: T | Refusal) -> T:
-    """What a replica answered. Raises: MusicGenError: it refused."""
+    """The result of a replica call. Raises: MusicGenError: the call was refused."""
     if isinstance(result, Refusal):
         raise result.error
     return result

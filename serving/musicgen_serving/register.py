@@ -1,4 +1,5 @@
-"""The requests that run in this replica: reported to the gatekeeper, stopped when it says so, settled once each."""
+"""The running requests of this ingress replica: reports them to the gatekeeper, stops them on its request, and settles
+each exactly once."""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 REPORT_S = 1.0
-"""Between two reports to the gatekeeper."""
+"""Interval of reports to the gatekeeper."""
 RETRY_S = 0.5
-"""After the gatekeeper could not be reached."""
+"""Retry interval while the gatekeeper is unreachable."""
 SETTLE_ATTEMPTS = 60
 SETTLE_WAIT_S = 1.0
-"""For how long a request's end waits for the gatekeeper to know of it."""
+"""Maximum time for which the end of a request waits for its settlement."""
 CLOSE_S = 10.0
-"""For how long what is still to be settled is waited for when the replica stops."""
+"""Maximum time for which a stopping replica waits for pending settlements."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,14 +46,14 @@ class Running:
     watch: RequestWatch
     reports: dict[int, PieceReport] = field(default_factory=dict)
     num_given: dict[int, int] = field(default_factory=dict)
-    """Samples a channel given out, by piece."""
+    """Delivered samples per channel, by piece."""
     reason: FinishReason = FinishReason.CANCELLED
-    """Until it ends otherwise: a consumer that leaves cancels it."""
+    """The default until it ends otherwise, because a consumer that leaves cancels it."""
     error: BaseException | None = None
     settled: bool = False
 
     def give(self, audio: PieceAudio) -> PieceAudio:
-        """Audio goes to the caller."""
+        """Record audio that is delivered to the caller."""
         num_new = audio.samples.shape[-1]
         self.num_given[audio.piece] = self.num_given.get(audio.piece, 0) + num_new
         last = audio.sample_offset + num_new == self.num_samples
@@ -61,16 +62,16 @@ class Running:
 
     @property
     def num_samples(self) -> int:
-        """Samples a channel of each piece."""
+        """Samples per channel of each piece."""
         return self.config.num_frames(self.request.duration_s) * self.config.codec.hop_length
 
     @property
     def done_s(self) -> float:
-        """Seconds of audio given out, all pieces together."""
+        """Seconds of audio delivered, total over all pieces."""
         return sum(self.num_given.values()) / self.config.sample_rate
 
     def progress(self) -> Progress:
-        """For the gatekeeper."""
+        """Progress report for the gatekeeper."""
         request = self.request
         return Progress(
             self.ticket, request.model, request.audio_s, self.done_s, self.maker.made_s, len(request.pieces)
@@ -83,7 +84,7 @@ class Running:
 
 
 class Register:
-    """Every running request of one replica."""
+    """All running requests of one ingress replica."""
 
     def __init__(self, gatekeeper: Gatekeeper) -> None:
         self._gatekeeper = gatekeeper
@@ -93,12 +94,12 @@ class Register:
         self._loops: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin to report, and to listen for cancellations."""
+        """Start reporting and listening for cancellations."""
         if not self._loops:
             self._loops = [asyncio.create_task(self._report_forever()), asyncio.create_task(self._listen_forever())]
 
     async def close(self) -> None:
-        """Stop every request, and reporting; wait until all is settled, but not longer than `CLOSE_S`."""
+        """Stop all requests and reporting; wait up to `CLOSE_S` until everything is settled."""
         for running in list(self._running):
             running.maker.stop(RequestCancelledError("the service is shutting down"))
         for loop in self._loops:
@@ -110,13 +111,13 @@ class Register:
         await asyncio.gather(*self._loops, return_exceptions=True)
 
     def stop(self, request_id: str, tenant: str | None = None) -> None:
-        """Stop a request, if it runs here and is this tenant's (None: anybody's)."""
+        """Stop a request, if it runs here and belongs to this tenant (None: any tenant)."""
         for running in self._running:
             if running.request.request_id == request_id and tenant in (None, running.ticket.tenant):
                 running.maker.stop(RequestCancelledError("the request was cancelled"))
 
     async def admit(self, request: AdmissionRequest) -> Ticket:
-        """A ticket from the gatekeeper. A caller that leaves meanwhile leaves none behind: it is settled when it comes.
+        """Get a ticket from the gatekeeper. If the client disconnects meanwhile, the ticket is settled on arrival.
 
         Raises: as `Gatekeeper.admit`.
         """
@@ -135,18 +136,18 @@ class Register:
 
     @asynccontextmanager
     async def holding(self, running: Running) -> AsyncIterator[None]:
-        """The request is in the register while in this context, and settled at its end."""
+        """Keeps the request registered while in this context, and settles it on exit."""
         self._running.add(running)
         try:
             yield
         finally:
             self._running.discard(running)
-            running.maker.stop(RequestCancelledError("the caller left"))
+            running.maker.stop(RequestCancelledError("the client disconnected"))
             self._settle_soon(running)
 
     async def settle(self, running: Running) -> None:
-        """Settle now. Returns when that is done, or after `SETTLE_WAIT_S`; it goes on then, and if the caller is
-        cancelled. A gatekeeper that is away must not keep the end of finished music from its caller."""
+        """Settle now. Returns when done, or after `SETTLE_WAIT_S`; settlement then continues in the background, also if
+        the caller is cancelled. An unreachable gatekeeper must not delay the end of a finished stream."""
         task = self._settle_soon(running)
         if task is not None:
             await asyncio.wait({task}, timeout=SETTLE_WAIT_S)
@@ -176,10 +177,10 @@ class Register:
                 await asyncio.sleep(RETRY_S)
             else:
                 return
-        logger.error("request %s: the gatekeeper could not be told of its end", settlement.request_id)
+        logger.error("request %s: could not be settled: gatekeeper unreachable", settlement.request_id)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Work that goes on when the request that it belongs to is cancelled."""
+        """Run work that continues when the request it belongs to is cancelled."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -187,7 +188,7 @@ class Register:
 
     async def _report_forever(self) -> None:
         async def report() -> None:
-            # One whose settlement is under way is not reported: a new gatekeeper would take it for one that runs.
+            # Requests being settled are not reported: a new gatekeeper would consider them running.
             progress = [running.progress() for running in self._running if not running.settled]
             for request_id in await self._gatekeeper.report(self._edge, progress):
                 self.stop(request_id)
@@ -207,14 +208,14 @@ class Register:
 
 
 async def _outlived(talk: Callable[[], Awaitable[None]]) -> bool:
-    """Talk with the gatekeeper; whether it went well. No error may end such a loop: every request of this replica would
-    be given up."""
+    """Talk to the gatekeeper; returns whether it succeeded. Swallows all errors: if a loop ended, all requests of this
+    replica would eventually be cancelled."""
     try:
         await talk()
     except MusicGenError as error:
         logger.warning("gatekeeper: %s", error)
     except Exception:
-        logger.exception("gatekeeper: an error that was not expected")
+        logger.exception("gatekeeper: unexpected error")
     else:
         return True
     return False

@@ -1,6 +1,6 @@
-"""Every request the gatekeeper knows: those that run, and for a while those that ended.
+"""All requests known to the gatekeeper: running ones and, for a while, those that have ended.
 
-Owns ids, idempotency keys and what is remembered. Knows no allowance, no queue and no edge's wishes.
+Owns request ids, idempotency keys and retention. Independent of quotas, queues and ingresses.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class Record:
     audio_s: float
     admitted_at: float
     seen_at: float
-    """When it was admitted or an edge last reported it."""
+    """Time of admission or of the last report from an ingress."""
     charge: Charge = ()
     admitted: bool = False
-    """False while its allowances are being taken."""
+    """False while its quota is being charged."""
     done_s: float = 0.0
     made_s: float = 0.0
     edge: str | None = None
-    """Who runs it; None until somebody reports it."""
+    """The ingress that runs it; None until one reports it."""
     suspect_since: float | None = None
-    """When its edge was first found silent."""
+    """When its ingress was first found to have stopped reporting."""
     cancelled: bool = False
-    """Somebody wants its end."""
+    """Its cancellation has been requested."""
     told: set[str] = field(default_factory=set)
-    """Edges that were told so by a long poll."""
+    """Ingresses notified of the cancellation by a long poll."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     reason: FinishReason | None = None
     error_code: str | None = None
@@ -54,7 +54,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str] | None:
-        """Idempotency keys are each tenant's own."""
+        """Idempotency keys are scoped to a tenant."""
         key = self.ticket.idempotency_key
         return None if key is None else (self.ticket.tenant, key)
 
@@ -71,12 +71,12 @@ class Record:
 
 
 class _Lately(Generic[V]):
-    """Values that were noted lately; the oldest is forgotten first."""
+    """Recently noted values; the oldest are evicted first."""
 
     def __init__(self, remember_s: float, max_remembered: int) -> None:
         self._remember_s, self._max_remembered = remember_s, max_remembered
         self._noted: dict[object, tuple[float, V]] = {}
-        """In the order of their times."""
+        """Ordered by time."""
 
     def get(self, key: object) -> V | None:
         found = self._noted.get(key)
@@ -99,37 +99,37 @@ class Registry:
     """The records.
 
     Args:
-        remember_s: seconds for which a request that ended is remembered, at most.
-        max_remembered: how many of them, at most; the oldest end is forgotten first.
+        remember_s: maximum retention of an ended request, in seconds.
+        max_remembered: maximum number of them; those that ended first are evicted first.
     """
 
     def __init__(self, remember_s: float, max_remembered: int) -> None:
         self._remember_s, self._max_remembered = remember_s, max_remembered
         self._running: dict[str, Record] = {}
         self._ended: dict[str, Record] = {}
-        """In the order of their ends."""
+        """Ordered by end time."""
         self._keys: dict[tuple[str, str], Record] = {}
-        """The newest of each idempotency key."""
+        """The latest request of each idempotency key."""
         self._ends = _Lately[bool](remember_s, max_remembered)
-        """Of the serials of those that ended, whether the gatekeeper ended them."""
+        """By serial of an ended request: whether the gatekeeper ended it."""
         self._paid = _Lately[float](remember_s, max_remembered)
         """Seconds billed so far, by tenant, idempotency key and fingerprint."""
         self._num_running: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Record]:
-        """Those that run, in the order of admission; may be changed meanwhile."""
+        """Running requests in admission order; a snapshot, so the registry may change during iteration."""
         return iter(list(self._running.values()))
 
     def running(self, request_id: str) -> Record | None:
         return self._running.get(request_id)
 
     def ended_here(self, serial: str) -> bool | None:
-        """Of an admission that has ended: whether the gatekeeper ended it, so that its edge may not know. None: it has
-        not ended, or long ago."""
+        """For an ended request: whether the gatekeeper ended it, so that its ingress may not know. None: it has not
+        ended, or ended long ago."""
         return self._ends.get(serial)
 
     def paid_s(self, tenant: str, key: str | None, fingerprint: str) -> float:
-        """Seconds that were billed for the same request when it was asked for before."""
+        """Seconds already billed for earlier attempts of the same request."""
         return 0.0 if key is None else self._paid.get((tenant, key, fingerprint)) or 0.0
 
     def num_running(self, tenant: str) -> int:
@@ -142,58 +142,56 @@ class Registry:
         """A tenant's request.
 
         Raises:
-            NotFoundError: no such request, or another tenant's: the answer is the same.
+            NotFoundError: no such request, or another tenant's; the two are indistinguishable.
         """
         record = self._running.get(request_id) or self._ended.get(request_id)
         if record is None or record.ticket.tenant != tenant:
-            raise NotFoundError("expected the id of a request of yours that runs or ended lately, got another")
+            raise NotFoundError("no running or recently finished request has this id")
         return record
 
     def holder(self, tenant: str, request_id: str, key: str | None, fingerprint: str) -> Record | None:
-        """The running request whose place a repeat of the same request takes; None: there is none.
+        """The running request that a retry of the same request supersedes; None: there is none.
 
         Raises:
-            ConflictError: the id is in use, or the key was used, for something else; or the first is being admitted
-                at this moment.
+            ConflictError: the id is in use, or the key was used, for a different request; or the original is just being
+                admitted.
         """
         same_id = self._running.get(request_id) or self._ended.get(request_id)
         if same_id is not None and same_id.ticket.tenant != tenant:
-            raise ConflictError("expected a new request id, got one that is in use; choose another")
+            raise ConflictError("the request id is already in use; choose another")
         same_key = None if key is None else self._keys.get((tenant, key))
         if same_key is not None and same_key.ticket.fingerprint != fingerprint:
-            raise ConflictError(
-                "expected the same request as before with this idempotency key, got a different one; use a new key"
-            )
+            raise ConflictError("the idempotency key was used for a different request; use a new key")
         if same_id is None or same_id.reason is not None:
             same_id = None
         elif not fingerprint or same_id.ticket.fingerprint != fingerprint:
-            raise ConflictError("expected a new request id, got one that runs for a different request; choose another")
+            raise ConflictError("the request id is in use by a different running request; choose another")
         found = same_id or (same_key if same_key is not None and same_key.reason is None else None)
         if found is not None and not found.admitted:
-            raise ConflictError("the same request is being admitted at this moment; retry in a second")
+            raise ConflictError("the same request is currently being admitted; retry in a second")
         return found
 
     def add(self, record: Record) -> None:
-        """A request begins. Its id must not be running; an earlier one of the same id is forgotten."""
+        """Add a running request. Its id must not be running; an ended request with the same id is forgotten."""
         assert record.request_id not in self._running
         self._forget_ended(record.request_id)
         self._running[record.request_id] = record
         self._num_running[record.ticket.tenant] += 1
         if record.key is not None:
             holder = self._keys.get(record.key)
-            if holder is None or holder.reason is not None:  # else it is a repeat, and this one was taken over later
+            if holder is None or holder.reason is not None:  # else a retry whose holder was superseded later
                 self._keys[record.key] = record
 
     def withdraw(self, record: Record) -> None:
-        """A request was not admitted after all: nothing is remembered."""
+        """Remove a request that was not admitted after all; nothing is retained."""
         self._stop(record)
         self._drop_key(record)
 
     def end(self, record: Record, settlement: Settlement, now: float, *, here: bool) -> None:
-        """A request has ended, one of these or one that was never added; it is remembered for a while.
+        """Record the end of a request, whether or not it was added here; it is retained for a while.
 
         Args:
-            here: the gatekeeper ended it, its edge did not.
+            here: ended by the gatekeeper, not by its ingress.
         """
         ticket, running = record.ticket, self._running.get(record.request_id)
         if running is record:
@@ -214,7 +212,7 @@ class Registry:
         self.forget(now)
 
     def forget(self, now: float) -> None:
-        """Forget those that ended long ago, and those too many."""
+        """Evict ended requests beyond the retention time or count."""
         self._ends.forget(now)
         self._paid.forget(now)
         while self._ended:

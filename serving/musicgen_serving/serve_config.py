@@ -1,7 +1,7 @@
-"""Settings → the file that `serve deploy` and KubeRay take. Owns its form; starts nothing.
+"""Settings → the config file of `serve deploy` and KubeRay. Starts nothing.
 
-Everything that a replica must know travels as the arguments of `app.build_app`. Serve's proxies are off: the ingresses
-listen themselves.
+All settings are passed as arguments of `app.build_app`. Serve's proxies are disabled: the ingresses open their own
+ports.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from musicgen_serving.settings import ReplicaSettings, ServeSettings
 
 IMPORT_PATH = "musicgen_serving.app:build_app"
 GATEKEEPER_SHARE = 0.001
-"""Of each custom resource of the HTTP ingress: enough to bind the gatekeeper to the same nodes, too little to count."""
+"""Amount of each of the HTTP ingress's custom resources: pins the gatekeeper to the same nodes at negligible cost."""
 
 
 def to_serve_config(settings: ServeSettings) -> dict[str, Any]:
-    """What `serve deploy` takes: plain values, only those that differ from the defaults.
+    """The `serve deploy` config: plain values that differ from the defaults.
 
-    Values that came from the environment are in it too. Whoever keeps a secret there writes the file without it set.
+    Includes values from environment variables. If they hold secrets, unset them before writing the file.
 
     Raises:
-        InvalidRequestError: Ray's own schema does not accept it.
+        InvalidRequestError: rejected by Ray's schema.
     """
     config: dict[str, Any] = {
         "proxy_location": "Disabled",
@@ -51,23 +51,23 @@ def to_serve_config(settings: ServeSettings) -> dict[str, Any]:
 
 
 def to_yaml(config: dict[str, Any]) -> str:
-    """The same as a file's text."""
+    """The config as YAML text."""
     text: str = yaml.safe_dump(config, sort_keys=False, width=110, allow_unicode=True)
     return text
 
 
 def _args(settings: ServeSettings) -> dict[str, Any]:
     args = settings.model_dump(mode="json", exclude_defaults=True)
-    # Whether keys are asked for is never left to a default.
+    # Always explicit: whether API keys are required must not depend on a default.
     args.setdefault("access", {})["open"] = settings.access.open
     return args
 
 
 def _gatekeeper(http_ingress: ReplicaSettings) -> dict[str, Any]:
-    """Where the gatekeeper runs: on the nodes of the HTTP ingress, so that its files need to be on those only."""
+    """Pins the gatekeeper to the nodes of the HTTP ingress, so that its files are only needed there."""
     if not http_ingress.resources:
         return {}
     resources = dict.fromkeys(http_ingress.resources, GATEKEEPER_SHARE)
-    # Serve puts these options in the place of the code's, so all of them stand here.
+    # Serve replaces the options set in code with these, so all of them must be repeated.
     options = actor_options(ReplicaSettings(resources=resources))
     return {"deployments": [{"name": "Gatekeeper", "ray_actor_options": options}]}

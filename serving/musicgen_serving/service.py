@@ -1,6 +1,6 @@
-"""What the edges see of the service: one protocol, so that HTTP and gRPC are thin and tested without Ray.
+"""The service interface used by both ingresses, which keeps HTTP and gRPC thin and testable without Ray.
 
-`generation.py` implements it.
+Implemented by `generation.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from musicgen_serving.types import GenerationEvent, GenerationRequest, Generatio
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether requests can be taken."""
+    """Whether requests can be served."""
 
     ready: bool
     details: dict[str, str]
-    """`gatekeeper` and each model → `ready`, or what it waits for; `edge` if that is it. Never names machines."""
+    """`gatekeeper` and each model → `ready`, or what it is waiting for; `edge` if this ingress is the reason. Never
+    names machines."""
 
 
 class MusicService(Protocol):
-    """Errors are those of `errors.py`; `errors.report` says how each looks outside."""
+    """Raises the exceptions of `errors.py`; `errors.report` maps them to their public form."""
 
     @property
     def limits(self) -> LimitSettings: ...
@@ -34,17 +35,17 @@ class MusicService(Protocol):
         """Raises: UnauthenticatedError."""
 
     def count_refusal(self, code: str, tenant: Tenant | None = None) -> None:
-        """An edge has refused a request before `generate` could: with the error `code`, as in `errors.report`. What
-        `authenticate` and `generate` refuse they count themselves."""
+        """Count a request that an ingress has rejected before `generate`, with the error `code` of `errors.report`.
+        Rejections by `authenticate` and `generate` are counted there."""
 
     def generate(
         self, tenant: Tenant, request: GenerationRequest
     ) -> AbstractAsyncContextManager[AsyncIterator[GenerationEvent]]:
-        """Make music. Leaving the context cancels what is not finished.
+        """Generate music. Exiting the context cancels whatever is unfinished.
 
-        Entering admits nothing yet; the first `anext` does. The iterator gives `Started`, then `PieceAudio` of all
-        pieces (each piece's in order), then one `GenerationEnd`, and stops. A request that is refused raises from the
-        first `anext` instead; after `Started` nothing is raised, failures are in `GenerationEnd`.
+        Admission happens at the first `anext`, not on entering the context. The iterator yields `Started`, then
+        `PieceAudio` of all pieces (in order within a piece), then one `GenerationEnd`. A rejected request raises from
+        the first `anext`; after `Started` nothing is raised, failures are reported in `GenerationEnd`.
 
         Raises:
             InvalidRequestError, ForbiddenError, NotFoundError, QuotaExceededError, OverloadedError, ConflictError, ...:
@@ -58,13 +59,13 @@ class MusicService(Protocol):
         """Raises: NotFoundError."""
 
     async def models(self, tenant: Tenant) -> list[ModelInfo]:
-        """The models that the tenant may use and that can be reached, the default first."""
+        """The models available to the tenant whose replicas respond, the default first."""
 
     async def model(self, tenant: Tenant, name: str | None) -> ModelInfo:
-        """One model; None: the tenant's default. Asks no other model, which may be gone.
+        """One model; None: the tenant's default. Does not depend on other models being available.
 
         Raises: NotFoundError, ForbiddenError, ReplicaLostError.
         """
 
     async def readiness(self) -> Readiness:
-        """Whether requests are taken, and at least one model can make them: others may be gone meanwhile."""
+        """Ready if requests are admitted and at least one model is available."""

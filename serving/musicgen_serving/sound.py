@@ -1,4 +1,4 @@
-"""What has been given out of one piece: where it stands, and the checksum of it. Knows no codec and no transport."""
+"""Delivered audio of one piece: position and checksum. Independent of codec and transport."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from musicgen_serving.types import PieceAudio, PieceReport
 
 
 class Sound:
-    """What has been given out of one piece."""
+    """Delivered audio of one piece."""
 
     def __init__(self, num_samples: int, first_sample: int) -> None:
         self._num_samples, self._first = num_samples, first_sample
@@ -20,7 +20,7 @@ class Sound:
         self._hash = hashlib.sha256()
 
     def take(self, piece: int, samples: Tensor) -> PieceAudio | None:
-        """What is to be given out of the next `[C, N]` samples."""
+        """The part of the next `[C, N]` samples to deliver; None: nothing."""
         skipped = min(max(self._first - self._position, 0), samples.shape[-1])
         offset = self._position + skipped
         self._position += samples.shape[-1]

@@ -1,7 +1,8 @@
-"""The four parts of a model as the pipeline calls them, wherever they run: protocols, and the parts in this process.
+"""The four components of a model as the pipeline calls them, wherever they run: the protocol, and a local version.
 
-A call that fails raises an error of the project if the caller is at fault, and `LostError` if the replica is: it died,
-fell silent, or broke inside. Then another may do the same call. `ray_spokes.py` has the parts in replicas.
+A failed call raises a `MusicGenError` if the caller is at fault, and `LostError` if the replica is: it died, stopped
+responding, or failed internally. The call may then be retried on another replica. `ray_spokes.py` has the
+implementation for replicas.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from musicgen_serving.deployments.text_encoder import TextEncoder
 
 
 class LostError(Exception):
-    """A replica is gone, silent or broken; never seen outside."""
+    """A replica died, stopped responding or failed; never visible to clients."""
 
 
 class BrokenError(LostError):
-    """A replica that lives failed inside; another may fail in the same way. Says how."""
+    """A live replica failed internally, with this message; another may fail in the same way."""
 
 
 class Spokes(Protocol):
-    """One model's parts."""
+    """The components of one model."""
 
     async def check(self) -> None:
-        """Whether every part answers. Raises: LostError: one does not."""
+        """Check that all components respond. Raises: LostError: one does not."""
 
     async def describe(self) -> ModelCard:
         """Raises: LostError."""
@@ -43,10 +44,10 @@ class Spokes(Protocol):
         """Raises: InvalidRequestError, LostError."""
 
     async def check_prompt(self, prompt: str) -> None:
-        """Whether `encode_text` would take it. Raises: InvalidRequestError, LostError."""
+        """Check whether `encode_text` would accept the prompt. Raises: InvalidRequestError, LostError."""
 
     async def check_stems(self) -> None:
-        """Whether stems can be separated. Raises: MissingDependencyError, LostError."""
+        """Check whether stem separation is installed. Raises: MissingDependencyError, LostError."""
 
     async def extract_chroma(self, recording: Recording) -> list[Tensor]:
         """Raises: InvalidRequestError, MissingDependencyError, LostError."""
@@ -61,7 +62,7 @@ class Spokes(Protocol):
         """As `CodecDecoder.decode`. Raises: InvalidRequestError, LostError."""
 
     def generate(self, request: EngineRequest) -> AbstractAsyncContextManager[AsyncIterator[LanguageModelEvent]]:
-        """The events of one request to a language model. Leaving the context cancels it.
+        """The events of one request to a language model. Exiting the context cancels it.
 
         Raises:
             InvalidRequestError, OverloadedError, LostError: from `anext`.
@@ -70,7 +71,7 @@ class Spokes(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LocalSpokes:
-    """A model's parts in this process: for tests, and to see what replicas cost."""
+    """A model's components in this process: for tests, and as a baseline for the cost of replicas."""
 
     language_model: LanguageModel
     codec: CodecDecoder

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of a request, across processes. Does nothing unless an endpoint is set.
+"""OpenTelemetry spans of a request, across processes. Inactive unless an endpoint is set.
 
-A caller's W3C `traceparent` is the parent of the request's span; each call of a part takes the present span along, so
-that what the part does is under it. No prompt, key or tenant is in any attribute.
+A caller's W3C `traceparent` is the parent of the request's span; calls to components propagate the current span.
+Attributes never contain prompts, keys or tenants.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def set_up(endpoint: str | None, part: str) -> None:
     """Send this process's spans to an OTLP endpoint (gRPC).
 
     Args:
-        part: name of what runs here.
+        part: name of the component.
     Raises:
-        MissingDependencyError: an endpoint, and the exporter is not installed.
+        MissingDependencyError: an endpoint is set, but the exporter is not installed.
     """
     if endpoint is None:
         return
@@ -34,7 +34,7 @@ def set_up(endpoint: str | None, part: str) -> None:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     except ImportError as error:
         install = "pip install 'musicgen-serve[tracing]'"
-        raise MissingDependencyError(f"tracing: expected the OTLP exporter, got {error}; {install}") from error
+        raise MissingDependencyError(f"tracing requires the OTLP exporter ({error}); {install}") from error
     exporter = OTLPSpanExporter(endpoint=endpoint, insecure=not endpoint.startswith("https"))
     provider = TracerProvider(resource=Resource.create({"service.name": f"musicgen-{part}"}))
     provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -42,7 +42,7 @@ def set_up(endpoint: str | None, part: str) -> None:
 
 
 def present() -> str | None:
-    """The `traceparent` of the present span, to take along; None if nobody traces."""
+    """The `traceparent` of the current span, for propagation; None if tracing is off."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return carrier.get(_HEADER)
@@ -50,9 +50,9 @@ def present() -> str | None:
 
 @contextmanager
 def span(name: str, parent: str | None = None, **attributes: str | int | float) -> Iterator[None]:
-    """What is done in this context is a span: under `parent` if there is one, else under the present span.
+    """Run this context in a span, under `parent` if given, else under the current span.
 
-    Not around a `yield` of an asynchronous generator, whose parts run in other contexts: see `long_span`.
+    Do not use it around a `yield` of an async generator, which may resume in another context: see `long_span`.
     """
     context = propagate.extract({_HEADER: parent}) if parent else None
     with trace.get_tracer(_TRACER).start_as_current_span(name, context, attributes=attributes):
@@ -61,7 +61,7 @@ def span(name: str, parent: str | None = None, **attributes: str | int | float) 
 
 @contextmanager
 def long_span(name: str, parent: str | None = None, **attributes: str | int | float) -> Iterator[str | None]:
-    """A span that is not made the present one. Gives its `traceparent`, for what belongs under it."""
+    """A span that does not become the current one. Yields its `traceparent`, for child spans."""
     context = propagate.extract({_HEADER: parent}) if parent else None
     made = trace.get_tracer(_TRACER).start_span(name, context, attributes=attributes)
     carrier: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The nouns of the service, whatever the transport. Each says who sets it.
+"""Transport-independent data types of the service.
 
 An HTTP body or a proto message → `GenerationRequest` → events: `Started`, then `PieceAudio` of each piece in order,
 then one `GenerationEnd`.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One piece of music that a request asks for. Set by the edge."""
+    """One requested piece of music. Set by the ingress."""
 
     prompt: str | None
     seed: int
@@ -25,45 +25,45 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GenerationRequest:
-    """What a user asks for, checked and complete. Set by the edge (HTTP or gRPC)."""
+    """A validated request. Set by the ingress (HTTP or gRPC)."""
 
     request_id: str
     model: str
     """Name of a served model."""
     pieces: tuple[Piece, ...]
     duration_s: float
-    """Seconds of each piece, a prompt recording included."""
+    """Duration of each piece, including the audio prompt."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Its seed is not used: each piece has its own."""
     melody: bytes | None = None
-    """Content of an audio file to follow, for all pieces."""
+    """Audio file for melody conditioning of all pieces."""
     prompt_audio: bytes | None = None
-    """Content of an audio file to go on from, for all pieces."""
+    """Audio prompt that all pieces continue."""
     stems: bool = False
-    """Take drums and bass out of the melody first."""
+    """Remove drums and bass from the melody first."""
     extend_stride_s: float = 18.0
     chunks: ChunkPolicy | None = None
-    """None: the caller does not listen meanwhile; each piece comes in large chunks."""
+    """None: non-streaming; each piece comes in large chunks."""
     deadline_s: float | None = None
-    """Seconds from now after which the caller has no use for the rest."""
+    """Deadline in seconds from now."""
     first_sample: int = 0
-    """Give out samples from this one on: what a caller whose connection broke has already got."""
+    """First sample to deliver; a client that resumes already has the earlier ones."""
     idempotency_key: str | None = None
-    """The same key of the same tenant means the same request: a repeat must have the same `fingerprint`."""
+    """Identifies the request within its tenant: a retry must have the same `fingerprint`."""
     fingerprint: str = ""
-    """Hash of everything that decides the result; set with `idempotency_key`."""
+    """Hash of everything that determines the result; set with `idempotency_key`."""
     trace_parent: str | None = None
     """W3C traceparent of the caller."""
 
     @property
     def audio_s(self) -> float:
-        """Seconds of audio that the request asks for, all pieces together: what quotas count."""
+        """Requested seconds of audio, total over all pieces; the amount that quotas count."""
         return self.duration_s * len(self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The first event: the request is admitted and a language model has begun or queued it. Set by the service."""
+    """The first event: the request is admitted and running or queued at a language model. Set by the service."""
 
     request_id: str
     model: str
@@ -71,9 +71,9 @@ class Started:
     sample_rate: int
     channels: int
     num_samples: int
-    """Samples a channel that each piece will have in all (also those before `first_sample`)."""
+    """Samples per channel of each complete piece, including those before `first_sample`."""
     quoted_start_s: float
-    """Seconds from admission until decoding starts, as the engine foresaw it (the latest piece's)."""
+    """The engine's estimate of seconds from admission to the start of decoding (of the last piece)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,38 +84,38 @@ class PieceAudio:
     samples: Tensor
     """`[C, N]` float32, N ≥ 1."""
     sample_offset: int
-    """Sample of the piece at which these begin."""
+    """Index of the first of these samples within the piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class PieceReport:
-    """How one piece went. Set by the pipeline."""
+    """Statistics of one piece. Set by the pipeline."""
 
     piece: int
     num_samples: int
-    """Samples a channel given out, those before `first_sample` not counted."""
+    """Delivered samples per channel, not counting those before `first_sample`."""
     checksum: str
-    """SHA-256, in hex, of the samples given out: little-endian float32, channels interleaved."""
+    """SHA-256, in hex, of the delivered samples: little-endian float32, channels interleaved."""
     num_frames: int
-    """Frames that were decoded for it."""
+    """Decoded frames."""
     queue_s: float
     prefill_s: float
     decode_s: float
     num_failovers: int
-    """Times a replica was lost and another went on."""
+    """Failovers to another replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnd:
-    """The one terminal event. Set by the service."""
+    """The terminal event. Set by the service."""
 
     request_id: str
     reason: FinishReason
     pieces: tuple[PieceReport, ...]
     billed_s: float
-    """Seconds of audio that count against the tenant's allowance: what was made and had not been billed before."""
+    """Seconds of audio charged to the tenant's quota: generated and not billed before."""
     error: BaseException | None = None
-    """Why it failed or was cancelled: an error of the project, never one that names internals."""
+    """Why it failed or was cancelled: a `MusicGenError` without internal details."""
 
 
 GenerationEvent = Started | PieceAudio | GenerationEnd
@@ -123,34 +123,34 @@ GenerationEvent = Started | PieceAudio | GenerationEnd
 
 @dataclass(frozen=True, slots=True)
 class GenerationStatus:
-    """A look at a request from outside. Set by the gatekeeper."""
+    """Public status of a request. Set by the gatekeeper."""
 
     request_id: str
     model: str
     state: str
     """`running`, or the value of a `FinishReason`."""
     audio_s: float
-    """Seconds asked for."""
+    """Requested seconds of audio."""
     done_s: float
-    """Seconds of audio given out so far."""
+    """Seconds of audio delivered so far."""
     age_s: float
-    """Seconds since it was admitted."""
+    """Seconds since admission."""
     error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A served model, as users see it. Set by the service."""
+    """Public properties of a served model. Set by the service."""
 
     name: str
     license: str
     sample_rate: int
     channels: int
     melody: bool
-    """Follows a melody."""
+    """Supports melody conditioning."""
     max_duration_s: float
-    """Longest piece that is accepted here."""
+    """Maximum duration of a piece."""
     window_s: float
-    """Seconds that the model sees at once; longer pieces are made in overlapping windows."""
+    """Context window in seconds; longer pieces are generated in overlapping windows."""
     weights: str
-    """Kind of numbers of the weights."""
+    """Weight data type."""

@@ -1,6 +1,6 @@
-"""What the service tells of its requests: counters, timings and log lines. Never a prompt, a key or a tenant's name.
+"""Request metrics and log lines: counters, timings. Never contain prompts, keys or tenant names.
 
-`Watch` measures; `Recorder` is where the numbers go (Ray's metrics in a cluster, a list in tests).
+`Watch` measures; a `Recorder` receives the values (Ray metrics in a cluster, a list in tests).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from musicgen_serving.types import GenerationEnd
 logger = logging.getLogger(__name__)
 
 CONTINUITY_LIMIT_S = 0.1
-"""A stream whose player was silent for less counts as continuous."""
+"""A stream with less total underrun counts as continuous."""
 
 
 class Recorder(Protocol):
-    """Takes numbers under the names of `metrics.METRICS`."""
+    """Receives values for the metrics in `metrics.METRICS`."""
 
     def count(self, name: str, amount: float, labels: Mapping[str, str]) -> None: ...
 
@@ -32,7 +32,7 @@ class Watch:
     """Measures requests.
 
     Args:
-        buffer_s: of the simulated player.
+        buffer_s: playback buffer of the simulated player.
         clock: seconds.
     """
 
@@ -45,7 +45,7 @@ class Watch:
         self.recorder.count("requests_rejected", 1, labels)
 
     def admitted(self, request_id: str, model: str, tenant_class: str, *, is_stream: bool) -> RequestWatch:
-        """A request was admitted; `ended` must be called on what is returned."""
+        """A request was admitted; call `ended` on the result when it ends."""
         self.recorder.count("requests_admitted", 1, {"model": model, "tenant_class": tenant_class})
         return RequestWatch(self, request_id, model, tenant_class, is_stream=is_stream)
 
@@ -62,7 +62,7 @@ class RequestWatch:
         """Seconds from admission to the first audio."""
 
     def audio(self, piece: int, audio_s: float, *, last: bool) -> None:
-        """Audio goes to the caller."""
+        """Audio is delivered to the caller."""
         now = self._watch.clock()
         if self.first_audio_s is None:
             self.first_audio_s = now - self._began
@@ -75,7 +75,7 @@ class RequestWatch:
         return self._watch.clock() - self._began
 
     def ended(self, end: GenerationEnd, audio_s: float, error_code: str | None, frame_rate_hz: float) -> None:
-        """The terminal event: `audio_s` seconds were given out."""
+        """Record the terminal event; `audio_s` seconds were delivered."""
         recorder, labels, total_s = self._watch.recorder, self._labels, self.total_s
         reason = {**labels, "reason": error_code or end.reason.value}
         name = {"finished": "requests_finished", "cancelled": "requests_cancelled", "failed": "requests_failed"}

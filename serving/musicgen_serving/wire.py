@@ -1,7 +1,7 @@
-"""How tensors travel between replicas: as arrays.
+"""Fast tensor serialization between replicas: pickles tensors as NumPy arrays.
 
-Torch pickles a tensor as a file of its own, which takes 0.2 ms to write and 0.25 ms to read however small it is; an
-array takes a twentieth of both.
+Torch pickles a tensor as an embedded file, which costs 0.2 ms to write and 0.25 ms to read regardless of size; an array
+costs a twentieth of that.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def pickle_tensors_as_arrays() -> None:
-    """From now on, in this process. Any process that can import this module can read them."""
+    """Enable for this process. Any process that can import this module can unpickle the result."""
     copyreg.pickle(Tensor, _reduced)
 
 
 def _reduced(tensor: Tensor) -> str | tuple[Any, ...]:
-    if tensor.device.type != "cpu" or tensor.requires_grad or tensor.dtype == torch.bfloat16:  # numpy has no such
+    if tensor.device.type != "cpu" or tensor.requires_grad or tensor.dtype == torch.bfloat16:  # unsupported by NumPy
         return tensor.__reduce_ex__(5)  # type: ignore[no-any-return, no-untyped-call]
     return _tensor, (tensor.numpy(),)
 

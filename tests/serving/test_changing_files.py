@@ -111,6 +111,4 @@ def test_looking_goes_on_after_an_error_whose_words_are_not_shown(
         looking.cancel()
 
     asyncio.run(main())
-    assert [record.getMessage() for record in caplog.records] == [
-        "a look at files that may change failed: RuntimeError"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["reloading changed files failed: RuntimeError"]

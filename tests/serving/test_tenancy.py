@@ -224,7 +224,7 @@ def test_a_list_that_cannot_be_used_leaves_the_old_one_in_force(
     assert live.now.authenticate("key-1").name == "a"
     settle(live)
     (line,) = caplog.messages
-    assert "old one stays" in line
+    assert "keeping the previous list" in line
     assert words in line
     assert not any(secret in caplog.text for secret in ("secret-key", hash_key("key-1"), "f" * 64))
     write(file, tenant("a", "key-1"))  # as it was
@@ -234,8 +234,8 @@ def test_a_list_that_cannot_be_used_leaves_the_old_one_in_force(
     settle(live)
     assert live.now.authenticate("key-2").name == "a"
     assert [text.partition(": ")[2] for text in caplog.messages[1:]] == [
-        "1 tenants, 0 of them new or changed; 0 gone",
-        "2 tenants, 2 of them new or changed; 0 gone",
+        "1 tenants, 0 of them new or changed; 0 removed",
+        "2 tenants, 2 of them new or changed; 0 removed",
     ]
     assert hash_key("key-2") not in caplog.text
 

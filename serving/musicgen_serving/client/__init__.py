@@ -1,4 +1,4 @@
-"""A client of the service, over HTTP or gRPC, with one interface.
+"""Python client of the service: one interface over HTTP and gRPC.
 
 with connect("grpc://localhost:9000", api_key="…") as client:
     generated = client.generate("happy rock", duration_s=8, seed=7)
@@ -51,9 +51,9 @@ def connect(
     """A client for `http://`, `https://`, `grpc://host:port` or `grpcs://host:port` (TLS). Connects when used.
 
     Args:
-        timeout_s: longest duration of one attempt; None: any.
+        timeout_s: timeout of one attempt; None: no timeout.
     Raises:
-        InvalidRequestError: another URL.
+        InvalidRequestError: unsupported URL.
     """
     parts = urlsplit(url)
     if parts.scheme in ("http", "https") and parts.netloc:

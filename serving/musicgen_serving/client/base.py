@@ -1,6 +1,6 @@
-"""The client without a protocol: whole pieces, streams that go on after a lost connection, attempts, checksums.
+"""The transport-independent client: whole pieces, resumable streams, retries, checksums.
 
-Knows what can be tried again and from which sample; `http.py` and `grpc.py` know how to ask.
+Decides what to retry and from which sample; `http.py` and `grpc.py` implement the requests.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ _log = logging.getLogger(__name__)
 
 
 class Client(ABC):
-    """A connection to the service; safe to use from several threads. Leave its context, or call `close`."""
+    """A connection to the service; thread-safe. Use it as a context manager, or call `close`."""
 
     def __init__(self, retries: Retries | None = None) -> None:
         self._retries = retries or Retries()
 
     def generate(self, prompt: str | None = None, **options: Any) -> Generated:
-        """Make one piece and wait for all of it.
+        """Generate one piece and wait until it is complete.
 
         Args:
             prompt, options: the fields of `MusicRequest`.
         Raises:
-            MusicGenError: what the service says, such as InvalidRequestError or QuotaExceededError.
-            ConnectionLostError: no answer, also after further attempts.
-            BrokenAnswerError: an answer that cannot be right.
+            MusicGenError: the service's error, such as InvalidRequestError or QuotaExceededError.
+            ConnectionLostError: no response after all attempts.
+            BrokenAnswerError: an invalid response.
         """
         request = MusicRequest(prompt, **options)
         attempts = _Attempts(self._retries)
@@ -66,13 +66,13 @@ class Client(ABC):
                 return generated
 
     def stream(self, prompt: str | None = None, **options: Any) -> Stream:
-        """Make one piece and get it while it is made. Arguments and errors are those of `generate`."""
+        """Generate one piece and receive it while it is generated. Arguments and errors are those of `generate`."""
         return Stream(self, MusicRequest(prompt, **options))
 
     def events(self, request: MusicRequest) -> Generator[Event, None, None]:
-        """`Start`, every sample of the piece once and in order in `Chunk`s, `Report`; goes on after lost connections.
+        """`Start`, `Chunk`s with every sample once and in order, `Report`. Resumes after lost connections.
 
-        Closing the iterator cancels what is not made yet. Raises: as `generate`.
+        Closing the iterator cancels the rest. Raises: as `generate`.
         """
         attempts = _Attempts(self._retries)
         progress = _Progress()
@@ -87,7 +87,7 @@ class Client(ABC):
                             yield new
                         if isinstance(event, Report):
                             return
-                raise ConnectionLostError("expected the end of the stream, got none")
+                raise ConnectionLostError("the stream ended prematurely")
             except MusicGenError as error:
                 attempts.failed(error)
 
@@ -97,23 +97,23 @@ class Client(ABC):
 
     @abstractmethod
     def status(self, request_id: str) -> GenerationStatus:
-        """Look at a request of this tenant. Raises: NotFoundError."""
+        """The status of a request of this tenant. Raises: NotFoundError."""
 
     @abstractmethod
     def models(self) -> list[ModelInfo]:
-        """The models that this tenant may use."""
+        """The models available to this tenant."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the connection; calls under way fail."""
+        """Close the connection; calls in flight fail."""
 
     @abstractmethod
     def _whole(self, request: MusicRequest) -> Generated:
-        """One attempt. Raises: MusicGenError; ConnectionLostError is tried again."""
+        """One attempt. Raises: MusicGenError; ConnectionLostError is retried."""
 
     @abstractmethod
     def _events(self, request: MusicRequest, first_sample: int) -> Generator[Event, None, None]:
-        """One attempt, as a generator that cancels when it is closed. Raises: as `_whole`."""
+        """One attempt, as a generator that cancels the request when closed. Raises: as `_whole`."""
 
     def __enter__(self: Self) -> Self:
         return self
@@ -125,12 +125,12 @@ class Client(ABC):
 
 
 class Stream:
-    """One piece on its way: iterate for its chunks; `start` and `report` are set as they come. Leaving cancels."""
+    """A piece being streamed: iterate over its chunks; `start` and `report` are set on arrival. Closing cancels it."""
 
     def __init__(self, client: Client, request: MusicRequest) -> None:
         self.seed = request.seed
         self.start: Start | None = None
-        """What the piece will be; set before the first chunk."""
+        """Properties of the piece; set before the first chunk."""
         self.report: Report | None = None
         """Set after the last chunk."""
         self._events = client.events(request)
@@ -145,10 +145,10 @@ class Stream:
                 yield event
 
     def read(self, progress: Callable[[float], None] = lambda done: None) -> Generated:
-        """The whole piece; nothing of it may have been taken before.
+        """The whole piece; must be called before iterating.
 
         Args:
-            progress: called with the share that is there, at each chunk; what it raises cancels the piece.
+            progress: called with the received fraction after each chunk; an exception from it cancels the piece.
         """
         chunks = []
         for chunk in self:
@@ -156,7 +156,7 @@ class Stream:
             if self.start is not None:
                 progress((chunk.sample_offset + chunk.samples.shape[-1]) / self.start.num_samples)
         if self.start is None or self.report is None:
-            raise BrokenAnswerError("expected a stream that nobody has read, got one at its end")
+            raise BrokenAnswerError("the stream has already been read")
         samples = np.concatenate(chunks, axis=-1)
         start = self.start
         return Generated(samples, start.sample_rate, start.seed, start.model, start.request_id, self.report)
@@ -172,7 +172,7 @@ class Stream:
 
 
 class _Progress:
-    """What has come of one piece, over all connections."""
+    """What has been received of one piece, across connections."""
 
     def __init__(self) -> None:
         self._start: Start | None = None
@@ -181,8 +181,7 @@ class _Progress:
         self._digest = hashlib.sha256()
 
     def begin(self) -> int:
-        """A new connection; returns the sample from which it is to bring the piece: the last one, if only the report is
-        missing."""
+        """Start a new connection; returns the first sample to request: the last one, if only the report is missing."""
         self._expected = self._position
         if self._start is not None:
             self._expected = min(self._position, self._start.num_samples - 1)
@@ -190,22 +189,22 @@ class _Progress:
         return self._expected
 
     def take(self, event: Event) -> Event | None:
-        """What is new in the event. Raises: BrokenAnswerError."""
+        """The new part of the event, if any. Raises: BrokenAnswerError."""
         if isinstance(event, Start):
             known, self._start = self._start, event
             if known is not None and replace(event, request_id=known.request_id) != known:
-                raise BrokenAnswerError("expected the same piece again, got another; has the service changed?")
+                raise BrokenAnswerError("the resumed piece differs from the original; has the service been updated?")
             return event if known is None else None
         if isinstance(event, Chunk):
             return self._new_samples(event)
         if self._start is None or self._position != self._start.num_samples:
-            raise BrokenAnswerError(f"expected all samples before the report, got {self._position}")
+            raise BrokenAnswerError(f"the report arrived after only {self._position} samples")
         _check_sum(event, self._digest.hexdigest())
         return event
 
     def _new_samples(self, chunk: Chunk) -> Chunk | None:
         if chunk.sample_offset != self._expected:
-            raise BrokenAnswerError(f"expected sample {self._expected} next, got {chunk.sample_offset}")
+            raise BrokenAnswerError(f"sample_offset: expected {self._expected}, got {chunk.sample_offset}")
         self._digest.update(to_bytes(chunk.samples))
         self._expected += chunk.samples.shape[-1]
         new = chunk.samples[:, self._position - chunk.sample_offset :]
@@ -217,14 +216,14 @@ class _Progress:
 
 
 class _Attempts:
-    """Which attempt it is, and when the next may be."""
+    """Counts attempts and schedules retries."""
 
     def __init__(self, retries: Retries) -> None:
         self._retries = retries
         self._num_failed = self._num_failed_in_all = 0
 
     def named(self, request: MusicRequest) -> MusicRequest:
-        """The request with an id of its own: that of a lost attempt may still be in use."""
+        """The request with a fresh id: that of a lost attempt may still be in use."""
         if request.request_id is None or self._num_failed_in_all == 0:
             return request
         return replace(request, request_id=f"{request.request_id}.{self._num_failed_in_all + 1}")
@@ -233,9 +232,9 @@ class _Attempts:
         self._num_failed = 0
 
     def failed(self, error: MusicGenError) -> None:
-        """Wait until it is worth trying again. Raises: `error`, if it is not."""
+        """Wait before the next attempt. Raises: `error`, if it is not retryable."""
         retries = self._retries
-        # An earlier attempt, whose connection was lost, may still hold the idempotency key for a moment.
+        # An earlier attempt whose connection was lost may briefly hold the idempotency key.
         held = isinstance(error, ConflictError) and self._num_failed_in_all > 0
         self._num_failed += 1
         self._num_failed_in_all += 1
@@ -246,10 +245,10 @@ class _Attempts:
             raise error
         backoff_s = min(retries.max_backoff_s, retries.first_backoff_s * 2 ** (self._num_failed - 1))
         wait_s = max(asked_s or 0.0, backoff_s * random.uniform(0.5, 1.0))
-        _log.info("attempt %d failed (%s); again in %.1f s", self._num_failed_in_all, type(error).__name__, wait_s)
+        _log.info("attempt %d failed (%s); retrying in %.1f s", self._num_failed_in_all, type(error).__name__, wait_s)
         time.sleep(wait_s)
 
 
 def _check_sum(report: Report, checksum: str) -> None:
     if report.checksum != checksum:
-        raise BrokenAnswerError("expected audio with the checksum of its report, got other audio")
+        raise BrokenAnswerError("checksum mismatch: the received audio is corrupt")

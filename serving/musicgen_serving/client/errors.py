@@ -1,4 +1,4 @@
-"""What the service said, as the project's own errors. Both protocols name an error by the same code."""
+"""Error responses → the project's exceptions. Both protocols use the same error codes."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ _WORDS = re.compile(r"(?:[\w.-]+: )?expected (?P<expected>.+?), got (?P<got>.+?)
 
 
 def error_from(code: str, message: str, param: str | None = None, retry_after_s: float | None = None) -> MusicGenError:
-    """The error that `musicgen_serving.errors.report` showed as this.
+    """The inverse of `musicgen_serving.errors.report`.
 
     Args:
-        code: as in OpenAI's error object, or a gRPC ErrorInfo's reason in lower case.
+        code: as in the HTTP error object, or a gRPC ErrorInfo's reason in lower case.
     """
     if code in _LATER:
         return _LATER[code](message, retry_after_s=retry_after_s)
     if code == "invalid_request":
         words = _WORDS.fullmatch(message)
         if words is None:
-            return InvalidRequestError("a request that the service takes", message, param=param)
+            return InvalidRequestError("a valid request", message, param=param)
         return InvalidRequestError(words["expected"], words["got"], words["hint"] or "", param=param)
     return _BY_CODE.get(code, MusicGenError)(message)

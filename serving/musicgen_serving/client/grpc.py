@@ -54,7 +54,7 @@ class GrpcClient(Client):
     Args:
         target: `host:port`.
         tls: None: plaintext.
-        timeout_s: deadline of each attempt; None: none.
+        timeout_s: deadline of each attempt; None: no deadline.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ def _own_errors() -> Iterator[None]:
 
 
 def _error(error: Any) -> MusicGenError:
-    """The project's error of a call that ended with a status; only the service's own statuses have details."""
+    """The exception for a failed call; only statuses sent by the service have details."""
     code, message = error.code(), error.details() or ""
     found = _details(error)
     if "ErrorInfo" in found:
@@ -164,12 +164,12 @@ def _error(error: Any) -> MusicGenError:
         param = violations[0].field if violations else None
         return error_from(found["ErrorInfo"].reason.lower(), message, param, retry_after_s)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineExceededError("expected an answer before the time-out, got none")
+        return DeadlineExceededError("the request timed out")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return TooLargeError(f"expected a message that the service takes, got a larger one ({message})")
+        return TooLargeError(f"the message exceeds a size limit ({message})")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL):
-        return ConnectionLostError(f"expected an answer of the service, got none ({message})")
-    return MusicGenError(f"expected an answer of this API, got {code.name} ({message})")
+        return ConnectionLostError(f"no response from the service ({message})")
+    return MusicGenError(f"unexpected status {code.name} ({message})")
 
 
 def _details(error: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The client over HTTP: whole pieces as raw samples, streams as server-sent events, whose last one has the checksum."""
+"""The client over HTTP: whole pieces as raw samples, streams as server-sent events ending with a checksum."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ _FIELDS = (
 )  # fmt: skip
 _FILES = ("melody", "prompt_audio")
 _UNREACHABLE = (500, 502, 503, 504)
-"""What something between answers in the service's place; the service's own errors have a shape of their own."""
+"""Statuses that a proxy may return in place of the service; the service's own errors have a JSON error body."""
 
 
 class HttpClient(Client):
     """A client of `/v1/music/generations`.
 
     Args:
-        url: such as `http://host:8000`.
-        tls: for https; None: what this machine trusts.
-        timeout_s: longest silence, and longest duration of an attempt; None: any.
+        url: e.g. `http://host:8000`.
+        tls: for https; None: the system's trust store.
+        timeout_s: read timeout, and total timeout of a streaming attempt; None: no timeout.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class HttpClient(Client):
             _raise_for_error(response)
             for line in response.iter_lines():
                 if end_at is not None and time.monotonic() > end_at:
-                    raise DeadlineExceededError("expected the end of the stream before the time-out, got none")
+                    raise DeadlineExceededError("the stream timed out")
                 if not line.startswith("data:"):
                     continue
                 values = json.loads(line[5:])
@@ -147,10 +147,10 @@ def _context(tls: Tls) -> ssl.SSLContext:
 
 
 def _body(request: MusicRequest, first_sample: int, *, events: bool) -> dict[str, Any]:
-    """Arguments of a POST: JSON, or multipart where there are files."""
+    """Arguments of a POST: JSON, or multipart if there are files."""
     fields = {name: getattr(request, name) for name in _FIELDS if getattr(request, name) is not None}
     if request.prompt == "":
-        del fields["prompt"]  # as in gRPC: no words
+        del fields["prompt"]  # as in gRPC: unconditional
     fields |= {"response_format": "f32", "first_sample": first_sample}
     if events:
         fields["stream_format"] = "sse"
@@ -172,9 +172,9 @@ def _own_errors() -> Iterator[None]:
     try:
         yield
     except httpx2.ReadTimeout as error:
-        raise DeadlineExceededError("expected an answer before the time-out, got none") from error
+        raise DeadlineExceededError("the request timed out") from error
     except (httpx2.TransportError, httpx2.StreamError) as error:
-        raise ConnectionLostError(f"expected an answer of the service, got none ({type(error).__name__})") from error
+        raise ConnectionLostError(f"no response from the service ({type(error).__name__})") from error
 
 
 @contextmanager
@@ -182,15 +182,15 @@ def _well_formed() -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, binascii.Error, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BrokenAnswerError(f"expected an answer of this API, got another ({type(error).__name__})") from error
+        raise BrokenAnswerError(f"invalid response ({type(error).__name__})") from error
     except ValueError as error:
         if isinstance(error, MusicGenError):
             raise
-        raise BrokenAnswerError("expected an answer of this API, got another") from error
+        raise BrokenAnswerError("invalid response") from error
 
 
 def _raise_for_error(response: httpx2.Response) -> None:
-    """Raises: the project's error of a response that is one."""
+    """Raises: the exception for an error response."""
     status = response.status_code
     if status == 200:
         return
@@ -201,8 +201,8 @@ def _raise_for_error(response: httpx2.Response) -> None:
         code, message, param = error["code"], error["message"], error["param"]
     except (ValueError, KeyError, TypeError):
         if status in _UNREACHABLE:
-            raise ConnectionLostError(f"expected an answer of the service, got status {status}") from None
-        raise BrokenAnswerError(f"expected an answer of this API, got status {status}") from None
+            raise ConnectionLostError(f"no response from the service (status {status})") from None
+        raise BrokenAnswerError(f"unexpected response with status {status}; is this the right URL?") from None
     raise error_from(code, message, param, retry_after_s)
 
 

@@ -1,4 +1,4 @@
-"""What runs in replicas: plain classes without Ray in them, so that they are used and tested in one process too.
+"""The service's components as plain classes without Ray, so that they can also be used and tested in one process.
 
-`app.py` makes Ray Serve deployments of them.
+`app.py` turns them into Ray Serve deployments.
 """

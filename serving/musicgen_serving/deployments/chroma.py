@@ -1,6 +1,6 @@
-"""The melody features of one replica: a recording's bytes → the chroma that each window of a piece sees.
+"""Melody features: the bytes of a recording → the chroma for each window of a piece.
 
-Recordings that wait at the same time are taken together; what was made of a recording is kept by its hash.
+Concurrent requests are batched; results are cached by the recording's hash.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from musicgen_serving.settings import LimitSettings, ModelSettings
 
 MAX_BATCH = 8
 CACHE_ENTRIES = 256
-"""Chroma of so many recordings (some 100 kB each) are kept."""
+"""Number of cached chroma results, about 100 kB each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A melody as a caller gave it. Set by the pipeline."""
+    """A melody as supplied by the caller. Set by the pipeline."""
 
     content: bytes
-    """Of an audio file."""
+    """Content of an audio file."""
     windows: tuple[Window, ...]
     stems: bool
-    """Take drums and bass out first."""
+    """Remove drums and bass first."""
 
     @property
     def key(self) -> str:
@@ -45,7 +45,7 @@ class Recording:
 
 
 class ChromaExtractor:
-    """Raises: InvalidRequestError, WeightsError: the settings' model cannot be loaded."""
+    """Raises: InvalidRequestError, WeightsError: the configured model cannot be loaded."""
 
     def __init__(self, settings: ModelSettings, limits: LimitSettings) -> None:
         checkpoint = open_checkpoint(settings.checkpoint, settings.device)
@@ -66,18 +66,18 @@ class ChromaExtractor:
         """The chroma `[num_frames, num_chroma]` of each window.
 
         Raises:
-            InvalidRequestError: not readable audio, too long, or the model takes no melody.
-            MissingDependencyError: stems were asked for and cannot be separated here.
+            InvalidRequestError: unreadable or too long audio, or the model does not support melodies.
+            MissingDependencyError: stems were requested, but stem separation is not installed.
         """
         with self._self_check.watching():
             return await self._extract(recording)
 
     async def check_stems(self) -> None:
-        """Raises: MissingDependencyError: stems cannot be separated here."""
+        """Raises: MissingDependencyError: stem separation is not installed."""
         check_installed()
 
     def _extract_all(self, recordings: Sequence[Recording]) -> list[list[Tensor] | Exception]:
-        """Only ever on one thread at a time: batches do not overlap."""
+        """Never runs concurrently: batches do not overlap."""
         results: list[list[Tensor] | Exception] = []
         for recording in recordings:
             try:
@@ -88,7 +88,7 @@ class ChromaExtractor:
 
     def _extract_one(self, recording: Recording) -> list[Tensor]:
         if self._extractor is None:
-            hint = "choose a melody model"
+            hint = "use a melody model"
             raise InvalidRequestError(f"no melody for model {self._config.name!r}", "a melody", hint, param="melody")
         key = recording.key
         if key not in self._cache:
@@ -103,9 +103,9 @@ class ChromaExtractor:
         return self._cache[key]
 
     async def num_calls(self) -> int:
-        """Calls waiting and under way: the load."""
+        """Calls queued and in flight: the load."""
         return self._extract.num_calls
 
     async def check_health(self) -> None:
-        """Raises: RuntimeError: it fails again and again; the replica must be replaced."""
+        """Raises: RuntimeError: persistent failure; the replica must be replaced."""
         await self._self_check.check()

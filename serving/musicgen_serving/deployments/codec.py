@@ -1,8 +1,8 @@
-"""The codec of one replica: codes to samples for any stream of any replica, and recordings to codes.
+"""The codec: codes → samples for any stream, and recordings → codes.
 
-Holds no stream: its state travels with each call. Calls take turns, a cell of the codec's grid at a time. On a CPU each
-cell is decoded by itself, so that a stream sounds the same to the bit whatever else is decoded, and where; a GPU takes
-what waits together. What is urgent has a thread of its own, and waits for nothing that is not.
+Stateless: a stream's state travels with each call. Calls are served round-robin, one cell of the codec's grid at a
+time. On a CPU each cell is decoded separately, so that streams are bit-identical regardless of load and replica; a GPU
+batches waiting cells. Urgent calls have a dedicated thread and never wait for others.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from musicgen_serving.deployments.self_check import SelfCheck
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
 MAX_BATCH = 16
-"""Cells that a GPU takes together at most; more would only make each wait longer."""
+"""Maximum cells per GPU batch; larger batches would only increase latency."""
 
 
 class CodecDecoder:
     """Decodes chunks of streams.
 
     Args:
-        urgent_thread: of what is urgent; None: one of the event loop's, as for all else.
+        urgent_thread: executor for urgent calls; None: the event loop's default, as for all others.
     Raises:
-        InvalidRequestError, WeightsError: the settings' model cannot be loaded.
+        InvalidRequestError, WeightsError: the configured model cannot be loaded.
     """
 
     def __init__(self, settings: ModelSettings, limits: LimitSettings, urgent_thread: Executor | None = None) -> None:
@@ -47,13 +47,13 @@ class CodecDecoder:
         self._self_check = SelfCheck("codec", self._prove)
 
     async def warm_up(self) -> None:
-        """Decode a little silence."""
+        """Decode a few frames."""
         codes = torch.zeros(self._config.decoder.num_codebooks, 8, dtype=torch.int32)
         for urgent in (True, False):
             await self.decode(StreamPiece(codes, self._codec.initial_state(), last=True), urgent=urgent)
 
     async def _prove(self) -> None:
-        """Decode and encode a little silence."""
+        """Decode and encode a few frames."""
         await self.warm_up()
         silence = torch.zeros(self._config.audio_channels, 4 * self._config.codec.hop_length)
         await asyncio.to_thread(self._encoder.encode, silence)
@@ -66,9 +66,9 @@ class CodecDecoder:
         """The next samples `[C, N]` of a stream, and its state after them.
 
         Args:
-            urgent: a listener waits for them who hears nothing yet.
+            urgent: the stream has not received its first audio.
         Raises:
-            InvalidRequestError: codes or a state that do not fit the codec.
+            InvalidRequestError: the codes or state do not match the codec.
         """
         decode = self._decode_urgently if urgent else self._decode
         samples, state = [], piece.state
@@ -82,19 +82,19 @@ class CodecDecoder:
     def _decode_all(self, cells: Sequence[StreamPiece]) -> Sequence[tuple[Tensor, StreamState] | Exception]:
         try:
             return [_on_host(*result) for result in self._codec.decode_batch(cells)]
-        except Exception as error:  # somebody's; whose, only each alone can tell
+        except Exception as error:  # find the offending cell by decoding each alone
             if len(cells) == 1:
                 return [error]
         return [result for cell in cells for result in self._decode_all([cell])]
 
     async def encode(self, content: bytes, duration_s: float) -> Tensor:
-        """A recording to go on from → codes `[K, P]`.
+        """An audio prompt → codes `[K, P]`.
 
         Args:
-            content: of an audio file.
-            duration_s: of the piece that begins with it.
+            content: content of an audio file.
+            duration_s: duration of the piece that continues it.
         Raises:
-            InvalidRequestError: not readable audio, too long, or nothing left to make.
+            InvalidRequestError: unreadable or too long audio, or a prompt that fills the whole piece.
         """
         with self._self_check.watching():
             return await self._encode((content, duration_s))
@@ -113,15 +113,15 @@ class CodecDecoder:
         return self._encoder.encode(checked_prompt(wav, sample_rate, self._config, duration_s)).cpu()
 
     async def num_calls(self) -> int:
-        """Decode calls under way: the load."""
+        """Decode calls in flight: the load."""
         return self._decode.num_calls + self._decode_urgently.num_calls
 
     async def check_health(self) -> None:
-        """Raises: RuntimeError: it fails again and again; the replica must be replaced."""
+        """Raises: RuntimeError: persistent failure; the replica must be replaced."""
         await self._self_check.check()
 
 
 def _on_host(samples: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-    """Ordinary tensors of their own, as another process can take them."""
+    """CPU copies that own their memory, ready to be pickled."""
     values = state.values.cpu().clone()
     return samples.cpu().clone(), StreamState(values, state.num_frames, state.num_samples, state.finished)

@@ -1,4 +1,4 @@
-"""The engine's runner, with a count of its steps and points at which a test can hold it."""
+"""The engine's runner, with a step counter and failpoints for tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from musicgen_serving import delay_points
 
 
 class CountingRunner(ModelRunner):
-    """Counts the steps it has run. Used by the engine's thread; the count may be read by others."""
+    """Counts its steps. Runs on the engine's thread; the counter may be read from others."""
 
     num_steps = 0
 

@@ -1,28 +1,29 @@
-"""The gatekeeper: admission, allowances, registry of requests, ledger. Implements `admission.Gatekeeper`.
+"""The gatekeeper: admission, quotas, request registry, ledger. Implements `admission.Gatekeeper`.
 
-One process, one event loop. Owns the life of a request between admission and settlement, as counted; knows nothing of
-audio, transports or Ray. Everything that must agree (registry, backlog, ledger) changes in one go, without an await
-in between; only allowances may be counted elsewhere.
+One process, one event loop. Owns the accounting of a request from admission to settlement; independent of audio,
+transports and Ray. State that must stay consistent (registry, backlog, ledger) changes atomically, without an await in
+between; only quotas may be counted elsewhere.
 
-**A repeat takes over.** A client repeats a request because its connection broke, so the repeat of a running one (same
-tenant, same fingerprint, and the same idempotency key or request id) is not an error: the older one is cancelled and
-the newer admitted. It waits for the older to be settled, so that one id never runs twice and the older's allowance is
-back; if the older's edge has been silent for `takeover_s`, or does not settle within that time, the gatekeeper settles
-it itself. The newest repeat wins. The same key or running id with another fingerprint is a conflict.
+**Retries take over.** Clients retry because their connection broke, so a retry of a running request (same tenant and
+fingerprint, and the same idempotency key or request id) is not an error: the older request is cancelled and the newer
+one admitted. It waits until the older one is settled, so that no id runs twice and the older one's quota has been
+refunded; if the older one's ingress has not reported for `takeover_s`, or does not settle within that time, the
+gatekeeper settles it itself. The newest retry wins. The same key or running id with a different fingerprint is a
+conflict.
 
-**What is billed** is what was made, whether its caller took it or not, from the beginning of each piece to where it
-stood at the end. A repeat with the same idempotency key and fingerprint, while its earlier end is remembered, is billed
-for what goes beyond what was billed before: so going on after a lost connection is not charged twice, and neither is
-asking again for what was finished. It does count as a request.
+**Billing** covers what was generated, delivered or not, from the beginning of each piece to its position at the end. A
+retry with the same idempotency key and fingerprint, within the retention time, is billed only for what exceeds the
+amount billed before, so neither resuming after a lost connection nor repeating a finished request is charged twice. It
+still counts as a request.
 
-**An edge that died.** Its requests stop being reported; after `edge_silence_s`, found silent again `GRACE_S` later,
-they are settled as cancelled with what they had made. The second look is there because a gatekeeper that was
-held up itself has a queue of reports to read first. The same end comes to a ticket that its edge never received.
+**Lost ingress.** Its requests stop being reported. After `edge_silence_s`, confirmed again `GRACE_S` later, they are
+settled as cancelled with what they had generated. The confirmation is needed because a gatekeeper that was itself
+stalled has a backlog of reports to process first. Tickets that never reached their ingress end in the same way.
 
-**A gatekeeper that was replaced** learns of running requests from the edges' reports, and of those that ended meanwhile
-from their settlements: each gets its line in the ledger. It does not know what they were charged, nor what was billed
-for requests that had ended before: nothing is refunded for them. An admission has a serial of its own, so that a late
-report or settlement is never taken for that of another request with the same id.
+**Gatekeeper restart.** The new gatekeeper learns of running requests from the ingresses' reports, and of those that
+have ended in the meantime from their settlements; each gets its ledger entry. It does not know what they were charged,
+nor what was billed for earlier requests, so nothing is refunded for them. Each admission has a unique serial, so that a
+late report or settlement is never attributed to another request with the same id.
 """
 
 from __future__ import annotations
@@ -50,25 +51,25 @@ from musicgen_serving.types import GenerationStatus
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
-"""How often silent edges are looked for, when anybody calls."""
+"""Minimum interval between checks for lost ingresses; checks run as part of other calls."""
 GRACE_S = 2.0
 EDGE_LOST, SUPERSEDED = "edge_lost", "superseded"
-"""Codes in the ledger of requests that the gatekeeper settled itself."""
+"""Ledger error codes of requests that the gatekeeper settled itself."""
 
 
 class LocalGatekeeper:
     """The gatekeeper, in this process.
 
     Args:
-        takeover_s: longest wait of a repeat for the end of the request whose place it takes.
-        cancel_wait_s: longest wait of `cancel` for the end it brings about.
-        poll_s: longest wait of `wait_cancelled`.
-        remember_s, max_remembered: for how long, and how many, ended requests are remembered.
+        takeover_s: maximum wait of a retry for the end of the request that it supersedes.
+        cancel_wait_s: maximum wait of `cancel` for the request to end.
+        poll_s: maximum wait of `wait_cancelled`.
+        remember_s, max_remembered: retention time and count of ended requests.
         clock: seconds, monotonic.
-        wall_clock: seconds of the epoch, for allowances and the usage file.
+        wall_clock: seconds since the epoch, for quotas and the usage file.
 
     Raises:
-        InvalidRequestError: tenants, storage or usage file cannot be used.
+        InvalidRequestError: invalid tenants, quota storage or usage file.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class LocalGatekeeper:
         self._cancel_wait_s, self._poll_s = cancel_wait_s, poll_s
         self._clock, self._wall_clock = clock, wall_clock
         self.tenants = LiveTenancy(settings.access)
-        """Somebody must call its `look` now and then, if the tenants file may change."""
+        """The owner must poll its `look` for the tenants file to be reloaded."""
         self._quotas = Quotas(settings.access.limits_storage, wall_clock)
         self._ledger = Ledger(settings.access.usage_file)
         self._registry = Registry(remember_s, max_remembered)
@@ -102,7 +103,7 @@ class LocalGatekeeper:
             for model in settings.models
         }
         self._news = asyncio.Event()
-        """Set, and replaced, when somebody wants the end of a request."""
+        """Set, and replaced, when a request is to be cancelled."""
         self._swept_at = clock()
         self._draining = False
 
@@ -111,7 +112,7 @@ class LocalGatekeeper:
         return await self.find_tenant(hash_key(api_key) if api_key else None)
 
     async def find_tenant(self, key_sha256: str | None) -> Tenant:
-        """The tenant of a hashed key: between processes no key travels. Raises: UnauthenticatedError."""
+        """The tenant of a hashed key; plain keys never leave the ingress. Raises: UnauthenticatedError."""
         try:
             return self.tenants.now.find(key_sha256)
         except UnauthenticatedError as error:
@@ -123,19 +124,19 @@ class LocalGatekeeper:
         return not self._draining
 
     async def drain(self) -> int:
-        """Take nothing more in. Returns how many requests still run."""
+        """Stop admission. Returns the number of requests still running."""
         self._draining = True
         return (await self.counts()).running
 
     async def admit(self, request: AdmissionRequest) -> Ticket:
-        """See `admission.Gatekeeper`. A repeat of a running request takes its place."""
+        """See `admission.Gatekeeper`. A retry of a running request supersedes it."""
         tenant = self.tenants.now.settings_of(request.tenant)
         model = request.model if request.model in self._backlogs else ""
         try:
             if self._draining:
-                raise OverloadedError("the service is shutting down; retry when it is back")
+                raise OverloadedError("the service is shutting down; retry later")
             if not model:
-                raise NotFoundError("expected the name of a served model, got another; list the models to see them")
+                raise NotFoundError("unknown model; list the models to see what is available")
             return await self._admit(request, tenant)
         except MusicGenError as error:
             self._ledger.reject(tenant.tenant_class, model, report(error).code)
@@ -163,7 +164,7 @@ class LocalGatekeeper:
             fingerprint=fingerprint,
         )
         record = Record(ticket, request.model, request.audio_s, called_at, self._clock())
-        # Listed before its allowances are taken: others that are being admitted meanwhile must see it.
+        # Registered before its quota is charged: concurrent admissions must see it.
         self._registry.add(record)
         backlog.add(ticket.request_id, tenant.name, tenant.weight, tenant.priority, request.audio_s, request.num_pieces)
         try:
@@ -177,7 +178,7 @@ class LocalGatekeeper:
         return ticket
 
     def _check_concurrent(self, tenant: TenantSettings) -> None:
-        """Raises: QuotaExceededError: as many requests as allowed; retry when the first of them may be done."""
+        """Raises: QuotaExceededError: concurrency limit reached; retry when the first request is expected to end."""
         limit = tenant.max_concurrent
         if limit is None or self._registry.num_running(tenant.name) < limit:
             return
@@ -188,12 +189,12 @@ class LocalGatekeeper:
         )
         retry_after_s = min(MAX_RETRY_S, max(MIN_RETRY_S, min(ends)))
         raise QuotaExceededError(
-            f"expected at most {limit} requests at the same time, got one more; retry in {math.ceil(retry_after_s)} s",
+            f"limit of {limit} concurrent requests reached; retry in {math.ceil(retry_after_s)} s",
             retry_after_s=retry_after_s,
         )
 
     async def _take_over(self, record: Record) -> None:
-        """See that a running request ends, so that its repeat can begin."""
+        """End a running request, so that its retry can start."""
         self._want_end(record)
         if self._clock() - record.seen_at <= self._takeover_s:
             await _wait(record.ended, self._takeover_s)
@@ -209,7 +210,7 @@ class LocalGatekeeper:
         if record is not None and record.ticket.serial == ticket.serial:
             await self._end(record, settlement)
             return
-        log.warning("request %s: admitted by an earlier gatekeeper, and has ended", ticket.request_id)
+        log.warning("request %s: settled, but admitted by an earlier gatekeeper", ticket.request_id)
         began_at = self._clock() - settlement.total_s
         record = Record(ticket, progress.model, progress.audio_s, began_at, began_at, admitted=True)
         self._ledger.admit(ticket.tenant_class, progress.model)
@@ -223,13 +224,13 @@ class LocalGatekeeper:
         return unwanted
 
     def _note(self, edge: str, progress: Progress, now: float) -> bool:
-        """Take in how far one request is; returns whether it shall go on."""
+        """Record the progress of one request; returns whether it should continue."""
         ticket = progress.ticket
         record, ended_here = self._registry.running(ticket.request_id), self._registry.ended_here(ticket.serial)
         if ended_here is False:
-            return True  # a report from before its end
+            return True  # a stale report
         if ended_here or (record is not None and record.ticket.serial != ticket.serial):
-            # It shall stop. But edges stop by the id, and this one may run a repeat of it by now.
+            # It should stop. But ingresses stop requests by id, and this one may already be running its retry.
             return record is not None and record.edge in (None, edge)
         if record is None:
             record = self._adopt(edge, progress, now)
@@ -242,10 +243,10 @@ class LocalGatekeeper:
         return not record.cancelled
 
     def _adopt(self, edge: str, progress: Progress, now: float) -> Record | None:
-        """Take over a request that an earlier gatekeeper admitted; None: of a model that is not served any more."""
+        """Adopt a request that an earlier gatekeeper admitted; None: its model is no longer served."""
         ticket, backlog = progress.ticket, self._backlogs.get(progress.model)
         if backlog is None:
-            log.warning("request %s: of a model that is not served here", ticket.request_id)
+            log.warning("request %s: its model is no longer served", ticket.request_id)
             return None
         record = Record(ticket, progress.model, progress.audio_s, now, now, admitted=True, edge=edge)
         self._registry.add(record)
@@ -257,7 +258,7 @@ class LocalGatekeeper:
         return record
 
     async def wait_cancelled(self, edge: str) -> list[str]:
-        """See `admission.Gatekeeper`. A request that no edge has reported yet is named to all: others ignore it."""
+        """See `admission.Gatekeeper`. A request not reported by any ingress yet is sent to all; others ignore it."""
         until = self._clock() + self._poll_s
         while True:
             found = [r for r in self._registry if r.cancelled and r.edge in (None, edge) and edge not in r.told]
@@ -270,7 +271,7 @@ class LocalGatekeeper:
                 return []
 
     async def cancel(self, tenant: str, request_id: str) -> GenerationStatus:
-        """See `admission.Gatekeeper`. Waits a moment for the end, so that the answer usually says `cancelled`."""
+        """See `admission.Gatekeeper`. Waits briefly for the end, so that the status is usually `cancelled`."""
         record = self._registry.find(tenant, request_id)
         if record.reason is None:
             self._want_end(record)
@@ -283,16 +284,16 @@ class LocalGatekeeper:
         return self._registry.find(tenant, request_id).status(self._clock())
 
     async def set_capacity(self, model: str, num_replicas: int) -> None:
-        """The number of a model's language-model replicas that take requests has changed, or may have."""
+        """Update the number of a model's language-model replicas that accept requests."""
         self._backlogs[model].set_capacity(num_replicas)
 
     async def counts(self) -> Counts:
-        """What was counted, and the load of each model."""
+        """Counters, and the load of each model."""
         await self._sweep()
         return self._ledger.counts({name: backlog.load() for name, backlog in self._backlogs.items()})
 
     def close(self) -> None:
-        """Close the usage file; nothing may be settled any more."""
+        """Close the usage file; nothing may be settled afterwards."""
         self._ledger.close()
 
     async def check(self) -> None:
@@ -301,14 +302,14 @@ class LocalGatekeeper:
         self._ledger.check(Counter((record.ticket.tenant_class, record.model) for record in running))
 
     def _want_end(self, record: Record) -> None:
-        """Tell the edges that somebody wants the end of a request."""
+        """Notify the ingresses that a request is to be cancelled."""
         if not record.cancelled:
             record.cancelled = True
             self._news.set()
             self._news = asyncio.Event()
 
     async def _sweep(self) -> None:
-        """Settle requests that no edge reports any more. Cheap: it looks at most once in `SWEEP_S`."""
+        """Settle requests that are no longer reported by any ingress. Cheap: runs at most once per `SWEEP_S`."""
         now = self._clock()
         if now - self._swept_at < SWEEP_S:
             return
@@ -320,18 +321,18 @@ class LocalGatekeeper:
             if record.suspect_since is None:
                 record.suspect_since = now
             elif now - record.suspect_since >= GRACE_S and record.reason is None:
-                log.warning("request %s: its edge is gone", record.request_id)
+                log.warning("request %s: its ingress is lost; settled as cancelled", record.request_id)
                 await self._end_here(record, EDGE_LOST)
 
     async def _end_here(self, record: Record, error_code: str) -> None:
-        """End a request whose edge does not: what it has made, as far as is known, counts."""
+        """End a request on behalf of its ingress; billed for the last known progress."""
         total_s = self._clock() - record.admitted_at
         progress = Progress(record.ticket, record.model, record.audio_s, record.done_s, record.made_s)
         settlement = Settlement(progress, FinishReason.CANCELLED, None, total_s, 0, error_code)
         await self._end(record, settlement, here=True)
 
     async def _end(self, record: Record, settlement: Settlement, *, here: bool = False) -> None:
-        """The one end of a request that was admitted or adopted here."""
+        """End a request that was admitted or adopted here, exactly once."""
         self._note_end(record, settlement, here=here)
         self._backlogs[record.model].remove(record.request_id, record.done_s)
         taken_s = math.ceil(record.audio_s - record.ticket.paid_s)
@@ -343,7 +344,7 @@ class LocalGatekeeper:
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event, but not longer; returns whether it came."""
+    """Wait for an event with a timeout; returns whether it was set."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()

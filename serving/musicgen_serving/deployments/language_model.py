@@ -1,7 +1,7 @@
-"""The language model of one replica: the asyncio engine behind a streaming method.
+"""The language model: the asyncio engine behind a streaming method.
 
-Knows nothing of text, audio or clients. A stream begins with `Accepted` and ends with `EndOfRequest`; when nothing
-happens for a while it gives an `Alive`, so that whoever listens can tell a long queue from a dead replica.
+Independent of text, audio and clients. A stream starts with `Accepted` and ends with `EndOfRequest`; while idle it
+yields `Alive` heartbeats, so that the consumer can tell a long queue from a dead replica.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from musicgen_serving.deployments.counting_runner import CountingRunner
 from musicgen_serving.settings import ModelSettings
 
 ALIVE_S = 1.0
-"""A stream is never silent for longer."""
+"""Heartbeat interval of a stream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The engine has taken the request."""
+    """The engine has accepted the request."""
 
     quoted_start_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """Nothing to tell, but the replica lives."""
+    """Heartbeat: no event, but the replica is alive."""
 
 
 LanguageModelEvent = Accepted | Alive | EngineEvent
@@ -49,7 +49,7 @@ LanguageModelEvent = Accepted | Alive | EngineEvent
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What callers must know of a model. Set by its replica."""
+    """Properties of a model that callers need. Set by its replica."""
 
     config: ModelConfig
     weights: str
@@ -57,17 +57,17 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy a replica is."""
+    """Load of a replica."""
 
     num_running: int
     num_waiting: int
     queued_frames: float
-    """Frames still to be decoded, of waiting and running requests; guidance rows counted apart."""
+    """Frames yet to be decoded by waiting and running requests; guidance rows count separately."""
     pages_held: int
     pages_total: int
     step_s: float
     num_steps: int
-    """Since the replica was made."""
+    """Since the replica started."""
     num_accepted: int
     num_finished: int
     num_cancelled: int
@@ -75,10 +75,10 @@ class Load:
 
 
 class LanguageModel:
-    """One engine. Loads and warms up when made.
+    """One engine. Loads the model on construction.
 
     Raises:
-        InvalidRequestError, WeightsError: the settings' model cannot be loaded.
+        InvalidRequestError, WeightsError: the configured model cannot be loaded.
     """
 
     def __init__(self, settings: ModelSettings) -> None:
@@ -93,7 +93,7 @@ class LanguageModel:
         return self.card
 
     async def warm_up(self) -> None:
-        """Run a short request through everything, so that the first caller does not pay for first times."""
+        """Run a short request through the engine, so that the first caller does not pay for lazy initialization."""
         config = self.card.config
         text = torch.zeros(1, config.text_dim)
         codes = CodesRequest(((Window(0, 8), Conditioning(text, None)),), SamplingParams(seed=0))
@@ -101,10 +101,10 @@ class LanguageModel:
             pass
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[LanguageModelEvent, None]:
-        """The events of one request; leaving the iterator early cancels it.
+        """The events of one request; closing the iterator early cancels it.
 
         Raises:
-            InvalidRequestError, OverloadedError, EngineDeadError: before the first event; nothing was admitted.
+            InvalidRequestError, OverloadedError, EngineDeadError: before the first event; nothing was submitted.
         """
         await delay_points.pause(delay_points.LM_ACCEPT)
         async with await self._engine.submit(request) as stream:
@@ -115,17 +115,17 @@ class LanguageModel:
                 yield Alive() if event is None else event
 
     async def renew(self, request_ids: Sequence[str]) -> None:
-        """Renew the leases of those requests that run here."""
+        """Renew the leases of those of the requests that run here."""
         for request_id in request_ids:
             self._engine.renew(request_id)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Cancel those requests that run here."""
+        """Cancel those of the requests that run here."""
         for request_id in request_ids:
             self._engine.abort(request_id)
 
     async def load(self) -> Load:
-        """How busy this replica is."""
+        """Load of this replica."""
         stats = await self._engine.stats()
         return Load(
             stats.num_running,
@@ -142,7 +142,7 @@ class LanguageModel:
         )
 
     def check_health(self) -> None:
-        """Raises: EngineDeadError: the engine's thread has failed; the replica must be replaced."""
+        """Raises: EngineDeadError: the engine thread has failed; the replica must be replaced."""
         self._engine.check_health()
 
     async def close(self) -> None:
@@ -150,7 +150,7 @@ class LanguageModel:
 
 
 def engine_config(settings: ModelSettings) -> EngineConfig:
-    """The engine's part of a model's settings."""
+    """The engine configuration for a model's settings."""
     return EngineConfig(
         cache=CacheConfig(settings.kv_dtype, settings.kv_memory_bytes, settings.kv_memory_share),
         scheduler=SchedulerConfig(

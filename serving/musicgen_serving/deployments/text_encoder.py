@@ -1,7 +1,7 @@
-"""The text encoder of one replica.
+"""The text encoder.
 
-Prompts that wait at the same time are taken together, each computed by itself, so that its states do not depend on its
-neighbours; repeated ones are computed once.
+Concurrent prompts are batched but computed one by one, so that the states of a prompt do not depend on its neighbours;
+results are cached.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from musicgen_serving.settings import ModelSettings
 
 MAX_BATCH = 32
 CACHE_BYTES = 64 * 2**20
-"""For states of prompts seen before."""
+"""Cache size, for states of earlier prompts."""
 
 
 class TextEncoder:
-    """Raises: InvalidRequestError, WeightsError: the settings' model cannot be loaded."""
+    """Raises: InvalidRequestError, WeightsError: the configured model cannot be loaded."""
 
     def __init__(self, settings: ModelSettings) -> None:
         self._encoder = open_checkpoint(settings.checkpoint, settings.device).text_encoder()
@@ -40,16 +40,16 @@ class TextEncoder:
         """The states `[L, text_dim]` of a prompt.
 
         Raises:
-            InvalidRequestError: too long a prompt.
+            InvalidRequestError: the prompt is too long.
         """
         with self._self_check.watching():
             return await self._encode(prompt)
 
     async def check_prompt(self, prompt: str) -> None:
-        """Whether `encode` would take it; a small part of the work.
+        """Check whether `encode` would accept the prompt, without encoding it.
 
         Raises:
-            InvalidRequestError: too long a prompt.
+            InvalidRequestError: the prompt is too long.
         """
         await asyncio.to_thread(self._encoder.tokenize, prompt)
 
@@ -58,7 +58,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _encode_one(self, prompt: str) -> Tensor | Exception:
-        """Only ever on one thread at a time: batches do not overlap."""
+        """Never runs concurrently: batches do not overlap."""
         if prompt in self._cache:
             self._cache.move_to_end(prompt)
             return self._cache[prompt]
@@ -66,7 +66,7 @@ class TextEncoder:
             states = self._encoder.encode(prompt)
         except Exception as error:
             return error
-        assert states is not None  # only None has none
+        assert states is not None  # only None encodes to None
         result = states.cpu().clone()
         self._cache[prompt] = result
         self._cached_bytes += result.nbytes
@@ -75,9 +75,9 @@ class TextEncoder:
         return result
 
     async def num_calls(self) -> int:
-        """Calls waiting and under way: the load."""
+        """Calls queued and in flight: the load."""
         return self._encode.num_calls
 
     async def check_health(self) -> None:
-        """Raises: RuntimeError: it fails again and again; the replica must be replaced."""
+        """Raises: RuntimeError: persistent failure; the replica must be replaced."""
         await self._self_check.check()

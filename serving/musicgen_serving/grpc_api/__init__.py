@@ -1,4 +1,4 @@
-"""The gRPC edge: proto messages to requests and events and back, statuses with details, the server.
+"""The gRPC ingress: conversion between proto messages and service types, statuses with details, the server.
 
-Knows the service only as `service.MusicService`.
+Depends on the service only through `service.MusicService`.
 """

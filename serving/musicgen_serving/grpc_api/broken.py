@@ -1,4 +1,4 @@
-"""Bytes that are no message: the caller's mistake, answered as one. grpc's own answer names a class of the server."""
+"""Undecodable messages: rejected with INVALID_ARGUMENT. grpc's own response would leak a server class name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from musicgen_serving.grpc_api.errors import abort
 _Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
 
-class BrokenMessages(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no generic when it runs
-    """Puts itself before the methods whose path begins with `prefix`; those are coroutines that take one message."""
+class BrokenMessages(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at runtime
+    """Intercepts methods whose path starts with `prefix`; all of them are coroutines taking one message."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -35,7 +35,7 @@ class BrokenMessages(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # n
 
 
 def _total(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """`parse` that returns its error instead of raising it."""
+    """`parse`, returning its error instead of raising it."""
 
     def safe(content: bytes) -> Any:
         try:
@@ -49,7 +49,7 @@ def _total(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 def _checked(behaviour: _Behaviour) -> _Behaviour:
     async def checked(message: Any, context: Context) -> Any:
         if isinstance(message, DecodeError):
-            error = InvalidRequestError("a message of this API", "bytes that are none")
+            error = InvalidRequestError("a valid protobuf message", "undecodable bytes")
             await abort(context, error, new_request_id())
         return await behaviour(message, context)
 

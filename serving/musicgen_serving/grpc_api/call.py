@@ -1,6 +1,6 @@
-"""What all calls share: who calls, the request id, how an error ends the call, and writing to readers that may stall.
+"""What all RPCs share: authentication, request ids, mapping errors to statuses, and writes with a stall timeout.
 
-Knows no message of the API.
+Independent of the API's messages.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from musicgen_serving.service import MusicService
 
 Context = grpc.aio.ServicerContext[Any, Any]
 ServiceGetter = Callable[[], MusicService]
-"""Gives the service, or raises an error of the project where it is not there yet."""
+"""Returns the service, or raises a `MusicGenError` if it is not ready yet."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call whose caller is known. Set by `begin`."""
+    """One authenticated call. Set by `begin`."""
 
     context: Context
     service: MusicService
     tenant: Tenant
     request_id: str
-    """The caller's own, as it is, else a new one."""
+    """The caller's, unchecked, else a new one."""
     trace_parent: str | None
-    """As it came."""
+    """Unchecked."""
     deadline_s: float | None
-    """Seconds from the call's beginning to its deadline."""
+    """Seconds from the start of the call to its deadline."""
 
     @contextmanager
     def counting_refusals(self) -> Iterator[None]:
-        """Around what refuses requests before the service sees them."""
+        """Counts requests rejected before they reach the service."""
         try:
             yield
         except MusicGenError as error:
@@ -53,14 +53,14 @@ class Call:
             raise
 
     async def send_request_id(self) -> None:
-        """The initial metadata; from now on the caller knows that the call was taken."""
+        """Send the initial metadata, which tells the client that the call was accepted."""
         await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
 
     async def write(self, message: Message) -> None:
-        """Send a message, as soon as the reader has taken enough of the earlier ones.
+        """Send a message, subject to flow control.
 
         Raises:
-            RequestCancelledError: the reader has taken nothing for too long.
+            RequestCancelledError: the client has read no data for too long.
         """
         await delay_points.pause(delay_points.EDGE_SEND)
         stall_s = self.service.limits.reader_stall_s
@@ -68,16 +68,16 @@ class Call:
             async with asyncio.timeout(stall_s):
                 await self.context.write(message)
         except TimeoutError:
-            message_text = f"expected the reader to take audio, got no sign of it for {stall_s:g} s; read faster"
+            message_text = f"client read no data for {stall_s:g} s; cancelled"
             raise RequestCancelledError(message_text) from None
 
 
 @asynccontextmanager
 async def begin(context: Context, get_service: ServiceGetter, request_id: str = "") -> AsyncIterator[Call]:
-    """The caller's call; an error of the body ends it with a status that says no more than callers may know.
+    """Authenticate a call. An error raised in the context ends the call with a sanitized status.
 
     Args:
-        request_id: of the message, if it has one.
+        request_id: from the message, if it has one.
     """
     metadata = texts(context.invocation_metadata())
     chosen = request_id or metadata.get(REQUEST_ID_KEY, "")
@@ -95,19 +95,19 @@ async def begin(context: Context, get_service: ServiceGetter, request_id: str = 
         )
     except Exception as error:
         if context.cancelled() or context.done():
-            _log.info("request %s: the caller has left", shown_id)
+            _log.info("request %s: client disconnected", shown_id)
             raise asyncio.CancelledError from error
         seen = report(error)
         level = logging.ERROR if seen.grpc_code == "INTERNAL" else logging.INFO
-        _log.log(level, "request %s ends with %s", shown_id, seen.code, exc_info=level == logging.ERROR)
+        _log.log(level, "request %s failed: %s", shown_id, seen.code, exc_info=level == logging.ERROR)
         await abort(context, error, shown_id)
 
 
 def texts(metadata: Iterable[tuple[str, str | bytes]] | None) -> dict[str, str]:
-    """The metadata of a call that is text."""
+    """The text entries of a call's metadata."""
     return {key: value for key, value in metadata or () if isinstance(value, str)}
 
 
 def api_key(metadata: dict[str, str]) -> str | None:
-    """The key of a call. Raises: as `given_key`."""
+    """The API key of a call. Raises: as `given_key`."""
     return given_key(metadata.get("authorization", ""), metadata.get("x-api-key", ""))

@@ -1,4 +1,5 @@
-"""Who calls is asked before the message is taken in: what strangers send is not read."""
+"""Authenticates callers before their message is received, so that unauthenticated clients cannot make the server buffer
+data."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from musicgen_serving.grpc_api.errors import REQUEST_ID_KEY, abort
 _log = logging.getLogger(__name__)
 
 
-class KnownCallers(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no generic when it runs
-    """Puts itself before the methods whose path begins with `prefix`; the first of the interceptors."""
+class KnownCallers(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not generic at runtime
+    """Intercepts methods whose path starts with `prefix`. Must be the first interceptor."""
 
     def __init__(self, prefix: str, get_service: ServiceGetter) -> None:
         self._prefix, self._get_service = prefix, get_service
@@ -42,14 +43,12 @@ class KnownCallers(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # no 
 
 
 def _refusal(error: Exception, given_id: str) -> grpc.RpcMethodHandler[Any, Any]:
-    """What ends a call with the status of `error`. It says that it takes a stream of messages, whatever is sent:
-    otherwise grpc would take the one message in before it asks."""
+    """A handler that ends the call with the status of `error`. It is declared as client-streaming, because grpc would
+    otherwise receive the request message before calling it."""
     request_id = given_id if is_request_id(given_id) else new_request_id()
     seen = report(error)
     level = logging.ERROR if seen.grpc_code == "INTERNAL" else logging.INFO
-    _log.log(
-        level, "request %s ends with %s", request_id, seen.code, exc_info=error if level == logging.ERROR else None
-    )
+    _log.log(level, "request %s failed: %s", request_id, seen.code, exc_info=error if level == logging.ERROR else None)
 
     async def refuse(messages: Any, context: Context) -> None:
         await abort(context, error, request_id)

@@ -1,6 +1,6 @@
-"""Events and values of the service as proto messages, and samples as bytes.
+"""Service events and values → proto messages, and samples → bytes.
 
-Owns the meaning of each field of the answers; that of requests is in `requests`. Knows no RPC.
+Owns the response fields; `requests` owns those of requests. Independent of RPC handling.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.types import GenerationEnd, GenerationStatus, ModelInfo, PieceAudio, PieceReport, Started
 
 MAX_CHUNK_SAMPLES = 2**17
-"""Samples of all channels in one message at most: half a MiB, below the 4 MiB that clients take by default."""
+"""Maximum samples, over all channels, in one message: 512 KiB, well below the 4 MiB default limit of clients."""
 _RAW_FORMATS = {pb.AUDIO_FORMAT_F32LE: "f32", pb.AUDIO_FORMAT_PCM16LE: "pcm16"}
 _FORMATS = {
     **_RAW_FORMATS,
@@ -27,7 +27,7 @@ _FORMATS = {
     pb.AUDIO_FORMAT_OGG: "ogg",
     pb.AUDIO_FORMAT_OPUS: "opus",
 }
-"""What the encoders call them."""
+"""Format names used by the encoders."""
 _STATES = {
     "running": pb.GENERATION_STATE_RUNNING,
     FinishReason.FINISHED.value: pb.GENERATION_STATE_FINISHED,
@@ -37,10 +37,10 @@ _STATES = {
 
 
 def checked_format(audio_format: pb.AudioFormat, *, stream: bool) -> pb.AudioFormat:
-    """The format, F32LE for none.
+    """The format; F32LE if unspecified.
 
     Raises:
-        InvalidRequestError: an unknown one, or a file format for a stream.
+        InvalidRequestError: an unknown format, or a file format for a stream.
     """
     if audio_format == pb.AUDIO_FORMAT_UNSPECIFIED:
         return pb.AUDIO_FORMAT_F32LE
@@ -60,8 +60,8 @@ def file_bytes(
     samples: Tensor,
     piece: int,
 ) -> bytes:
-    """A whole piece `[C, N]` in any format, at a loudness if one is given; a file says that a machine made it, and
-    under what licence the model's weights are. Takes time for compressed ones."""
+    """Encode a whole piece `[C, N]` in any format, optionally normalized in loudness. File tags mark it as
+    AI-generated and name the licence of the weights. Slow for compressed formats."""
     tags = generation_metadata(started.model, started.seeds[piece], license=license)
     samples = levelled(samples, started.sample_rate, loudness_lufs)
     return encode_whole(samples, started.sample_rate, _FORMATS[audio_format], tags)
@@ -80,7 +80,7 @@ def from_started(started: Started) -> pb.GenerationStarted:
 
 
 def from_audio(event: PieceAudio, audio_format: pb.AudioFormat) -> Iterator[pb.AudioChunk]:
-    """One event as messages of bounded size."""
+    """Split one event into messages of bounded size."""
     channels, num_samples = event.samples.shape
     step = max(1, MAX_CHUNK_SAMPLES // channels)
     for start in range(0, num_samples, step):

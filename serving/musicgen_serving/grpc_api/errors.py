@@ -1,6 +1,6 @@
-"""An error as a gRPC status with google.rpc details. What each is called outside is `musicgen_serving.errors`' table.
+"""Errors → gRPC statuses with google.rpc details. The public codes are those of `musicgen_serving.errors`.
 
-Owns which details go with which status. Knows no service and no messages of it.
+Owns which details accompany which status. Independent of the service and its messages.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ DOMAIN = "musicgen"
 DETAILS_KEY = "grpc-status-details-bin"
 REQUEST_ID_KEY = "x-request-id"
 _MAX_MESSAGE_BYTES = 600
-"""Trailing metadata has little room: clients drop answers with more than 8 KiB of it. A message is there up to three
-times, once with three bytes for each of its own."""
+"""Clients reject responses with more than 8 KiB of trailing metadata. It contains the message up to three times, once
+percent-encoded at three bytes per byte."""
 
 
 def to_status(error: BaseException, request_id: str = "") -> status_pb2.Status:
-    """`error` as clients see it. Nothing internal is in it."""
+    """`error` as clients see it, without internal details."""
     seen = report(error)
     message = seen.message.encode()[:_MAX_MESSAGE_BYTES].decode(errors="ignore")
     status = status_pb2.Status(code=grpc.StatusCode[seen.grpc_code].value[0], message=message)
@@ -52,7 +52,7 @@ def _details(seen: ErrorReport, message: str, request_id: str) -> list[Message]:
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseException, request_id: str) -> NoReturn:
-    """End the call with the status of `error`. Raises always."""
+    """End the call with the status of `error`. Always raises."""
     status = to_status(error, request_id)
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
     trailing = ((REQUEST_ID_KEY, request_id), (DETAILS_KEY, status.SerializeToString()))

@@ -1,4 +1,4 @@
-"""grpc.health.v1, as the service's readiness is. Knows of the service only whether it is ready, and its models."""
+"""grpc.health.v1, derived from the service's readiness."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from musicgen_serving.service import Readiness
 
 NAME = str(health.SERVICE_NAME)
 PERIOD_S = 0.5
-"""Between two looks at the readiness."""
+"""Polling interval of the readiness."""
 _log = logging.getLogger(__name__)
 
 
 class Health:
-    """Answers for the whole server (the empty name) and for each of `services`, which serve when requests are taken,
-    and for each part of the readiness's details, such as a model, by its name. Nothing serves until `watch` found so.
+    """Reports the overall health (empty name), that of each of `services`, and that of each component in the readiness
+    details, such as a model, by name. Everything is NOT_SERVING until `watch` has polled the service.
     """
 
     def __init__(self, server: grpc.aio.Server, services: tuple[str, ...]) -> None:
@@ -32,12 +32,12 @@ class Health:
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def watch(self, get_service: ServiceGetter) -> None:
-        """Keep the answers right from now on."""
+        """Start polling the readiness."""
         await self._set(Readiness(False, {}))
         self._watcher = asyncio.create_task(self._watch(get_service))
 
     async def close(self) -> None:
-        """Not serving, for ever: no balancer sends anything here any more."""
+        """Report NOT_SERVING from now on, so that load balancers stop sending requests."""
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -49,7 +49,7 @@ class Health:
             try:
                 readiness = await get_service().readiness()
             except Exception as error:
-                _log.warning("the service's readiness is unknown: %s", type(error).__name__)
+                _log.warning("readiness check failed: %s", type(error).__name__)
                 readiness = Readiness(False, {})
             await self._set(readiness)
             await asyncio.sleep(PERIOD_S)

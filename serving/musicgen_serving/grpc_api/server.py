@@ -1,7 +1,7 @@
 """The gRPC server of one ingress replica: port, TLS, limits, health, reflection, drain.
 
-An own `grpc.aio` server, because Serve's gRPC proxy has no TLS and no interceptors, and lost cancellations when they
-were counted. Several replicas of a machine share the port. Knows the service only through its getter.
+Runs its own `grpc.aio` server, because Serve's gRPC proxy has no TLS and no interceptors, and lost cancellations in our
+tests. Replicas on a machine share the port. Accesses the service only through its getter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from musicgen_serving.settings import GrpcSettings, LimitSettings
 
 SERVICE = str(pb.DESCRIPTOR.services_by_name["MusicService"].full_name)
 MESSAGE_ROOM_BYTES = 64 * 1024
-"""For all that a request has besides files and prompts."""
+"""Room for everything in a request other than files and prompts."""
 _log = logging.getLogger(__name__)
 
 
@@ -42,24 +42,24 @@ class GrpcServer:
         self._health, self._looking = health, looking
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls, let those under way end for `grace_s` seconds, then cancel them."""
+        """Accept no more calls, let running ones finish for `grace_s` seconds, then cancel them."""
         await self._health.close()
         await self.server.stop(grace_s)
         if self._looking is not None:
             self._looking.cancel()
 
     async def wait(self) -> None:
-        """Until the server has stopped."""
+        """Wait until the server has stopped."""
         await self.server.wait_for_termination()
 
 
 async def start_server(get_service: ServiceGetter, settings: GrpcSettings, limits: LimitSettings) -> GrpcServer:
-    """Listen. Port 0 takes a free one; the result's `port` is the one taken.
+    """Listen. Port 0 picks a free one; see the result's `port`.
 
     Args:
-        get_service: called in each call.
+        get_service: called for each RPC.
     Raises:
-        InvalidRequestError: a port that cannot be had, or files of TLS that cannot be read or used.
+        InvalidRequestError: the port is unavailable, or the TLS files cannot be read or used.
     """
     certificates = certificates_of("grpc", settings, settings.client_ca)
     server = grpc.aio.server(
@@ -79,26 +79,26 @@ async def start_server(get_service: ServiceGetter, settings: GrpcSettings, limit
             port = server.add_secure_port(address, _credentials(certificates))
         await server.start()
     except RuntimeError as error:
-        got = f"{address}, which cannot be had"
+        got = f"{address}, which is unavailable"
         raise InvalidRequestError("a free port and usable PEM files", got, param="grpc") from error
     await health.watch(get_service)
-    _log.info("gRPC listens on %s:%d, %s", settings.host, port, "TLS" if certificates else "plaintext")
+    _log.info("gRPC listening on %s:%d, %s", settings.host, port, "TLS" if certificates else "plaintext")
     looking = asyncio.create_task(keep_looking(certificates.look)) if certificates is not None else None
     return GrpcServer(server, port, health, looking)
 
 
 def max_request_bytes(limits: LimitSettings) -> int:
-    """The largest message that can be a valid request: two files, and each prompt of up to four bytes a character."""
+    """Size of the largest valid request: two files, and prompts of up to four bytes per character."""
     return 2 * limits.max_file_bytes + limits.max_pieces * (4 * limits.max_prompt_chars + 8) + MESSAGE_ROOM_BYTES
 
 
 def _options(settings: GrpcSettings, limits: LimitSettings) -> Sequence[tuple[str, int]]:
-    """Source of the names: grpc's `channel_arg_names.h`."""
+    """The names are from grpc's `channel_arg_names.h`."""
     keepalive_ms = round(settings.keepalive_s * 1000)
     return (
         ("grpc.so_reuseport", 1),
         ("grpc.max_receive_message_length", max_request_bytes(limits)),
-        ("grpc.max_send_message_length", -1),  # an answer is bounded by the limits of its request
+        ("grpc.max_send_message_length", -1),  # responses are bounded by the request limits
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", min(20_000, keepalive_ms)),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -108,7 +108,7 @@ def _options(settings: GrpcSettings, limits: LimitSettings) -> Sequence[tuple[st
 
 
 def _credentials(certificates: Certificates) -> grpc.ServerCredentials:
-    """Credentials that follow `certificates`: grpc asks for each new connection, from a thread of its own."""
+    """Credentials that track `certificates`: grpc calls `newer` for each new connection, on its own thread."""
     shown = certificates.pem
 
     def newer() -> grpc.ServerCertificateConfiguration | None:
@@ -122,7 +122,7 @@ def _credentials(certificates: Certificates) -> grpc.ServerCredentials:
     asks_clients = shown.client_ca is not None
     return grpc.dynamic_ssl_server_credentials(
         _configuration(shown),
-        newer,  # type: ignore[arg-type]  # which the stubs do not let say that nothing is new
+        newer,  # type: ignore[arg-type]  # the stubs do not allow None (unchanged)
         require_client_authentication=asks_clients,
     )
 

@@ -1,8 +1,8 @@
-"""The calls of `musicgen.v1.MusicService`. Each enters the service's context for as long as it lasts, and leaves it at
-once when its caller leaves: grpc cancels the task of a call, and nothing here shields a task or a generator from that.
+"""The RPCs of `musicgen.v1.MusicService`. Each holds the service's context while it runs and exits it as soon as the
+client disconnects: grpc cancels the call's task, and nothing here shields a task or generator from that.
 
-The calls are plain coroutines that write to their context. As async generators they would be closed some time after a
-cancellation that meets them between two messages.
+The RPCs are plain coroutines that write to their context. An async generator cancelled between two messages would be
+closed only some time later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from musicgen_serving.types import GenerationEnd, GenerationEvent, PieceAudio, S
 
 
 class MusicServicer(pb_grpc.MusicServiceServicer):
-    """Thin: messages in, messages out."""
+    """Thin adapter: converts messages and delegates to the service."""
 
     def __init__(self, get_service: ServiceGetter, budget: Budget) -> None:
         self._get_service, self._budget = get_service, budget
@@ -78,7 +78,7 @@ class MusicServicer(pb_grpc.MusicServiceServicer):
 
 
 async def _stream(events: AsyncIterator[GenerationEvent], call: Call, audio_format: pb.AudioFormat) -> None:
-    """Send the events. `started` waits for the first audio, so that a failure before it is a status alone."""
+    """Send the events. `started` waits for the first audio, so that an earlier failure is just a status."""
     started: Started | None = None
     num_sent = 0
     async for event in events:
@@ -97,13 +97,13 @@ async def _stream(events: AsyncIterator[GenerationEvent], call: Call, audio_form
             return
         for chunk in convert.from_audio(event, audio_format):
             await call.write(pb.StreamGenerateResponse(audio=chunk))
-    raise RuntimeError("expected an end of the generation, got none")
+    raise RuntimeError("the event stream ended without a terminal event")
 
 
 async def _collect(
     events: AsyncIterator[GenerationEvent], share: Share
 ) -> tuple[Started, list[list[Tensor]], GenerationEnd]:
-    """All events of a request: its start, the samples of each piece, its end."""
+    """Collect all events of a request: its start, the samples of each piece, its end."""
     started: Started | None = None
     parts: list[list[Tensor]] = []
     async for event in events:
@@ -116,13 +116,13 @@ async def _collect(
             _raise_unless_finished(event)
             assert started is not None  # the service's first event
             return started, parts, event
-    raise RuntimeError("expected an end of the generation, got none")
+    raise RuntimeError("the event stream ended without a terminal event")
 
 
 def _whole(
     started: Started, parts: list[list[Tensor]], end: GenerationEnd, encode: Callable[[Tensor, int], bytes]
 ) -> pb.GenerateResponse:
-    """Args: encode: samples `[C, N]` of a piece, and which piece it is → its bytes."""
+    """Args: encode: samples `[C, N]` of a piece, and its index → bytes."""
     reports = convert.from_end(end, started.seeds)
     answer = pb.GenerateResponse(started=convert.from_started(started), billed_s=end.billed_s)
     for piece, (samples, report) in enumerate(zip(parts, reports.pieces, strict=True)):
@@ -135,4 +135,4 @@ def _raise_unless_finished(end: GenerationEnd) -> None:
     if end.reason is FinishReason.CANCELLED:
         raise end.error or RequestCancelledError("the request was cancelled")
     if end.reason is FinishReason.FAILED:
-        raise end.error or MusicGenError("failed without a reason")
+        raise end.error or MusicGenError("the request failed for an unknown reason")

@@ -1,4 +1,4 @@
-"""The HTTP edge: a FastAPI application over `service.MusicService`."""
+"""The HTTP ingress: a FastAPI application over `service.MusicService`."""
 
 from musicgen_serving.http_api.app import create_app
 

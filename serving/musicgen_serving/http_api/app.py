@@ -1,4 +1,4 @@
-"""The FastAPI application: all routes over one `MusicService`. Knows nothing of Ray."""
+"""The FastAPI application: all routes over one `MusicService`. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from musicgen_serving.types import ModelInfo
 
 Metrics = Callable[[], Awaitable[bytes]]
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_DESCRIPTION = """Text and melody to music.
+_DESCRIPTION = """Generate music from text and melodies.
 
-A failure is always `{"error": {"message", "type", "param", "code"}}`. A status is sent once the first audio exists;
-a stream without its proper end was cut, and what came is incomplete."""
+Every error has the form `{"error": {"message", "type", "param", "code"}}`. The HTTP status is sent once the first
+audio is available; a stream that ends without a proper terminator was interrupted, and its audio is incomplete."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ def create_app(
     """The application.
 
     Args:
-        service: the service, or what gives it once requests come: the application may be built, and pickled, first.
-        metrics: gives the text of `/metrics`, in Prometheus' format; without it there is no such route.
-        cors_origins: whose pages may call it from a browser.
+        service: the service, or a getter called per request, so that the application can be built and pickled first.
+        metrics: returns the text of `/metrics` in Prometheus format; None: no such route.
+        cors_origins: origins whose pages may call the API from a browser.
     """
     get_service: Callable[[], MusicService] = service if callable(service) else lambda: service
 
@@ -59,7 +59,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.add_middleware(EdgeMiddleware, limits=limits)
-    if cors_origins:  # the outermost: it also answers for errors, and before any key is asked for
+    if cors_origins:  # outermost: must also cover errors, and answer preflights before authentication
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
@@ -88,14 +88,14 @@ def _add_model_routes(app: FastAPI, get_service: Callable[[], MusicService]) -> 
 
     @app.get("/v1/models", tags=tags, response_model=ModelList, responses=_without(404), operation_id="list_models")
     async def list_models(request: Request) -> ModelList:
-        """The models that the key may use, the default one first."""
+        """List the models available to this API key, the default one first."""
         service = get_service()
         tenant = await service.authenticate(api_key(request.headers))
         return ModelList(data=[_model(info) for info in await service.models(tenant)])
 
     @app.get("/v1/models/{id}", tags=tags, response_model=ModelBody, responses=ERRORS, operation_id="get_model")
     async def get_model(id: str, request: Request) -> ModelBody:
-        """One model."""
+        """Get one model."""
         service = get_service()
         tenant = await service.authenticate(api_key(request.headers))
         return _model(await service.model(tenant, id))
@@ -106,34 +106,37 @@ def _add_operations_routes(app: FastAPI, get_service: Callable[[], MusicService]
 
     @app.get("/healthz", tags=tags, response_model=LiveBody, operation_id="live")
     async def live() -> LiveBody:
-        """The process answers."""
+        """Liveness: the process responds."""
         return LiveBody()
 
     not_ready: dict[int | str, dict[str, Any]] = {
-        503: {"model": NotReadyBody, "description": "Not yet; `details` says what is missing."}
+        503: {"model": NotReadyBody, "description": "Not ready; `details` lists what is missing."}
     }
 
     @app.get("/readyz", tags=tags, response_model=ReadyBody, responses=not_ready, operation_id="ready")
     async def ready() -> Response:
-        """Whether requests can be taken."""
+        """Readiness: requests can be served."""
         return _readiness(await _look(get_service))
 
     if metrics is not None:
         text: dict[int | str, dict[str, Any]] = {
-            200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' format."}
+            200: {
+                "content": {"text/plain": {"schema": {"type": "string"}}},
+                "description": "Metrics in Prometheus text format.",
+            }
         }
 
         @app.get("/metrics", tags=tags, response_class=Response, responses=text, operation_id="metrics")
         async def get_metrics() -> Response:
-            """What Prometheus reads."""
+            """Metrics for Prometheus."""
             return Response(await metrics(), headers={"Content-Type": _METRICS_TYPE})
 
 
 async def _look(get_service: Callable[[], MusicService]) -> Readiness:
     try:
         return await get_service().readiness()
-    except Exception:  # a service that cannot be asked is not ready
-        logger.warning("the service cannot say whether it is ready", exc_info=True)
+    except Exception:  # a service that cannot be queried is not ready
+        logger.warning("the service's readiness could not be determined", exc_info=True)
         return Readiness(False, {})
 
 

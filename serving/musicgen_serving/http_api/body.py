@@ -1,6 +1,6 @@
-"""From the bytes of a request to a `GenerationBody`: JSON, or multipart/form-data with files.
+"""Request bytes → `GenerationBody`: JSON, or multipart/form-data with files.
 
-Reads with a time limit a message, parses large bodies in a thread. Opens nothing: files come in the body or not at all.
+Reads with a timeout per message and parses large bodies in a thread. Opens no files or URLs: audio comes in the body.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from musicgen_serving.http_api.errors import plain_text
 from musicgen_serving.http_api.schemas import RECORDING_FIELDS, GenerationBody
 
 _INLINE_BYTES = 65536
-"""Parsing less is quicker than a thread."""
+"""Smaller bodies are parsed inline, which is faster than a thread."""
 _MAX_FILES, _MAX_FIELDS = 4, 200
 
 
@@ -29,14 +29,14 @@ class _InMemoryParser(MultiPartParser):
 
 
 async def read_body(request: Request, stall_s: float) -> bytes:
-    """The whole body. Raises: HTTPException 408: nothing came for `stall_s`; ClientDisconnect; TooLargeError."""
+    """The whole body. Raises: HTTPException 408: no data for `stall_s`; ClientDisconnect; TooLargeError."""
     parts: list[bytes] = []
     while True:
         try:
             async with asyncio.timeout(stall_s):
                 message = await request.receive()
         except TimeoutError:
-            raise HTTPException(408, f"expected the rest of the body, got nothing for {stall_s:g} s") from None
+            raise HTTPException(408, f"timed out after {stall_s:g} s waiting for the request body") from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         parts.append(message.get("body", b""))
@@ -48,8 +48,8 @@ async def parse_body(headers: Headers, content: bytes) -> GenerationBody:
     """The fields of a request.
 
     Raises:
-        InvalidRequestError: not JSON, not multipart, an unknown field, or a value of another type or range.
-        HTTPException: 415: another media type.
+        InvalidRequestError: malformed JSON or multipart, an unknown field, or a value of the wrong type or range.
+        HTTPException: 415: unsupported media type.
     """
     kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind == "application/json":
@@ -59,9 +59,9 @@ async def parse_body(headers: Headers, content: bytes) -> GenerationBody:
     if kind == "multipart/form-data":
         if len(content) <= _INLINE_BYTES:
             return _from_form(await _form_items(headers, content))
-        # In a loop of the thread's own: the parser is a coroutine, which with a body in memory waits for nothing.
+        # In the thread's own event loop: the parser is a coroutine, but never waits when the body is in memory.
         return await asyncio.to_thread(lambda: _from_form(asyncio.run(_form_items(headers, content))))
-    raise HTTPException(415, "expected application/json or multipart/form-data as Content-Type, got something else")
+    raise HTTPException(415, "Content-Type: expected application/json or multipart/form-data")
 
 
 def _from_json(content: bytes) -> GenerationBody:
@@ -88,7 +88,7 @@ async def _form_items(headers: Headers, content: bytes) -> dict[str, object]:
     try:
         form = await parser.parse()
     except (MultiPartException, FormParserError, ValueError, LookupError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else "a broken one"
+        reason = error.message if isinstance(error, MultiPartException) else "a malformed one"
         raise InvalidRequestError("a multipart/form-data body", plain_text(reason, 200)) from None
     fields: dict[str, object] = {}
     try:
@@ -103,24 +103,24 @@ async def _form_items(headers: Headers, content: bytes) -> dict[str, object]:
 
 
 def _put(fields: dict[str, object], name: str, value: object) -> None:
-    """Several prompts make a list; nothing else comes twice."""
+    """Repeated prompts become a list; no other field may be repeated."""
     if name not in fields:
         fields[name] = value
     elif name == "prompt":
         earlier = fields[name]
         fields[name] = [*earlier, value] if isinstance(earlier, list) else [earlier, value]
     else:
-        raise InvalidRequestError("each field once", "the same one again", param=plain_text(name, 100))
+        raise InvalidRequestError("each field at most once", "a duplicate", param=plain_text(name, 100))
 
 
 def _invalid(error: ValidationError) -> InvalidRequestError:
-    """The first problem, without any value that was sent."""
+    """The first problem, without echoing any submitted value."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # A union's alternatives are at the end of the place; the field is at its beginning.
+    # `loc` starts with the field and ends with the alternative of a union.
     param = plain_text(str(first["loc"][0]), 100) if first["loc"] else None
     if first["type"] == "json_invalid":
         return InvalidRequestError("a JSON object", plain_text(first["msg"], 200))
     if first["type"] == "extra_forbidden":
-        return InvalidRequestError("only fields of this API", "an unknown one", "see /docs", param=param)
+        return InvalidRequestError("a field of this API", "an unknown field", "see /docs", param=param)
     reason = first["msg"].removeprefix("Value error, ")
     return InvalidRequestError("a value of the documented type and range", plain_text(reason, 300), param=param)

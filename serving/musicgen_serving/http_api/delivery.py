@@ -1,7 +1,7 @@
-"""One generation as an ASGI response: opens the service's context, watches the client, cuts off who does not read.
+"""One generation as an ASGI response: opens the service's context, watches for disconnects, drops stalled readers.
 
-Owns when the context is left: at the end, as soon as the client is gone, or when the server cancels the handler. What
-is sent is decided by a `Delivery` (whole.py, streams.py, sse.py). The status line waits for the first audio.
+Owns when the context is exited: at the end, on disconnect, or when the server cancels the handler. A `Delivery`
+(whole.py, streams.py, sse.py) decides what is sent. The status line waits for the first audio.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from musicgen_serving.service import MusicService
 from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationRequest, PieceAudio, Started
 
 _MAX_SEND_BYTES = 65536
-"""A larger message would take a slow reader longer than it is given, although it reads."""
+"""With larger messages, a slow but active reader could hit the stall timeout."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """How the caller wants the audio. Set by `generations`."""
+    """Requested form of the response. Set by `generations`."""
 
     response_format: str
     as_json: bool = False
@@ -43,17 +43,17 @@ class Wish:
 
 
 class Sender:
-    """The sending side of one response; every message must be taken within `stall_s`.
+    """The sending side of one response; the client must accept each message within `stall_s`.
 
     Args:
-        share: of the bytes that this edge may hold.
+        share: the request's share of this ingress replica's memory budget.
     """
 
     def __init__(self, send: Send, stall_s: float, share: Share | None = None) -> None:
         self._send, self._stall_s, self._share = send, stall_s, share
 
     def hold(self, num_bytes: int) -> None:
-        """So much will be in memory until all is sent. Raises: OverloadedError: too much is already."""
+        """Reserve memory until everything is sent. Raises: OverloadedError: the budget is exhausted."""
         if self._share is not None:
             self._share.take(num_bytes)
 
@@ -63,7 +63,7 @@ class Sender:
         await self._send({"type": "http.response.start", "status": 200, "headers": encoded})
 
     async def write(self, data: bytes, *, last: bool = False) -> None:
-        """Raises: ConnectionCutError: the client takes nothing."""
+        """Raises: ConnectionCutError: the client has stopped reading."""
         for start in range(0, max(1, len(data)), _MAX_SEND_BYTES):
             part = data[start : start + _MAX_SEND_BYTES]
             more = not last or start + _MAX_SEND_BYTES < len(data)
@@ -75,21 +75,21 @@ class Sender:
                 async with asyncio.timeout(self._stall_s):
                     await self._send(message)
             except TimeoutError:
-                raise ConnectionCutError(f"the client took nothing for {self._stall_s:g} s") from None
+                raise ConnectionCutError(f"the client read no data for {self._stall_s:g} s") from None
 
 
 class Delivery(Protocol):
     """Turns the events of one generation into one response.
 
-    Raises what the client should see as an HTTP error, if that is before `Sender.start`; later only
-    ConnectionCutError, which ends the connection.
+    Before `Sender.start`, raises errors that become HTTP errors; afterwards only ConnectionCutError, which closes the
+    connection.
     """
 
     async def deliver(self, events: AsyncIterator[GenerationEvent], out: Sender) -> None: ...
 
 
 class GenerationResponse(Response):
-    """Runs a request of the service while its response is sent."""
+    """Runs a generation while its response is sent."""
 
     def __init__(self, service: MusicService, tenant: Tenant, request: GenerationRequest, delivery: Delivery) -> None:
         super().__init__()
@@ -100,17 +100,17 @@ class GenerationResponse(Response):
         work = asyncio.create_task(self._run(send, scope.get(SHARE)))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:  # also when the server cancels this handler, as at the end of a drain
+        finally:  # also when the server cancels this handler, e.g. at the end of a drain
             await ended(work, gone)
         if not work.cancelled():
-            work.result()  # raises what it raised
+            work.result()  # re-raises its exception
 
     async def _run(self, send: Send, share: Share | None) -> None:
         out = Sender(send, self._service.limits.reader_stall_s, share)
         try:
             async with self._service.generate(self._tenant, self._request) as events:
                 await self._delivery.deliver(events, out)
-        except OSError as error:  # what some servers raise from `send` when the client is gone
+        except OSError as error:  # some servers raise it from `send` after a disconnect
             raise ClientDisconnect from error
 
 
@@ -120,7 +120,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def next_started(events: AsyncIterator[GenerationEvent]) -> Started:
-    """The first event. Raises: the service's refusal."""
+    """The first event. Raises: the error with which the service rejected the request."""
     started = await _next(events)
     if not isinstance(started, Started):
         raise MusicGenError(f"expected Started first, got {type(started).__name__}")
@@ -128,7 +128,7 @@ async def next_started(events: AsyncIterator[GenerationEvent]) -> Started:
 
 
 async def next_audio(events: AsyncIterator[GenerationEvent]) -> PieceAudio:
-    """The first audio. Raises: the error with which the request ended before it."""
+    """The first audio. Raises: the error if the request ended before it."""
     event = await _next(events)
     if isinstance(event, PieceAudio):
         return event
@@ -139,11 +139,11 @@ async def _next(events: AsyncIterator[GenerationEvent]) -> GenerationEvent:
     try:
         return await events.__anext__()
     except StopAsyncIteration:
-        raise MusicGenError("the events ended without a terminal one") from None
+        raise MusicGenError("the event stream ended without a terminal event") from None
 
 
 def error_of(event: GenerationEvent | None) -> MusicGenError:
-    """Why a request did not end well, as an error that may be shown."""
+    """Why a request did not finish, as an error that is safe to show to the client."""
     if isinstance(event, GenerationEnd):
         if isinstance(event.error, MusicGenError):
             return event.error
@@ -155,14 +155,14 @@ def error_of(event: GenerationEvent | None) -> MusicGenError:
 
 
 class PieceOrder:
-    """Checks that each piece's audio comes without gaps, to the end."""
+    """Checks that each piece's audio is contiguous and complete."""
 
     def __init__(self, request: GenerationRequest, started: Started) -> None:
         self._next = [request.first_sample] * len(request.pieces)
         self._num_samples = started.num_samples
 
     def take(self, audio: PieceAudio) -> None:
-        """Raises: MusicGenError: samples are missing or come twice."""
+        """Raises: MusicGenError: samples are missing or duplicated."""
         expected = self._next[audio.piece]
         end = expected + audio.samples.shape[-1]
         if audio.sample_offset != expected or end > self._num_samples:
@@ -170,13 +170,13 @@ class PieceOrder:
         self._next[audio.piece] = end
 
     def check_complete(self) -> None:
-        """Raises: MusicGenError: the end came too early."""
+        """Raises: MusicGenError: a piece is incomplete."""
         if any(position != self._num_samples for position in self._next):
             raise MusicGenError(f"expected {self._num_samples} samples of each piece, got {self._next}")
 
 
 def common_headers(request: GenerationRequest, started: Started, media_type: str, sample_rate: int) -> dict[str, str]:
-    """What every response with audio says."""
+    """Headers of every audio response."""
     return {
         "Content-Type": media_type,
         "Cache-Control": "no-store",
@@ -190,5 +190,5 @@ def common_headers(request: GenerationRequest, started: Started, media_type: str
 
 
 def file_metadata(started: Started, piece: int, wish: Wish) -> dict[str, str]:
-    """What a file says of itself; never the prompt."""
+    """Tags of an audio file; never the prompt."""
     return generation_metadata(started.model, started.seeds[piece], license=wish.license)

@@ -1,7 +1,7 @@
-"""Errors as HTTP responses, all in the one shape that OpenAI's clients read.
+"""Errors as HTTP responses, all in the shape that OpenAI clients parse.
 
-`{"error": {"message", "type", "param", "code"}}`, and Retry-After where it is worth trying again. What each error means
-is decided by `musicgen_serving.errors.report`; this module adds what only HTTP knows: routes, methods, media types.
+`{"error": {"message", "type", "param", "code"}}`, with Retry-After where a retry makes sense.
+`musicgen_serving.errors.report` maps each error; this module adds HTTP-only ones: routes, methods, media types.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ logger = logging.getLogger(__name__)
 
 
 class ConnectionCutError(Exception):
-    """Raised after the first bytes to end a response without its proper end, so that it never looks whole."""
+    """Aborts a response that has started, without its proper terminator, so that it never looks complete."""
 
 
 def request_id_of(scope: Mapping[str, Any]) -> str:
-    """The id that the edge middleware gave the request."""
+    """The request id set by `EdgeMiddleware`."""
     return str(scope.get("musicgen.request_id", ""))
 
 
 def plain_text(text: str, max_chars: int = 500) -> str:
-    """Text that can be put into any response: no half surrogates, not endless."""
+    """Text that is safe in any response: no lone surrogates, bounded length."""
     return text[:max_chars].encode("utf-8", "replace").decode()
 
 
 def error_object(outside: ErrorReport) -> dict[str, str | None]:
-    """The object inside of `{"error": ...}`."""
+    """The object inside `{"error": ...}`."""
     param = None if outside.param is None else plain_text(outside.param, 100)
     return {"message": plain_text(outside.message), "type": outside.type, "param": param, "code": outside.code}
 
@@ -61,12 +61,12 @@ def error_response(outside: ErrorReport, headers: Mapping[str, str] | None = Non
 
 
 def http_report(status: int, message: str, param: str | None = None) -> ErrorReport:
-    """An error that only HTTP has."""
+    """An HTTP-only error."""
     return ErrorReport(status, "invalid_request_error", _CODES.get(status, "invalid_request"), message, "", param)
 
 
 async def on_project_error(request: Request, error: Exception) -> Response:
-    """Handler of MusicGenError; the log gets the cause of what is the service's own fault."""
+    """Handler of MusicGenError; logs server-side failures."""
     outside = report(error)
     if outside.http_status >= 500:
         logger.warning("request %s failed: %s", request_id_of(request.scope), type(error).__name__)
@@ -76,12 +76,12 @@ async def on_project_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Handler of what the router and this edge raise: unknown route, wrong method, wrong media type."""
+    """Handler of HTTPException: unknown route, wrong method, wrong media type, body timeout."""
     assert isinstance(error, HTTPException)
     path = plain_text(request.url.path, 100)
     messages = {
-        404: f"expected a route of this API, got {path}; see /docs",
-        405: f"expected another method, got {plain_text(request.method, 20)} for {path}; see /docs",
+        404: f"no route {path}; see /docs",
+        405: f"method {plain_text(request.method, 20)} is not allowed for {path}; see /docs",
     }
     message = messages.get(error.status_code, str(error.detail))
     return error_response(http_report(error.status_code, message), error.headers)

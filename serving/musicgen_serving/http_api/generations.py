@@ -1,4 +1,4 @@
-"""The routes of generations: make music, look at a request, cancel it."""
+"""The generation routes: create, get status, cancel."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _PATH = "/v1/music/generations"
 
 
 def api_key(headers: Headers) -> str | None:
-    """The key of a request. Raises: UnauthenticatedError: as `given_key`."""
+    """The API key of a request. Raises: UnauthenticatedError: as `given_key`."""
     return given_key(headers.get("authorization", ""), headers.get("x-api-key", ""))
 
 
 def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService]) -> None:
-    """The routes, over whatever service `get_service` gives at the time of a request."""
+    """Add the routes; `get_service` is called for each request."""
 
     @app.post(
         _PATH,
@@ -48,7 +48,7 @@ def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService])
         operation_id="create_generation",
     )
     async def create_generation(request: Request) -> Response:
-        """Make music. Whole, as chunked audio (`stream`), or as server-sent events (`stream_format: sse`).
+        """Generate music: one response, chunked audio (`stream`), or server-sent events (`stream_format: sse`).
 
         Closing the connection cancels the request.
         """
@@ -65,7 +65,7 @@ def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService])
         _PATH + "/{id}", tags=["music"], responses=ERRORS, response_model=StatusBody, operation_id="get_generation"
     )
     async def get_generation(id: str, request: Request) -> StatusBody:
-        """How far a generation is; its id is the X-Request-Id of the request that began it."""
+        """Get the status of a generation. Its id is the X-Request-Id of the request that created it."""
         service = get_service()
         tenant = await service.authenticate(api_key(request.headers))
         return _status(await service.status(tenant, _known_form(id)))
@@ -74,7 +74,7 @@ def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService])
         _PATH + "/{id}", tags=["music"], responses=ERRORS, response_model=StatusBody, operation_id="cancel_generation"
     )
     async def cancel_generation(id: str, request: Request) -> StatusBody:
-        """Cancel a generation, whoever of the tenant began it; one that has ended stays as it is."""
+        """Cancel a generation of this tenant. No effect if it has already ended."""
         service = get_service()
         tenant = await service.authenticate(api_key(request.headers))
         return _status(await service.cancel(tenant, _known_form(id)))
@@ -82,7 +82,7 @@ def add_generation_routes(app: FastAPI, get_service: Callable[[], MusicService])
 
 @contextmanager
 def _counting(service: MusicService, tenant: Tenant | None = None) -> Iterator[None]:
-    """Around what refuses requests before the service sees them."""
+    """Counts requests rejected before they reach the service."""
     try:
         yield
     except MusicGenError as error:
@@ -134,19 +134,19 @@ def _fields(body: GenerationBody, model: str, request: Request) -> RequestFields
 
 
 def _delivery(body: GenerationBody, generation: GenerationRequest, wants_json: bool, license: str) -> Delivery:
-    """How to answer. Raises: InvalidRequestError: a way that cannot be."""
+    """The form of the response. Raises: InvalidRequestError: an unsupported combination of options."""
     is_events = body.stream_format == "sse"
     format = body.response_format or ("pcm16" if is_events else "wav")
     if is_events:
         if format not in EVENT_FORMATS:
-            expected, hint = f"one of {', '.join(EVENT_FORMATS)} for events", "or leave out stream_format"
+            expected, hint = f"one of {', '.join(EVENT_FORMATS)} for events", "use one of these, or omit stream_format"
             raise InvalidRequestError(expected, format, hint, param="response_format")
         return SseDelivery(generation, Wish(format))
     if not body.stream:
         as_json = wants_json or len(generation.pieces) > 1
         return WholeDelivery(generation, Wish(format, as_json, body.loudness, license))
     if len(generation.pieces) > 1:
-        got, hint = f"{len(generation.pieces)}", "use stream_format sse, or leave out stream"
+        got, hint = f"{len(generation.pieces)}", "use stream_format: sse, or omit stream"
         raise InvalidRequestError("one piece with stream", got, hint, param="stream")
     return StreamDelivery(generation, Wish(format, license=license))
 
@@ -161,7 +161,7 @@ def _accepted(headers: Headers) -> list[str]:
 
 def _known_form(id: str) -> str:
     if not is_request_id(id):
-        raise NotFoundError("expected the id of a generation of yours, got another")
+        raise NotFoundError("no running or recently finished request has this id")
     return id
 
 

@@ -1,9 +1,9 @@
-"""The outermost layer of the HTTP edge: request ids, header hygiene, size of bodies, last resort for errors.
+"""The outermost layer of the HTTP ingress: request ids, header filtering, body size limits, last-resort error handling.
 
-Ray Serve (2.60) obeys these headers of any client wherever it meets them: `x-request-timeout-seconds` and
-`x-request-disconnect-disabled` (how long and whether a disconnect counts), `serve_multiplexed_model_id` (in any
-spelling with `-` or `_`) and `x-session-id` (which replica is chosen), and behind HAProxy `x-serve-router-*`. They are
-dropped so that nothing behind this layer ever does.
+Ray Serve (2.60) honours these headers from any client: `x-request-timeout-seconds` and
+`x-request-disconnect-disabled` (timeouts and disconnect handling), `serve_multiplexed_model_id` (spelled with `-` or
+`_`) and `x-session-id` (replica selection), and behind HAProxy `x-serve-router-*`. They are dropped here so that
+clients cannot control Serve's internals.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from musicgen_serving.settings import LimitSettings
 
 REQUEST_ID_HEADER = "X-Request-Id"
 SHARE = "musicgen.share"
-"""Where a request's scope has its `Share` of the bytes that this edge may hold."""
+"""Scope key of a request's `Share` of this ingress replica's memory budget."""
 _INTERNAL_NAMES = {"x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id"}
 _INTERNAL_PREFIXES = ("x-serve-", "serve-", "x-ray-", "ray-")
 _MAX_CHAR_BYTES = 12
-"""A character outside the basic plane, written as two escapes in JSON."""
+"""A character outside the Basic Multilingual Plane, as two JSON escapes."""
 _SLACK_BYTES = 2**20
 
 logger = logging.getLogger(__name__)
 
 
 def max_body_bytes(limits: LimitSettings) -> int:
-    """The largest body that can be a valid request: two files in base64, all prompts, and the rest."""
+    """Size of the largest valid request: two files in base64, all prompts, and some slack."""
     texts = limits.max_pieces * limits.max_prompt_chars * _MAX_CHAR_BYTES
     return 2 * -(-limits.max_file_bytes * 4 // 3) + texts + _SLACK_BYTES
 
 
 def is_internal_header(name: str) -> bool:
-    """Whether Ray Serve gives the header a meaning that no client may use."""
+    """Whether Ray Serve would act on the header; clients must not be able to set it."""
     normal = name.lower().replace("_", "-")
     return normal in _INTERNAL_NAMES or normal.startswith(_INTERNAL_PREFIXES)
 
 
 class EdgeMiddleware:
-    """Wraps every request; passes on what is no HTTP.
+    """Wraps every HTTP request; passes other scopes through.
 
     Args:
-        limits: asked for at each request with a body, because the service may be made after the application.
+        limits: called for each request with a body, because the service may be created after the application.
     """
 
     def __init__(self, app: ASGIApp, limits: Callable[[], LimitSettings]) -> None:
@@ -82,16 +82,16 @@ class EdgeMiddleware:
         try:
             await self._app(inner, self._limited(inner, receive, inner[SHARE]), send_with_id)
         except ClientDisconnect:
-            return  # nobody is there to answer to
+            return  # nobody to respond to
         except Exception as error:
             if started:
-                raise  # the server cuts the connection
+                raise  # the server closes the connection
             logger.exception("request %s failed", request_id)
             await error_response(report(error))(inner, receive, send_with_id)
 
     def _limited(self, scope: Scope, receive: Receive, share: Share) -> Receive:
-        """`receive` that raises TooLargeError as soon as it is known that the body is larger than any valid one, and
-        OverloadedError where this edge holds too much already."""
+        """`receive` that raises TooLargeError as soon as the body is known to exceed the limit, and OverloadedError if
+        this ingress replica's memory budget is exhausted."""
         num_bytes = 0
         length = Headers(scope=scope).get("content-length", "0")
         announced = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
@@ -112,7 +112,7 @@ class EdgeMiddleware:
     def _check_size(self, num_bytes: int) -> None:
         largest = max_body_bytes(self._limits())
         if num_bytes > largest:
-            raise TooLargeError(f"expected a body of at most {largest} bytes, got more; send shorter recordings")
+            raise TooLargeError(f"expected a body of at most {largest} bytes; send shorter recordings")
 
 
 def _clean(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:

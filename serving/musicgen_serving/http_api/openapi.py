@@ -1,6 +1,6 @@
-"""The OpenAPI document: what FastAPI cannot see by itself, because the bodies are read by hand.
+"""The OpenAPI document: adds what FastAPI cannot infer, because request bodies are parsed by hand.
 
-JSON and multipart bodies of a generation, its kinds of responses, headers, keys; and no status that is never sent.
+Request bodies of a generation (JSON and multipart), response types, headers, API keys; removes statuses never sent.
 """
 
 from __future__ import annotations
@@ -18,27 +18,31 @@ _FORM_REF = "#/components/schemas/GenerationForm"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _SECURITY: list[dict[str, list[str]]] = [{"BearerKey": []}, {"ApiKeyHeader": []}, {}]
 _SECURITY_SCHEMES = {
-    "BearerKey": {"type": "http", "scheme": "bearer", "description": "An API key. A service in open mode needs none."},
+    "BearerKey": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "API key; not required if the service runs in open mode.",
+    },
     "ApiKeyHeader": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 
 
 def _error(description: str, *, retry: bool = False) -> dict[str, Any]:
-    headers = {"Retry-After": {"description": "Whole seconds.", "schema": {"type": "integer"}}}
+    headers = {"Retry-After": {"description": "Seconds to wait before retrying.", "schema": {"type": "integer"}}}
     return {"model": ErrorBody, "description": description} | ({"headers": headers} if retry else {})
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    401: _error("No API key, or an unknown one."),
-    404: _error("No such thing, or none that this key may know of."),
-    500: _error("The service's own fault."),
-    503: _error("The service cannot take it now.", retry=True),
+    401: _error("Missing or invalid API key."),
+    404: _error("Not found, or not visible to this API key."),
+    500: _error("Internal error."),
+    503: _error("Overloaded or temporarily unavailable.", retry=True),
 }
-"""Responses of every route that needs a key."""
+"""Error responses of every authenticated route."""
 
 GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
     200: {
-        "description": "Audio of one piece in the format that was asked for; JSON for several pieces or with `Accept: "
+        "description": "Audio of one piece in the requested format; JSON for several pieces or with `Accept: "
         "application/json`; events with `stream_format: sse`.",
         "model": GenerationResult,
         "content": {
@@ -53,36 +57,36 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
             name: {"description": text, "schema": {"type": "string"}}
             for name, text in {
                 "X-Request-Id": "Id of the generation.",
-                "X-Seed": "Seed of each piece, with commas between them.",
-                "X-Sample-Rate": "Of the audio, in Hz.",
-                "X-Channels": "Channels of the audio.",
-                "X-Num-Samples": "Samples a channel of the whole piece, at the model's rate.",
-                "X-First-Sample": "Sample of the piece at which the audio begins.",
-                "X-Checksum": "Whole results: SHA-256 of each piece's samples as made: float32, little-endian, "
-                "interleaved.",
-                "X-Billed-Seconds": "Whole results: seconds that count against the allowance: made, and not charged "
-                "before.",
-                "X-Num-Frames": "Whole results: decoded codec frames, all pieces together.",
-                "X-Queue-Seconds": "Whole results: seconds in the engine's queue, all pieces together.",
-                "X-Prefill-Seconds": "Whole results: seconds of prefill, all pieces together.",
-                "X-Decode-Seconds": "Whole results: seconds of decoding, all pieces together.",
+                "X-Seed": "Comma-separated seed of each piece.",
+                "X-Sample-Rate": "Sample rate of the audio in Hz.",
+                "X-Channels": "Number of audio channels.",
+                "X-Num-Samples": "Samples per channel of the complete piece, at the model's sample rate.",
+                "X-First-Sample": "Index of the first sample in the response.",
+                "X-Checksum": "Non-streaming only: comma-separated SHA-256 of each piece's samples as generated "
+                "(little-endian float32, interleaved).",
+                "X-Billed-Seconds": "Non-streaming only: seconds of audio charged to the quota (generated and not "
+                "charged before).",
+                "X-Num-Frames": "Non-streaming only: decoded codec frames, total over all pieces.",
+                "X-Queue-Seconds": "Non-streaming only: engine queue time in seconds, total over all pieces.",
+                "X-Prefill-Seconds": "Non-streaming only: prefill time in seconds, total over all pieces.",
+                "X-Decode-Seconds": "Non-streaming only: decode time in seconds, total over all pieces.",
             }.items()
         },
     },
-    400: _error("Malformed, or a value out of its range; `param` names the field."),
-    403: _error("The key may not do this."),
-    408: _error("The body did not come."),
-    409: _error("The request id is in use, or the Idempotency-Key was used for another request."),
-    413: _error("The body, a recording or a text is too large."),
-    415: _error("Neither JSON nor multipart/form-data."),
-    429: _error("An allowance is used up.", retry=True),
+    400: _error("Malformed request or value out of range; `param` names the field."),
+    403: _error("Not permitted for this API key."),
+    408: _error("Timed out while reading the request body."),
+    409: _error("The request id is in use, or the Idempotency-Key was used for a different request."),
+    413: _error("The body, a recording, a text or the requested audio is too large."),
+    415: _error("The body is neither JSON nor multipart/form-data."),
+    429: _error("Quota exceeded.", retry=True),
     499: _error("The request was cancelled before its first audio."),
-    504: _error("A deadline passed before the first audio."),
+    504: _error("The deadline passed before the first audio."),
 }
 
 
 EXPOSED_HEADERS = [*GENERATION_RESPONSES[200]["headers"], "X-Model", "Retry-After"]
-"""What pages of other origins may read."""
+"""Response headers that CORS exposes to browsers."""
 
 
 def _header(name: str, description: str, example: str, **schema: Any) -> dict[str, Any]:
@@ -100,11 +104,11 @@ GENERATION_DOCS: dict[str, Any] = {
         },
     },
     "parameters": [
-        _header("X-Request-Id", "Id of the generation; made if absent.", "my-song-17", maxLength=128),
+        _header("X-Request-Id", "Id of the generation; generated if absent.", "my-song-17", maxLength=128),
         _header(
             "Idempotency-Key",
-            "Makes a repeat safe: the same key means the same request and, without a seed, the same audio. Repeated "
-            "within ten minutes of its end, it is charged only for what had not been made before.",
+            "Makes retries safe: the same key identifies the same request and, without an explicit seed, yields the "
+            "same audio. A retry within ten minutes of the end is charged only for audio not generated before.",
             "5f1c7a",
             minLength=1,
             maxLength=255,
@@ -115,7 +119,7 @@ GENERATION_DOCS: dict[str, Any] = {
 
 
 class MusicApi(FastAPI):
-    """FastAPI with the whole document."""
+    """FastAPI with the complete OpenAPI document."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -133,7 +137,7 @@ class MusicApi(FastAPI):
 def _completed(document: dict[str, Any]) -> dict[str, Any]:
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # FastAPI's own validation error: never sent here
+            operation["responses"].pop("422", None)  # FastAPI's own validation error, never sent by this API
             if path.startswith("/v1/"):
                 operation["security"] = _SECURITY
     components = document.setdefault("components", {})
@@ -147,7 +151,7 @@ def _completed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_form(body: dict[str, Any]) -> dict[str, Any]:
-    """The same fields in multipart: recordings are files, and a field that is null is left out."""
+    """The same fields as multipart: recordings are files, and null fields are omitted."""
     form = copy.deepcopy(body)
     form["title"] = "GenerationForm"
     for name, field in form["properties"].items():

@@ -1,6 +1,6 @@
-"""What goes over HTTP, as pydantic models: the body of a request, results, errors, lists. Only shapes and their words.
+"""Pydantic models of HTTP bodies: requests, results, errors, lists. Schemas and their documentation only.
 
-Ranges that depend on the settings are checked in `musicgen_serving.checks`; the ones here are the same for everyone.
+Limits that depend on the settings are checked in `musicgen_serving.checks`; those here are fixed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _BASE64_SCHEMA = {"anyOf": [{"type": "string", "contentEncoding": "base64"}, {"t
 
 
 def _content(value: Any) -> Any:
-    """A file's content: bytes of a multipart file as they are, text as base64."""
+    """A file's content: multipart bytes unchanged, text decoded as base64."""
     if not isinstance(value, str):
         return value
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("expected the content of an audio file in base64; URLs and paths are not opened") from None
+        raise ValueError("expected a base64-encoded audio file; URLs and paths are not supported") from None
 
 
 Recording = Annotated[bytes | None, BeforeValidator(_content), WithJsonSchema(_BASE64_SCHEMA)]
 
 
 class GenerationBody(BaseModel):
-    """A request for music."""
+    """A generation request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -40,132 +40,140 @@ class GenerationBody(BaseModel):
         None,
         min_length=1,
         max_length=200,
-        description="Name of a model, see /v1/models. Default: the first one.",
+        description="Model name, see /v1/models. Default: the first one.",
         examples=["demo"],
     )
     prompt: str | list[str | None] | None = Field(
         None,
-        description="What to play, or a list of such texts. Without one, the model plays what it likes. "
-        "In a multipart body the field may come several times.",
+        description="Text prompt, or a list of prompts. If omitted, generation is unconditional. "
+        "In a multipart body, repeat the field for several prompts.",
         examples=["a calm piano over soft rain", ["fast techno", "slow jazz"]],
     )
     melody: Recording = Field(
         None,
-        description="A recording whose melody to follow, for models that do: wav, flac, mp3, ogg, opus or aiff. "
-        "A file in a multipart body; base64 in JSON. All pieces follow it.",
+        description="Audio file for melody conditioning (melody models only): wav, flac, mp3, ogg, opus or aiff. "
+        "A file in a multipart body, base64 in JSON. Applies to all pieces.",
     )
     prompt_audio: Recording = Field(
-        None, description="A recording to go on from; it is the beginning of each piece. Sent like `melody`."
+        None, description="Audio prompt to continue; it becomes the beginning of each piece. Encoded like `melody`."
     )
     duration_s: float = Field(
-        10.0, gt=0, description="Seconds of each piece, those of `prompt_audio` included.", examples=[10, 30.5]
+        10.0, gt=0, description="Duration of each piece in seconds, including `prompt_audio`.", examples=[10, 30.5]
     )
     num_samples: int = Field(
-        1, ge=1, le=1000, description="Pieces for each prompt; they come next to each other.", examples=[1, 2]
+        1, ge=1, le=1000, description="Number of pieces per prompt, returned consecutively.", examples=[1, 2]
     )
     seed: int | None = Field(
         None,
         ge=0,
         le=MAX_SEED,
-        description="The same seed gives the same audio; piece i is drawn with seed + i. Default: derived from the "
-        "Idempotency-Key if there is one, else random; the response tells it.",
+        description="The same seed yields the same audio; piece i uses seed + i. Default: derived from the "
+        "Idempotency-Key if present, else random. The response includes it.",
         examples=[42],
     )
-    temperature: float = Field(1.0, ge=0, le=1e4, description="Higher is more surprising; 0 is greedy.")
-    top_k: int = Field(250, ge=0, lt=2**31, description="Draw from the k most likely codes; 0 from all.")
+    temperature: float = Field(1.0, ge=0, le=1e4, description="Sampling temperature; 0 is greedy.")
+    top_k: int = Field(250, ge=0, lt=2**31, description="Sample from the k most likely codes; 0: from all.")
     top_p: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="If more than 0, draw from the most likely codes up to this mass; top_k is ignored.",
+        description="Nucleus sampling: if above 0, sample from the most likely codes up to this probability mass; "
+        "overrides top_k.",
     )
-    greedy: bool = Field(False, description="Always the most likely code.")
+    greedy: bool = Field(False, description="Always pick the most likely code.")
     guidance_scale: float = Field(
-        3.0, gt=-1e4, lt=1e4, description="How closely to follow the prompt; 1 turns guidance off."
+        3.0, gt=-1e4, lt=1e4, description="Classifier-free guidance scale; 1 disables guidance."
     )
     melody_guidance: float | None = Field(
-        None, gt=-1e4, lt=1e4, description="With a melody: how far the text outweighs it before `guidance_scale`."
+        None,
+        gt=-1e4,
+        lt=1e4,
+        description="Double classifier-free guidance (audiocraft's cfg_coef_beta): weight of the text relative to the "
+        "melody. Requires `melody`.",
     )
     extend_stride_s: float = Field(
-        18.0, gt=0, le=1e4, description="Pieces longer than the model's window move on by so many seconds at a time."
+        18.0,
+        gt=0,
+        le=1e4,
+        description="Stride in seconds between overlapping windows, for pieces longer than the model's window.",
     )
-    stems: bool = Field(False, description="Take drums and bass out of the melody first, where that is installed.")
+    stems: bool = Field(
+        False, description="Remove drums and bass from the melody first; requires demucs on the server."
+    )
     loudness: float | None = Field(
         None,
         ge=-70,
         le=0,
-        description="Bring each piece to this loudness in LUFS (ITU-R BS.1770-4). Not for streams. Default: as made.",
+        description="Normalize each piece to this loudness in LUFS (ITU-R BS.1770-4). Non-streaming only. Default: no "
+        "normalization.",
         examples=[-14],
     )
     response_format: ResponseFormat | None = Field(
         None,
-        description="Default wav, or pcm16 with `stream_format: sse`. pcm16 and f32 are samples without a file around "
-        "them: little-endian, channels interleaved. wav, flac and pcm16 have 16 bits. opus is at 48 kHz. All can be "
-        "streamed, ogg 2.5 s behind what is made and the others not more than 0.15 s; events carry pcm16 or f32.",
+        description="Default: wav, or pcm16 with `stream_format: sse`. pcm16 and f32 are raw little-endian samples, "
+        "channels interleaved. wav, flac and pcm16 are 16-bit; opus is at 48 kHz. All formats can be streamed; "
+        "encoding delays ogg by up to 2.5 s, the others by up to 0.15 s. Events carry pcm16 or f32.",
     )
     stream: bool = Field(
         False,
-        description="Send the audio of one piece while it is made. A connection that breaks before the proper end of "
-        "the response was a failure: what came is incomplete.",
+        description="Stream the audio of one piece while it is generated. If the connection closes before the proper "
+        "end of the response, the generation failed and the audio is incomplete.",
     )
     stream_format: Literal["audio", "sse"] = Field(
         "audio",
-        description="sse: server-sent events, whether `stream` is set or not: `music.generation.started`, "
-        "`music.audio.delta` with base64 audio, and last one of `music.generation.done`, `.failed`, `.cancelled`.",
+        description="sse: server-sent events, regardless of `stream`: `music.generation.started`, "
+        "`music.audio.delta` with base64 audio, and finally `music.generation.done`, `.failed` or `.cancelled`.",
     )
     deadline_s: float | None = Field(
         None,
         gt=0,
         le=1e6,
-        description="Seconds after which the rest is of no use: then the request is cancelled. Default: none.",
+        description="Time limit in seconds; the request is cancelled when it expires. Default: none.",
         examples=[30],
     )
     first_sample: int = Field(
         0,
         ge=0,
         le=2**53,
-        description="Leave out the samples before this one, counted at the model's rate: to go on after a broken "
-        "connection, with the same seed or Idempotency-Key. With the key what was made before is not charged again. "
-        "The answer is a file of its own; in mp3, ogg and opus its sound is encoded anew from there, so it meets what "
-        "came before only nearly.",
+        description="Skip the samples before this one (at the model's sample rate), to resume after a lost connection "
+        "with the same seed or Idempotency-Key. With the key, audio generated before is not charged again. The "
+        "response is a separate file; mp3, ogg and opus are encoded afresh from there and do not join seamlessly.",
     )
 
 
 class ErrorObject(BaseModel):
-    """What went wrong."""
+    """Error details."""
 
-    message: str = Field(description="What was expected, what was got, what to do.")
+    message: str = Field(description="Human-readable description.")
     type: str = Field(examples=["invalid_request_error", "rate_limit_error"])
-    param: str | None = Field(description="The field that is wrong.")
-    code: str = Field(description="Stable name for programs.", examples=["invalid_request", "rate_limit_exceeded"])
+    param: str | None = Field(description="The invalid field, if any.")
+    code: str = Field(description="Stable machine-readable code.", examples=["invalid_request", "rate_limit_exceeded"])
 
 
 class ErrorBody(BaseModel):
-    """Every failure looks like this."""
+    """Body of every error response."""
 
     error: ErrorObject
 
 
 class PieceResult(BaseModel):
-    """One piece of a whole result."""
+    """One piece of a non-streaming result."""
 
     index: int
     seed: int
-    audio: str = Field(description="Base64 in the format that was asked for.")
-    num_samples: int = Field(description="Samples a channel at the model's rate.")
+    audio: str = Field(description="Base64-encoded audio in the requested format.")
+    num_samples: int = Field(description="Samples per channel, at the model's sample rate.")
     checksum: str = Field(
-        description="SHA-256 of the samples as made: little-endian float32, channels interleaved, before loudness and "
-        "format."
+        description="SHA-256 of the samples as generated (little-endian float32, interleaved), before loudness "
+        "normalization and encoding."
     )
-    audio_checksum: str = Field(description="SHA-256 of the decoded `audio`.")
+    audio_checksum: str = Field(description="SHA-256 of the base64-decoded `audio`.")
 
 
 class UsageBody(BaseModel):
-    """What a request took; of several pieces the sums."""
+    """Resource usage, summed over all pieces."""
 
-    billed_s: float = Field(
-        description="Seconds of audio that count against the allowance: made, and not charged before."
-    )
+    billed_s: float = Field(description="Seconds of audio charged to the quota: generated and not charged before.")
     num_frames: int
     queue_s: float
     prefill_s: float
@@ -174,30 +182,30 @@ class UsageBody(BaseModel):
 
 
 class GenerationResult(BaseModel):
-    """A whole result as JSON."""
+    """A non-streaming result as JSON."""
 
     id: str
     object: Literal["music.generation"] = "music.generation"
-    created: int = Field(description="Unix seconds.")
+    created: int = Field(description="Unix time in seconds.")
     model: str
     finish_reason: str
     response_format: ResponseFormat
-    sample_rate: int = Field(description="Of the audio in `data`, in Hz.")
+    sample_rate: int = Field(description="Sample rate of the audio in `data`, in Hz.")
     channels: int
     data: list[PieceResult]
     usage: UsageBody
 
 
 class StatusBody(BaseModel):
-    """A generation as it is now."""
+    """Current status of a generation."""
 
     id: str
     object: Literal["music.generation"] = "music.generation"
     model: str
     status: str = Field(examples=["running", "finished", "cancelled", "failed"])
-    audio_s: float = Field(description="Seconds asked for.")
-    done_s: float = Field(description="Seconds given out.")
-    age_s: float = Field(description="Seconds since it was admitted.")
+    audio_s: float = Field(description="Requested seconds of audio.")
+    done_s: float = Field(description="Seconds of audio delivered so far.")
+    age_s: float = Field(description="Seconds since admission.")
     error: str | None = None
 
 
@@ -206,17 +214,17 @@ class ModelBody(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
-    license: str = Field(description="Of the weights.")
+    license: str = Field(description="Licence of the weights.")
     sample_rate: int
     channels: int
-    melody: bool = Field(description="Follows a melody.")
+    melody: bool = Field(description="Supports melody conditioning.")
     max_duration_s: float
-    window_s: float = Field(description="Seconds that the model sees at once.")
+    window_s: float = Field(description="Context window of the model in seconds.")
     weights: str
 
 
 class ModelList(BaseModel):
-    """The models that the caller may use."""
+    """The models available to the caller."""
 
     object: Literal["list"] = "list"
     data: list[ModelBody]
@@ -227,10 +235,10 @@ class LiveBody(BaseModel):
 
 
 class ReadyBody(BaseModel):
-    """Whether requests can be taken."""
+    """Whether requests can be served."""
 
     ready: bool
-    details: dict[str, str] = Field(description="Part → `ready`, or what it waits for.")
+    details: dict[str, str] = Field(description="Component → `ready`, or what it is waiting for.")
 
 
 class NotReadyBody(ReadyBody):

@@ -1,8 +1,7 @@
-"""The HTTP server of one ingress replica: port, TLS, limits, connections that say nothing, drain.
+"""The HTTP server of one ingress replica: port, TLS, limits, idle connections, drain.
 
-An own uvicorn, because Serve's HTTP proxy takes all that a replica sends without saying how far its client is, has no
-TLS, obeys headers of every client, and costs two hops and some of the processor. Several replicas of a machine share
-the port.
+Runs its own uvicorn, because Serve's HTTP proxy buffers a replica's output without backpressure from the client, has no
+TLS, honours internal headers from any client, and costs two hops and CPU time. Replicas on a machine share the port.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from musicgen_serving.http_api.errors import ConnectionCutError
 from musicgen_serving.settings import HttpSettings
 
 HEAD_S = 20.0
-"""A connection may say nothing for so long, before its first request and between two; and a head takes no longer."""
+"""Idle timeout before the first request and between requests; also the time limit for receiving a request head."""
 _log = logging.getLogger(__name__)
 
 
@@ -38,7 +37,7 @@ class HttpServer:
         self._server, self._serving, self._looking = server, serving, looking
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more connections, let requests under way end for `grace_s` seconds, then cancel them."""
+        """Accept no more connections, let running requests finish for `grace_s` seconds, then cancel them."""
         self._server.config.timeout_graceful_shutdown = math.ceil(grace_s)
         self._server.should_exit = True
         await self._serving
@@ -49,12 +48,12 @@ class HttpServer:
 
 
 async def start_server(app: ASGIApp, settings: HttpSettings, stall_s: float) -> HttpServer:
-    """Listen. Port 0 takes a free one; the result's `port` is the one taken.
+    """Listen. Port 0 picks a free one; see the result's `port`.
 
     Args:
-        stall_s: the kernel gives a connection up that takes nothing of what is sent for so long.
+        stall_s: TCP user timeout: the kernel drops a connection whose peer acknowledges nothing for this long.
     Raises:
-        InvalidRequestError: a port that cannot be had, or files of TLS that cannot be read or used.
+        InvalidRequestError: the port is unavailable, or the TLS files cannot be read or used.
     """
     certificates = certificates_of("http", settings)
     config = uvicorn.Config(
@@ -79,9 +78,9 @@ async def start_server(app: ASGIApp, settings: HttpSettings, stall_s: float) -> 
     listening = _listen(settings, stall_s)
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
-    await server.startup([listening])  # not `serve`, which takes the process's signals
+    await server.startup([listening])  # not `serve`, which installs signal handlers
     port = int(listening.getsockname()[1])
-    _log.info("HTTP listens on %s:%d, %s", settings.host, port, "TLS" if config.is_ssl else "plaintext")
+    _log.info("HTTP listening on %s:%d, %s", settings.host, port, "TLS" if config.is_ssl else "plaintext")
     looking = asyncio.create_task(keep_looking(certificates.look)) if certificates is not None else None
     return HttpServer(server, port, asyncio.create_task(_serve(server, listening)), looking)
 
@@ -92,10 +91,10 @@ async def _serve(server: uvicorn.Server, listening: socket.socket) -> None:
 
 
 def _show_newest(context: ssl.SSLContext, certificates: Certificates) -> None:
-    """Let each new connection see the newest certificate, whether it names a server or not.
+    """Present the newest certificate to each new connection, with or without SNI.
 
-    The context of a listening socket stays the same, and to load another pair into that would leave an old certificate
-    beside a new one whose key is of another kind, such as RSA and elliptic curves.
+    The context of a listening socket cannot be replaced, and loading another pair into it would keep the old
+    certificate alongside a new one with a different key type, e.g. RSA and EC.
     """
 
     def choose(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
@@ -105,7 +104,7 @@ def _show_newest(context: ssl.SSLContext, certificates: Certificates) -> None:
 
 
 def _listen(settings: HttpSettings, stall_s: float) -> socket.socket:
-    """Raises: InvalidRequestError: an address or port that cannot be had."""
+    """Raises: InvalidRequestError: the address or port is unavailable."""
     listening = None
     try:
         (family, kind, proto, _, address), *_ = socket.getaddrinfo(
@@ -114,22 +113,22 @@ def _listen(settings: HttpSettings, stall_s: float) -> socket.socket:
         listening = socket.socket(family, kind, proto)
         for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
             listening.setsockopt(socket.SOL_SOCKET, option, 1)
-        # Connections have it from here. uvicorn ends those of readers that stall by closing them, which waits until
-        # what was written is taken.
+        # Inherited by accepted connections. uvicorn drops stalled readers by closing the connection, which waits until
+        # the written data has been sent.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(stall_s * 1000))
         listening.bind(address)
     except OSError as error:
         if listening is not None:
             listening.close()
-        got = f"{settings.host}:{settings.port}, which cannot be had"
+        got = f"{settings.host}:{settings.port}, which is unavailable"
         raise InvalidRequestError("a free port", got, param="http.port") from error
     return listening
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, which would let a client take as long as it likes for a head.
+    """uvicorn's connection, with a time limit on request heads.
 
-    h11 and not httptools, because it bounds how long a head is (64 KiB).
+    h11 rather than httptools, because it bounds the size of a head (64 KiB).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -137,15 +136,15 @@ class _Connection(H11Protocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
-        """uvicorn stops the timer at any byte; here it runs until a head is complete."""
+        """uvicorn stops the timer at the first byte; here it runs until the head is complete."""
         self.conn.receive_data(data)
         self.handle_events()
 
 
 def _cut_is_no_error(record: logging.LogRecord) -> bool:
-    """uvicorn logs whatever an application raises with its traceback; a connection is cut on purpose."""
+    """uvicorn logs any exception with a traceback; connections cut on purpose get one warning line."""
     cut = record.exc_info[1] if record.exc_info else None
     if isinstance(cut, ConnectionCutError):
         record.levelno, record.levelname = logging.WARNING, "WARNING"
-        record.msg, record.args, record.exc_info = "connection cut: %s", (str(cut),), None
+        record.msg, record.args, record.exc_info = "connection closed: %s", (str(cut),), None
     return True

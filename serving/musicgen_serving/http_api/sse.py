@@ -1,6 +1,6 @@
-"""Generations as server-sent events: `music.generation.started`, `music.audio.delta`, one terminal record.
+"""Generations as server-sent events: `music.generation.started`, `music.audio.delta`, one terminal event.
 
-A stream without `music.generation.done`, `.failed` or `.cancelled` was cut.
+A stream without `music.generation.done`, `.failed` or `.cancelled` was interrupted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TERMINAL = {
 
 
 class SseDelivery:
-    """Events; pieces may come in any order, each piece's audio comes in order."""
+    """Server-sent events. Pieces may interleave; each piece's audio is in order."""
 
     def __init__(self, request: GenerationRequest, wish: Wish) -> None:
         self._request, self._wish = request, wish
@@ -65,10 +65,10 @@ class SseDelivery:
         except (ConnectionCutError, OSError):
             raise
         except Exception as error:
-            logger.exception("request %s failed while its events were sent", self._request.request_id)
+            logger.exception("request %s failed while sending events", self._request.request_id)
             event = GenerationEnd(self._request.request_id, FinishReason.FAILED, (), 0.0, error)
         if not isinstance(event, GenerationEnd):
-            raise ConnectionCutError("the generation had no end")
+            raise ConnectionCutError("the event stream ended without a terminal event")
         await out.write(_event(_TERMINAL[event.reason], self._end(started, event)), last=True)
 
     def _started(self, started: Started) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One piece as chunked audio, sent while it is made. It has no words for a failure but a connection that breaks."""
+"""One piece as chunked audio, sent while it is generated. A failure can only be signalled by closing the connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationReq
 
 
 class StreamDelivery:
-    """Chunks in any of the API's formats."""
+    """Chunked audio in any of the API's formats."""
 
     def __init__(self, request: GenerationRequest, wish: Wish) -> None:
         self._request, self._wish = request, wish
@@ -33,7 +33,7 @@ class StreamDelivery:
         num_left = started.num_samples - self._request.first_sample
         format, rate = self._wish.response_format, started.sample_rate
         metadata = file_metadata(started, 0, self._wish)
-        # In a thread as well: the beginning of a file of known length takes some encoding already.
+        # In a thread as well: writing the head of a file already involves some encoding.
         encoder = await asyncio.to_thread(stream_encoder, format, rate, started.channels, num_left, metadata)
         order = PieceOrder(self._request, started)
         kind = media_type(format, rate, started.channels)

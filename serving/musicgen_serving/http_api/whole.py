@@ -1,4 +1,4 @@
-"""Whole results: one piece as a file, or any number as JSON. Sent only when everything has been made."""
+"""Non-streaming responses: one piece as a file, or any number as JSON, sent once everything is generated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from musicgen_serving.types import GenerationEnd, GenerationEvent, GenerationReq
 
 
 class WholeDelivery:
-    """Everything at once, with Content-Length."""
+    """One response with Content-Length."""
 
     def __init__(self, request: GenerationRequest, wish: Wish) -> None:
         self._request, self._wish = request, wish
@@ -49,7 +49,7 @@ class WholeDelivery:
         if end is None or end.reason is not FinishReason.FINISHED:
             raise error_of(end)
         order.check_complete()
-        # No thread works on what a cancelled handler has left: encoding shares nothing with it.
+        # Safe in a thread even if the handler is cancelled: encoding shares no state with it.
         files = await asyncio.to_thread(self._encode, started, parts)
         if self._wish.as_json:
             body = await asyncio.to_thread(_to_json, self._request, self._wish, started, end, files)

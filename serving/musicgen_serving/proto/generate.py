@@ -1,9 +1,9 @@
-"""`python -m musicgen_serving.proto.generate`: the Python modules of the .proto files, beside them.
+"""`python -m musicgen_serving.proto.generate`: generate the Python modules next to the .proto files.
 
-Owns how generated code is made: protoc, then small changes. protoc names modules by the folders of the .proto
-package (`musicgen.v1`), which is another package here, so `musicgen_serving.proto.` is put before it; the name that
-travels in descriptors and reflection stays `musicgen/v1/…`. Also writes the types of the gRPC stubs, which protoc
-leaves out. Needs the package grpcio-tools; nothing else imports this module.
+Runs protoc, then patches its output. protoc derives import paths from the .proto package (`musicgen.v1`), which is a
+different Python package here, so `musicgen_serving.proto.` is prepended; the name in descriptors and reflection stays
+`musicgen/v1/…`. Also writes type stubs for the gRPC stubs, which protoc does not generate. Requires grpcio-tools;
+nothing else imports this module.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def generate(out: Path = ROOT) -> list[Path]:
     """Write the modules of `SOURCE` under `out`, and return their paths.
 
     Raises:
-        RuntimeError: protoc found an error; it has said which on stderr.
+        RuntimeError: protoc failed; see its output on stderr.
     """
     with tempfile.TemporaryDirectory() as scratch:
         descriptors = Path(scratch) / "descriptors"
@@ -54,7 +54,7 @@ def generate(out: Path = ROOT) -> list[Path]:
         raise RuntimeError(f"expected one line {before!r} in {stubs.name}, got {text.count(before)}")
     stubs.write_text(text.replace(before, after))
     messages = out / f"{_STEM}.pyi"
-    messages.write_text(messages.read_text().replace("_Mapping]", "_Mapping[str, object]]"))  # strict checkers want it
+    messages.write_text(messages.read_text().replace("_Mapping]", "_Mapping[str, object]]"))  # for strict type checkers
     types = stubs.with_suffix(".pyi")
     types.write_text(_stub_types(files.file[0].service[0]))
     return [out / f"{_STEM}.py", messages, stubs, types]
@@ -64,18 +64,18 @@ def run_protoc(*flags: str) -> None:
     """Run protoc on `SOURCE`.
 
     Raises:
-        RuntimeError: it failed; it has said why on stderr.
+        RuntimeError: it failed; see its output on stderr.
     """
     from grpc_tools import protoc  # type: ignore[import-untyped]
 
     included = importlib.resources.files("grpc_tools") / "_proto"
     code = protoc.main(["protoc", f"--proto_path={ROOT}", f"--proto_path={included}", *flags, SOURCE])
     if code != 0:
-        raise RuntimeError(f"protoc ended with {code}")
+        raise RuntimeError(f"protoc exited with status {code}")
 
 
 def _stub_types(service: descriptor_pb2.ServiceDescriptorProto) -> str:
-    """The .pyi of the stubs: calls as grpc-stubs types them, methods as a `grpc.aio` servicer writes them."""
+    """The .pyi of the stubs: client calls typed as in grpc-stubs, servicer methods as in `grpc.aio`."""
     calls, methods = [], []
     for method in service.method:
         request, response = (f"pb.{name.rpartition('.')[2]}" for name in (method.input_type, method.output_type))
@@ -91,9 +91,9 @@ def _stub_types(service: descriptor_pb2.ServiceDescriptorProto) -> str:
 
 
 def main() -> None:
-    """Read the command line, write the modules and name them."""
-    parser = argparse.ArgumentParser(description="Make the Python modules of the .proto files.")
-    parser.add_argument("--out", type=Path, default=ROOT, help="folder (default: beside the .proto files)")
+    """Write the modules and print their paths."""
+    parser = argparse.ArgumentParser(description="Generate the Python modules of the .proto files.")
+    parser.add_argument("--out", type=Path, default=ROOT, help="output folder (default: next to the .proto files)")
     for path in generate(parser.parse_args().out):
         print(path)
 

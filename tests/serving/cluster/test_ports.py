@@ -60,5 +60,5 @@ def test_replicas_refuse_whoever_has_no_token(service: Running) -> None:
 
 def test_a_second_service_on_the_same_ports_does_not_start(service: Running) -> None:
     port = int(service.endpoints.http.rpartition(":")[2])
-    with pytest.raises(cluster.StartError, match=f"http.port: expected port {port} of 127.0.0.1 to be free"):
+    with pytest.raises(cluster.StartError, match=f"http.port: cannot listen on port {port} of 127.0.0.1"):
         cluster._check_port("http", "127.0.0.1", port)

@@ -140,7 +140,7 @@ def test_files_that_cannot_be_used_change_nothing(
     async def main() -> None:
         async with serve(FakeService(), tls_settings(tmp_path, mutual=True)) as server:
             put(certificates / with_what, tmp_path / wrong)
-            await until(lambda: "cannot be used" in caplog.text)
+            await until(lambda: "invalid TLS files" in caplog.text)
             for _ in range(3):
                 trusts = trusting(certificates, "ca", "client")
                 assert await shown(server.port, trusts) == der(certificates / "server.pem")
@@ -149,7 +149,7 @@ def test_files_that_cannot_be_used_change_nothing(
                 await asyncio.sleep(0.05)
 
     asyncio.run(main())
-    assert len([line for line in caplog.messages if "cannot be used" in line]) == 1
+    assert len([line for line in caplog.messages if "invalid TLS files" in line]) == 1
 
 
 def test_unusable_settings_are_said(certificates: Path, tmp_path: Path) -> None:

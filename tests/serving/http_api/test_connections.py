@@ -102,7 +102,7 @@ def test_who_reads_nothing_is_cut_off(
             writer.transport.abort()
 
     run(check())
-    assert "took nothing" in caplog.text
+    assert "read no data" in caplog.text
     assert [r for r in caplog.records if r.levelno >= logging.ERROR or r.exc_info] == [], "it is cut on purpose"
 
 

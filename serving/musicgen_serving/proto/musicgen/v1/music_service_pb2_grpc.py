@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class MusicServiceStub:
-    """Makes music.
+    """Generates music.
     """
 
     def __init__(self, channel):
@@ -63,42 +63,42 @@ class MusicServiceStub:
 
 
 class MusicServiceServicer:
-    """Makes music.
+    """Generates music.
     """
 
     def Generate(self, request, context):
-        """Makes all the music of a request and answers once, with all of it. Answers can exceed the 4 MiB that many clients
-        take by default: 30 s of mono floats at 32 kHz are 3.7 MiB.
+        """Generates all pieces of a request and returns them in one response. Responses can exceed the 4 MiB default limit of
+        many clients: 30 s of mono float32 at 32 kHz is 3.7 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Makes music and sends it as it is made: one `started`, `audio` of each piece in order and without gaps, one
-        `finished`. The first message comes when there is audio; until then a failure is an answer without messages. A
-        stream without `finished` was cut: its status says why, and `first_sample` is how to go on.
+        """Generates music and streams it as it is generated: one `started`, contiguous `audio` of each piece in order, one
+        `finished`. The first message is sent with the first audio; an earlier failure is a status without messages. A
+        stream without `finished` was interrupted: its status says why, and `first_sample` allows resuming it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelGeneration(self, request, context):
-        """Cancels a request of this tenant, wherever it runs. One that has ended stays as it is.
+        """Cancels a request of this tenant, wherever it runs. No effect if it has already ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetGeneration(self, request, context):
-        """Looks at a request of this tenant: a running one, or one that ended not long ago.
+        """Gets the status of a running or recently finished request of this tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models that this tenant may use.
+        """Lists the models available to this tenant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,7 +141,7 @@ def add_MusicServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MusicService:
-    """Makes music.
+    """Generates music.
     """
 
     @staticmethod
