@@ -19,7 +19,6 @@ UNKNOWN_CODE = -1
 """Marks positions of a sequence that have no prompt code and have not been sampled yet."""
 
 MAX_CODEBOOKS = 8
-MAX_GUIDANCE_ROWS = 3
 
 _INT = (torch.int32,)
 _FLOAT = (torch.float32,)

@@ -115,11 +115,8 @@ class Report:
         """
         audio_s = sum(written.duration_s for written in self._written)
         work_s = sum(spent for part, spent in seconds.items() if part != "load")
-        factor = audio_s / work_s
-        print(
-            f"{audio_s:.1f} s of music in {work_s:.1f} s, excluding loading: real-time factor {factor:.2f} "
-            "(seconds of music per second)"
-        )
+        speed = audio_s / work_s
+        print(f"{audio_s:.1f} s of music in {work_s:.1f} s, excluding loading: {speed:.2f} × real time")
         print("; ".join(f"{label} {seconds[part]:.2f} s" for part, label in PARTS.items()))
         if self._options.json:
             self._print_json(audio_s, work_s, seconds)
@@ -134,7 +131,7 @@ class Report:
             "files": [_as_dict(written) for written in self._written],
             "audio_s": round(audio_s, 3),
             "work_s": round(work_s, 3),
-            "real_time_factor": round(audio_s / work_s, 3),
+            "real_time_factor": round(work_s / audio_s, 3),
             "parts_s": {part: round(spent, 3) for part, spent in seconds.items()},
         }
         print(json.dumps(summary, ensure_ascii=False))

@@ -147,9 +147,9 @@ class Scheduler:
         if self.waiting and self._steps_to_retry <= 0 and not self._round:
             self._admit(now)
             self._steps_to_retry = RETRY_STEPS
-        hurried = [] if self._round else self._turns.hurried(self.running, now, step_times)
-        if hurried:
-            decoding, prefills, ready = self._who_could(hurried)
+        expedited = [] if self._round else self._turns.expedited(self.running, now, step_times)
+        if expedited:
+            decoding, prefills, ready = self._who_could(expedited)
             chosen = self._turns.fill([*ready, *decoding])
             if self._is_safe_after(chosen):
                 return self._new_batch(chosen, prefills)

@@ -135,9 +135,6 @@ class Registry:
     def num_running(self, tenant: str) -> int:
         return self._num_running[tenant]
 
-    def num_remembered(self) -> int:
-        return len(self._ended)
-
     def find(self, tenant: str, request_id: str) -> Record:
         """A tenant's request.
 

@@ -8,7 +8,7 @@ from engine.fakes import FakeRunner, Listener, VirtualClock, codes_request, new_
 from musicgen.engine.core import EngineCore
 from musicgen.engine.fairness import Places
 from musicgen.engine.sequence import Sequence
-from musicgen.engine.turns import MAX_HURRIED, PATIENCE_S, PLAYER_BUFFER_S
+from musicgen.engine.turns import MAX_EXPEDITED_STEPS, PATIENCE_S, PLAYER_BUFFER_S
 from musicgen.types import ChunkPolicy, EngineRequest
 
 STREAM = ChunkPolicy(first_frames=6, max_frames=6)
@@ -163,8 +163,8 @@ def test_who_is_silent_is_passed_but_not_in_every_step() -> None:
     core.add(EngineRequest("steady", codes_request(40, text=60), tenant="steady", chunks=chunks))
     core.step()
     let_slack(core, silent, -3.0)
-    advanced = advance(core, 3 * (MAX_HURRIED + 1))
-    assert advanced.pop("steady") == 3 * (MAX_HURRIED + 1)
+    advanced = advance(core, 3 * (MAX_EXPEDITED_STEPS + 1))
+    assert advanced.pop("steady") == 3 * (MAX_EXPEDITED_STEPS + 1)
     assert set(advanced.values()) == {3}
 
 
@@ -177,8 +177,8 @@ def test_only_those_that_are_passed_count_as_silent() -> None:
     admitted = running(core)["steady"].times.admitted
     assert admitted is not None
     running(core)["steady"].times.admitted = admitted - 10 * PATIENCE_S
-    advanced = advance(core, MAX_HURRIED + 5)
-    assert advanced.pop("steady") == MAX_HURRIED + 5
+    advanced = advance(core, MAX_EXPEDITED_STEPS + 5)
+    assert advanced.pop("steady") == MAX_EXPEDITED_STEPS + 5
     assert set(advanced.values()) == {0}
 
 
@@ -191,8 +191,8 @@ def test_a_tenant_within_its_share_is_not_left_to_fall_silent() -> None:
     steady = running(core)["steady"]
     for sequence in core.scheduler.running:
         let_slack(core, sequence, -0.3 if sequence is steady else -1.0)
-    advanced = advance(core, 2 * (MAX_HURRIED + 1))
-    assert advanced.pop("steady") == 2 * (MAX_HURRIED + 1)
+    advanced = advance(core, 2 * (MAX_EXPEDITED_STEPS + 1))
+    assert advanced.pop("steady") == 2 * (MAX_EXPEDITED_STEPS + 1)
     assert set(advanced.values()) == {2}
 
 
