@@ -124,7 +124,7 @@ def _peer_times(raw: dict[str, Any]) -> PeerTimes:
     return PeerTimes(**{**raw, "reading": Reading(**raw["reading"])})
 
 
-# --- beside transformers ---
+# --- comparison with transformers ---
 
 
 def _peer_of(case: str) -> str | None:

@@ -51,7 +51,7 @@ class Report:
 
 
 class Overload:
-    """The parts, against one service.
+    """The parts of the benchmark, against one service.
 
     Args:
         keys: API keys of the two tenants, by name.

@@ -272,7 +272,7 @@ async def _status(call: Awaitable[Any]) -> str:
     return "OK"
 
 
-# --- the wire ---
+# --- raw HTTP ---
 
 
 def wire(http_url: str, grpc_url: str, num: int, seed: int) -> Findings:

@@ -22,8 +22,8 @@ class LeapingScheduler(Scheduler):
     """`Scheduler` with additional methods; overrides nothing."""
 
     def quiet_steps(self) -> int:
-        """Steps from now in which everyone running decodes one position, if nobody comes, leaves or ends; and, while
-        `some_modest`, if no step is slower than playback."""
+        """Number of upcoming steps in which every running sequence decodes one position, barring arrivals, departures
+        and ends; and, while `some_modest`, provided that no step is slower than playback."""
         if self.pages.has_copies or self._round or not self.running:
             return 0
         if any(s.phase is not Phase.DECODE for s in self.running):
@@ -31,12 +31,12 @@ class LeapingScheduler(Scheduler):
         if sum(len(s.rows) for s in self.running) > self.config.max_step_rows:
             return 0
         if self.places.some_flood and any(s.times.first_chunk is None for s in self.running):
-            return 0  # whoever hears nothing yet may go before the others
+            return 0  # sequences without first audio may take precedence
         return max(0, self._steps_to_retry - 1) if self.waiting else UNLIMITED
 
     @property
     def some_modest(self) -> bool:
-        """Whether others flood, and somebody who runs does not."""
+        """Whether some running sequence belongs to a tenant within its share while others flood."""
         return any(self.places.is_modest(s.request.tenant) for s in self.running)
 
     def pages_after(self) -> list[int]:
@@ -48,7 +48,7 @@ class LeapingScheduler(Scheduler):
         return taken
 
     def leap(self, num_steps: int) -> None:
-        """Take `num_steps` quiet steps."""
+        """Execute `num_steps` quiet steps."""
         self._steps_to_retry -= num_steps
         self._num_steps += num_steps
         for sequence in self.running:

@@ -83,7 +83,7 @@ class Replica:
         self._leaps = leaps
         self._num_empty = 0
 
-    # --- coming and going ---
+    # --- arrivals and departures ---
 
     def submit(self, request: Request, now: float) -> None:
         """A request reaches the engine at `now`, to which the replica has been advanced."""
@@ -275,7 +275,7 @@ class Replica:
         )
 
     def check(self) -> None:
-        """Assert that pages, rows and the ledger agree."""
+        """Assert that pages, rows and counters are consistent."""
         self.allocator.check(row.pages for s in self.scheduler.running for row in s.rows)
         assert len(self._jobs) == len(self.scheduler.running) + len(self.scheduler.waiting)
         assert self.load_left == sum(job.load_left for job in self._jobs.values())

@@ -1,6 +1,6 @@
-"""The codes of one piece, from whichever language model lives.
+"""The codes of one piece, with failover between language-model replicas.
 
-Keeps the codes that came, and when a language model is lost asks another to go on after them. Knows no audio.
+Keeps the codes received so far; when a replica is lost, another one resumes after them. Independent of audio.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from musicgen_serving.spokes import BrokenError, LostError, Spokes
 
 @dataclass(frozen=True, slots=True)
 class CodesStarted:
-    """A language model has taken the piece; comes once, first."""
+    """A language model has accepted the piece; the first event, sent once."""
 
     quoted_start_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class CodesEnd:
-    """All codes are there; comes once, last."""
+    """All codes have been received; the last event."""
 
     num_frames: int
-    """Frames that were decoded, over all attempts that told."""
+    """New frames, excluding the known ones."""
     queue_s: float
     prefill_s: float
     decode_s: float
@@ -40,15 +40,15 @@ class CodesEnd:
 
 
 CodesEvent = CodesStarted | Tensor | CodesEnd
-"""A tensor is the next codes `[K, T]`; known ones are not repeated."""
+"""A tensor holds the next codes `[K, T]`, excluding known ones."""
 
 
 class CodeStream:
     """One piece's codes.
 
     Args:
-        request: for the first attempt; later ones differ in their id, which gets a number, and in what is known.
-        made: told how many frames there are, whenever some come.
+        request: for the first attempt; later ones have a numbered id and more known codes.
+        made: called with the number of frames whenever codes arrive.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class CodeStream:
         """`CodesStarted`, codes, `CodesEnd`.
 
         Raises:
-            InvalidRequestError, OverloadedError: refused; before the first event.
-            ReplicaLostError: the attempts are used up. InternalError: engines fail alike.
+            InvalidRequestError, OverloadedError: rejected; before the first event.
+            ReplicaLostError: attempts exhausted. InternalError: engines fail in the same way.
         """
         while self._num_made < self._request.codes.num_frames:
             try:
@@ -109,7 +109,7 @@ class CodeStream:
         raise LostError("the stream ended early")
 
     def _next_request(self) -> EngineRequest:
-        """The same piece, from where it stands. The deadline was promised once, at the first attempt."""
+        """The same piece from its current position. The deadline is only checked at the first attempt."""
         attempt = self._patience.num_failures
         if attempt == 0:
             return self._request
@@ -133,7 +133,7 @@ class CodeStream:
 async def _timed(
     events: AsyncIterator[LanguageModelEvent], settings: FailoverSettings
 ) -> AsyncIterator[LanguageModelEvent]:
-    """The events, except signs of life. Raises: TimeoutError: a silence that is too long."""
+    """The events without heartbeats. Raises: TimeoutError: heartbeat timeout."""
     limit_s = settings.first_answer_s
     while True:
         try:

@@ -109,7 +109,7 @@ CLIENT_CODES = frozenset(row.code for row in _TABLE if row.http_status < 500)
 _HIDDEN = (EngineDeadError, WeightsError)
 """Errors whose messages contain internal details."""
 _INTERNAL = ErrorReport(
-    500, "server_error", "internal_error", "internal error; the request id is in the log", "INTERNAL"
+    500, "server_error", "internal_error", "internal error; see the server log for this request id", "INTERNAL"
 )
 
 

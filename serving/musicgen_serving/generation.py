@@ -1,6 +1,6 @@
-"""The service behind both edges: admits a request, makes it, settles it. Implements `service.MusicService`.
+"""The service behind both ingresses: admits, generates and settles requests. Implements `service.MusicService`.
 
-Owns the life of a request in this replica: exactly one settlement, whatever happens. Knows no transport.
+Owns the lifecycle of a request in this replica: exactly one settlement, whatever happens. Independent of transports.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ logger = logging.getLogger(__name__)
 
 READY, NOT_REACHED = "ready", "not reached"
 READINESS_S = 1.0
-"""For how long a look at the parts counts."""
+"""How long a readiness check is cached."""
 READINESS_WAIT_S = 2.0
-"""A part that takes longer to answer is not ready."""
+"""A component that takes longer to respond is not ready."""
 INPUTS_WAIT_S = 2.0
-"""For how long a request waits for a part to look at what it brings."""
+"""Timeout of the input checks of a request."""
 GATEKEEPER, EDGE = "gatekeeper", "edge"
 
 
@@ -58,7 +58,7 @@ class GenerationService:
 
     Args:
         pipelines: by the served model's name.
-        watch: what is counted and timed.
+        watch: receives the metrics.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class GenerationService:
         return self._settings.limits
 
     async def start(self) -> None:
-        """Begin to report to the gatekeeper."""
+        """Start reporting to the gatekeeper."""
         self._register.start()
 
     def leave(self) -> None:
-        """Not ready from now on, so that balancers turn to other replicas; requests are still taken."""
+        """Report not-ready from now on, so that load balancers move away; requests are still accepted."""
         self._leaving = True
 
     async def close(self) -> None:
-        """Stop what is under way here."""
+        """Stop all running requests of this replica."""
         await self._register.close()
 
     async def authenticate(self, api_key: str | None) -> Tenant:
@@ -98,7 +98,7 @@ class GenerationService:
         self._watch.rejected("", "" if tenant is None else tenant.tenant_class, code)
 
     async def cancel(self, tenant: Tenant, request_id: str) -> GenerationStatus:
-        self._register.stop(request_id, tenant.name)  # if it is here, it need not wait for the gatekeeper's message
+        self._register.stop(request_id, tenant.name)  # if it runs here, stop it without waiting for the gatekeeper
         return await self._gatekeeper.cancel(tenant.name, request_id)
 
     async def status(self, tenant: Tenant, request_id: str) -> GenerationStatus:
@@ -119,14 +119,14 @@ class GenerationService:
             for model in models:
                 if _is_allowed(model, tenant):
                     return model
-            raise NotFoundError("model: this key may use none of the served models")
+            raise NotFoundError("model: no served model is available to this API key")
         for model in models:
             if model.name == name:
                 if _is_allowed(model, tenant):
                     return model
-                raise ForbiddenError(f"model: {name!r} is not among those that this key may use")
+                raise ForbiddenError(f"model: {name!r} is not available to this API key")
         names = ", ".join(model.name for model in models)
-        raise NotFoundError(f"model: expected one of {names}, got {name!r}; GET /v1/models lists them")
+        raise NotFoundError(f"model: expected one of {names}, got {name!r}")
 
     async def _info_if_reached(self, model: ModelSettings, tenant: Tenant) -> ModelInfo | None:
         if model.name not in self._cards:
@@ -141,7 +141,7 @@ class GenerationService:
         if self._leaving:
             return Readiness(False, {EDGE: "leaving"})
         now = asyncio.get_running_loop().time()
-        if now >= self._look_again_at:  # probes of both protocols come often
+        if now >= self._look_again_at:  # health probes are frequent
             self._look_again_at = now + READINESS_S
             looks = (self._gatekeeper_state(), *(self._state(name) for name in self._pipelines))
             keeper, *states = await together(*(_looked(look) for look in looks))
@@ -170,7 +170,7 @@ class GenerationService:
             async with _until(ends_at, request):
                 ticket = await self._register.admit(_admission(tenant, request))
         except MusicGenError as error:
-            model = request.model if request.model in self._pipelines else ""  # else whatever a caller writes
+            model = request.model if request.model in self._pipelines else ""  # unknown names must not become labels
             self._watch.rejected(model, tenant.tenant_class, errors.report(error).code)
             raise
         self._log_admitted(tenant, request)
@@ -184,7 +184,7 @@ class GenerationService:
                 yield event
 
     async def _events(self, running: Running, ends_at: float | None) -> AsyncGenerator[GenerationEvent, None]:
-        """What the caller gets of an admitted request. Fills in how it went as it goes."""
+        """The events of an admitted request for its caller. Records the outcome in `running`."""
         request, maker = running.request, running.maker
         has_started = False
         try:
@@ -243,15 +243,16 @@ class GenerationService:
         logger.info("admitted", extra=fields)
 
     async def _checked(self, tenant: Tenant, request: GenerationRequest) -> ModelConfig:
-        """The model's shapes, if the tenant may have what it asks for."""
+        """Validate the request; returns the model's configuration."""
         config = (await self._card(self._allowed_model(tenant, request.model).name)).config
         check_fits(request, config)
         await self._check_inputs(request, config)
         return config
 
     async def _check_inputs(self, request: GenerationRequest, config: ModelConfig) -> None:
-        """Refuse what is quickly seen to be unusable, before it takes a place and counts as a request that failed. What
-        only the work itself can show (a damaged recording) is found then; so is this, if a part does not answer."""
+        """Reject inputs that are cheaply found invalid before admission, so that they neither take a slot nor count as
+        failed. Other problems (a damaged recording) surface during generation, as do these if a component does not
+        respond."""
         if request.prompt_audio is not None:
             prompt_s = await asyncio.to_thread(length_s, request.prompt_audio)
             if prompt_s is not None:
@@ -265,12 +266,12 @@ class GenerationService:
             async with asyncio.timeout(INPUTS_WAIT_S):
                 await together(*checks)
         except (LostError, TimeoutError) as error:
-            logger.warning("request %s: not checked beforehand: %s", request.request_id, type(error).__name__)
+            logger.warning("request %s: input checks skipped: %s", request.request_id, type(error).__name__)
 
     async def _card(self, model: str) -> ModelCard:
-        """What is known of a model; asked for once.
+        """The model's properties; queried once.
 
-        Raises: ReplicaLostError: no replica answers.
+        Raises: ReplicaLostError: no replica responds.
         """
         if model not in self._cards:
             describe = self._pipelines[model].spokes.describe
@@ -287,13 +288,13 @@ async def _looked(look: Awaitable[str]) -> str:
 
 
 def _ends_at(deadline_s: float | None) -> float | None:
-    """The event loop's time of a deadline."""
+    """A deadline in event-loop time."""
     return None if deadline_s is None else asyncio.get_running_loop().time() + deadline_s
 
 
 @asynccontextmanager
 async def _until(ends_at: float | None, request: GenerationRequest) -> AsyncIterator[None]:
-    """Raises: DeadlineExceededError: the context lasts longer."""
+    """Raises: DeadlineExceededError: the deadline passes within the context."""
     try:
         async with asyncio.timeout_at(ends_at):
             yield
@@ -303,7 +304,7 @@ async def _until(ends_at: float | None, request: GenerationRequest) -> AsyncIter
 
 @contextmanager
 def _stopping(maker: Maker, ends_at: float | None, request: GenerationRequest) -> Iterator[None]:
-    """Stop `maker` if the context lasts longer."""
+    """Stop `maker` when the deadline passes within the context."""
     if ends_at is None:
         yield
         return
@@ -344,8 +345,8 @@ def _started(request: GenerationRequest, prepared: Prepared, quoted_start_s: flo
 
 
 def _may_be_too_long(prompt: str) -> bool:
-    """Whether it is worth asking: no token of T5 has less than one character after it has normalised the text; two are
-    added."""
+    """Whether the prompt needs checking: every T5 token covers at least one character of the normalized text, and two
+    tokens are added."""
     return len(unicodedata.normalize("NFKC", prompt)) + 2 > MAX_TEXT_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""The edges in Ray's processes: the service, reaching its parts through handles, behind HTTP or gRPC. No logic."""
+"""The ingresses as Ray replicas: the service behind HTTP or gRPC, calling its components through handles. No logic."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ logger = logging.getLogger(__name__)
 Parts = tuple[Handle, Handle, Handle, Handle]
 """Handles of one model's language model, codec, text encoder and chroma extractor."""
 COUNT_S = 2.0
-"""Between two counts of the engines."""
+"""Interval of counting the engines."""
 
 
 class Server(Protocol):
-    """A server of either protocol, listening."""
+    """A running server of either protocol."""
 
     async def stop(self, grace_s: float) -> None: ...
 
 
 class Ingress:
-    """What both ingresses are: the service in this process, reaching its parts through handles, and a server before it.
+    """Base of both ingresses: the service in this process, calling its components through handles, behind a server.
 
-    The servers are our own. Serve's proxies would take connections for all nodes, but: that of gRPC has no TLS and
-    loses cancellations, that of HTTP has no TLS and no flow control, and each answer takes two more hops.
+    Uses its own servers instead of Serve's proxies: the gRPC proxy has no TLS and loses cancellations, the HTTP proxy
+    has no TLS and no flow control, and each response takes two more hops.
 
     Args:
-        parts: for each model's name, handles of its language model, codec, text encoder and chroma extractor.
+        parts: by model name, handles of its language model, codec, text encoder and chroma extractor.
     """
 
     part = "ingress"
@@ -59,34 +59,34 @@ class Ingress:
         self.service = GenerationService(settings, pipelines, self.gatekeeper, watch)
 
     async def start(self) -> None:
-        """Begin to report, and to count the engines."""
+        """Start reporting, and counting the engines."""
         await self.service.start()
         self._counting = asyncio.create_task(self._count_engines())
 
     async def _count_engines(self) -> None:
-        """Tell the gatekeeper how many engines there are: what it foresees depends on it."""
+        """Report the number of engines to the gatekeeper, whose estimates depend on it."""
         while True:
             for model, engine in self._engines.items():
                 try:
                     loads = await engine.broadcast("load").results_async(timeout_s=COUNT_S, return_exceptions=True)
                     await self.gatekeeper.set_capacity(model, sum(not isinstance(load, Exception) for load in loads))
-                except Exception as error:  # the next count comes soon
-                    logger.warning("model %s: its engines could not be counted: %s", model, type(error).__name__)
+                except Exception as error:  # retried at the next interval
+                    logger.warning("model %s: counting its engines failed: %s", model, type(error).__name__)
             await asyncio.sleep(COUNT_S)
 
     async def __del__(self) -> None:
-        """Serve awaits it when the replica is to end: what is under way ends, what is to be settled is settled."""
+        """Awaited by Serve when the replica stops: drains running requests and settles them."""
         self.service.leave()
         await asyncio.sleep(self.edge.lame_duck_s)
         await self._server.stop(self.settings.drain_s)
         await self.service.close()
 
     def check_health(self) -> None:
-        """An ingress that answers is well; whether its parts are is `/readyz`."""
+        """An ingress that responds is healthy; the health of its components is reported by `/readyz`."""
 
 
 class HttpIngress(Ingress):
-    """The HTTP API. The root of the application: it holds the handles of all that nobody else does."""
+    """The HTTP API. Root of the application graph: binds the deployments that no other deployment references."""
 
     part = "http"
 

@@ -1,7 +1,7 @@
-"""Who used what: one line for each request that ended, and counts to check the gatekeeper's books by.
+"""Usage log: one line per ended request, and counters to verify the gatekeeper's consistency.
 
-Owns the usage file and the counts. Of these only the lines that were lost become a metric: requests are counted for
-the metrics by the edges (`watch`). Knows no prompt and no key, and decides nothing.
+Owns the usage file and the counters. Only the number of lost lines is exported as a metric: request metrics come from
+the ingresses (`watch`). Contains no prompts and no keys.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from musicgen_serving.backlog import ModelLoad
 log = logging.getLogger(__name__)
 
 TenantModel = tuple[str, str]
-"""Class of the tenant, name of the model: the labels of every count."""
+"""Tenant class and model name: the labels of every counter."""
 
 
 @dataclass(frozen=True, slots=True)
 class UsageLine:
-    """How one admitted request went. Set by the gatekeeper."""
+    """Usage of one admitted request. Set by the gatekeeper."""
 
     request_id: str
     tenant: str
@@ -35,9 +35,9 @@ class UsageLine:
     model: str
     reason: FinishReason
     asked_s: float
-    """Seconds of audio asked for."""
+    """Requested seconds of audio."""
     billed_s: float
-    """Seconds of audio that count."""
+    """Billed seconds of audio."""
     time_to_first_audio_s: float | None
     total_s: float
     num_failovers: int
@@ -61,7 +61,7 @@ class UsageLine:
         )
 
     def to_json(self, time: float) -> str:
-        """One line, without its end. `time`: seconds of the epoch."""
+        """One line, without the newline. `time`: seconds since the epoch."""
         return json.dumps(
             {
                 "time": datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds"),
@@ -82,14 +82,14 @@ class UsageLine:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Everything counted since the start. Keys begin with the tenant's class and the model."""
+    """All counters since the start. Keys start with the tenant class and the model."""
 
     admitted: dict[TenantModel, int]
     finished: dict[TenantModel, int]
     cancelled: dict[TenantModel, int]
     failed: dict[TenantModel, int]
     rejected: dict[tuple[str, str, str], int]
-    """Third: the code of the error, as in `errors.report`."""
+    """Third: the error code, as in `errors.report`."""
     running_by: dict[TenantModel, int]
     running: int
     models: dict[str, ModelLoad]
@@ -97,10 +97,10 @@ class Counts:
 
 
 class Ledger:
-    """Counts of requests, and the usage file.
+    """Request counters, and the usage file.
 
     Args:
-        file: lines are added to it; None keeps counts only.
+        file: lines are appended to it; None: counters only.
 
     Raises:
         InvalidRequestError: the file cannot be written.
@@ -109,11 +109,11 @@ class Ledger:
     def __init__(self, file: Path | None) -> None:
         self.admitted: Counter[TenantModel] = Counter()
         self.ended: Counter[tuple[str, str, str]] = Counter()
-        """By class, model and value of the `FinishReason`."""
+        """By tenant class, model and value of the `FinishReason`."""
         self.rejected: Counter[tuple[str, str, str]] = Counter()
-        """By class, model and code of the error."""
+        """By tenant class, model and error code."""
         self.num_lines_lost = 0
-        """Lines that could not be written, such as to a full disk."""
+        """Lines that could not be written, e.g. because the disk is full."""
         self._file = None if file is None else _open(file)
 
     def admit(self, tenant_class: str, model: str) -> None:
@@ -123,7 +123,7 @@ class Ledger:
         self.rejected[tenant_class, model, code] += 1
 
     def end(self, line: UsageLine, time: float) -> None:
-        """An admitted request has ended at `time`, in seconds of the epoch. Writes its line through to the system."""
+        """An admitted request has ended at `time`, in seconds since the epoch. Writes and flushes its line."""
         self.ended[line.tenant_class, line.model, line.reason.value] += 1
         if self._file is None:
             return
@@ -132,17 +132,17 @@ class Ledger:
             self._file.flush()
         except (OSError, ValueError) as error:
             self.num_lines_lost += 1
-            log.error("request %s: its usage line could not be written: %s", line.request_id, type(error).__name__)
+            log.error("request %s: usage line could not be written: %s", line.request_id, type(error).__name__)
 
     def num_running(self) -> Counter[TenantModel]:
-        """Requests that were admitted and have not ended."""
+        """Admitted requests that have not ended."""
         running = self.admitted.copy()
         for (tenant_class, model, _), count in self.ended.items():
             running[tenant_class, model] -= count
         return running
 
     def counts(self, models: dict[str, ModelLoad]) -> Counts:
-        """A copy of all counts, with the load of each model beside them."""
+        """A copy of all counters, with the load of each model."""
 
         def by(reason: FinishReason) -> dict[TenantModel, int]:
             return {(kind, model): count for (kind, model, value), count in self.ended.items() if value == reason.value}
@@ -160,17 +160,17 @@ class Ledger:
         )
 
     def check(self, running: Counter[TenantModel]) -> None:
-        """admitted = finished + cancelled + failed + running, for each class and model.
+        """Check admitted = finished + cancelled + failed + running, for each tenant class and model.
 
         Args:
-            running: requests that run, counted by someone else.
+            running: running requests, counted independently.
 
         Raises:
             RuntimeError: it does not hold.
         """
         expected = self.num_running()
         if {key: count for key, count in expected.items() if count} != dict(+running):
-            raise RuntimeError(f"the ledger says that {dict(expected)} run, the registry has {dict(running)}")
+            raise RuntimeError(f"running requests: the ledger has {dict(expected)}, the registry {dict(running)}")
 
     def close(self) -> None:
         if self._file is not None:
@@ -178,7 +178,7 @@ class Ledger:
 
 
 def _open(path: Path) -> IO[str]:
-    """The file for appending; after a line that a crash has cut off, a new one is begun."""
+    """Open the file for appending; starts a new line after one truncated by a crash."""
     try:
         file = path.open("a", encoding="utf-8")
         with path.open("rb") as old:
@@ -186,7 +186,7 @@ def _open(path: Path) -> IO[str]:
                 file.write("\n")
     except OSError as error:
         raise InvalidRequestError(
-            "a file that can be written", f"{path} ({type(error).__name__})", param="access.usage_file"
+            "a writable file", f"{path} ({type(error).__name__})", param="access.usage_file"
         ) from error
     return file
 

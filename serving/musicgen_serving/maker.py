@@ -27,7 +27,7 @@ class Maker:
     """Starts generating on construction.
 
     Args:
-        ends_at: the event loop's time of its deadline.
+        ends_at: deadline in event-loop time.
     """
 
     def __init__(

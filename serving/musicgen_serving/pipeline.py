@@ -1,7 +1,7 @@
-"""One request through the parts of its model: text and melody → conditions → codes → samples. The only orchestrator.
+"""Runs a request through the components of its model: text and melody → conditioning → codes → samples.
 
-Keeps the codes that it has received, so that a language model which dies is replaced by any other and goes on with the
-same codes; the codec's state travels, so any codec can take the next chunk. Knows no transport, tenant or quota.
+Keeps the codes received so far, so that any other language-model replica can resume after a failure; the codec's state
+travels with each call, so any codec replica can decode the next chunk. Independent of transports, tenants and quotas.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from musicgen_serving.spokes import Spokes
 from musicgen_serving.types import GenerationRequest, PieceAudio, PieceReport
 
 WHOLE = ChunkPolicy(first_frames=150, max_frames=500, growth=1.5)
-"""For callers that do not listen meanwhile: few messages, and the codec works beside the language model."""
+"""Chunking of non-streaming requests: few messages, and the codec still overlaps with the language model."""
 MIN_DEADLINE_S = 1e-3
-"""A language model takes no deadline that has passed; one so near it refuses."""
+"""The engine does not accept an expired deadline; one this close is rejected as too short."""
 RECORDING_ATTEMPTS = 2
-"""A recording that takes one replica down with it takes the next down too."""
+"""Fewer attempts: a recording that crashes one replica is likely to crash the next one, too."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class PieceStarted:
-    """A language model has taken the piece. Set by the pipeline."""
+    """A language model has accepted the piece. Set by the pipeline."""
 
     piece: int
     quoted_start_s: float
@@ -53,34 +53,35 @@ PieceEvent = PieceStarted | PieceAudio | PieceReport
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A request with everything that its pieces share. Set by `Pipeline.prepare`."""
+    """A request with everything shared by its pieces. Set by `Pipeline.prepare`."""
 
     config: ModelConfig
     codes: tuple[CodesRequest, ...]
-    """One for each piece."""
+    """One per piece."""
     num_failovers: int
 
     @property
     def num_samples(self) -> int:
-        """Samples a channel of each piece."""
+        """Samples per channel of each piece."""
         return self.codes[0].num_frames * self.config.codec.hop_length
 
 
 class Pipeline:
-    """The way of a request through one model."""
+    """Runs requests through one model."""
 
     def __init__(self, spokes: Spokes, settings: FailoverSettings) -> None:
         self.spokes, self._settings = spokes, settings
         self._initial_state: StreamState | None = None
 
     async def prepare(self, request: GenerationRequest, config: ModelConfig) -> Prepared:
-        """Condition every piece; texts, melody and prompt recording at the same time.
+        """Compute the conditioning of every piece; texts, melody and audio prompt concurrently.
+
+        Requires that `check_fits` has passed.
 
         Raises:
-            InvalidRequestError: a recording that cannot be read or used, a prompt that is too long. What `check_fits`
-                refuses must not come here.
-            MissingDependencyError: stems cannot be separated here.
-            ReplicaLostError: a part of the model cannot be reached.
+            InvalidRequestError: an unreadable or unusable recording, or a prompt that is too long.
+            MissingDependencyError: stem separation is not installed.
+            ReplicaLostError: a component of the model is unavailable.
         """
         lost = _Counter()
         texts = list({piece.prompt for piece in request.pieces})
@@ -112,18 +113,18 @@ class Pipeline:
         made: Callable[[int], None] = lambda _: None,
         ends_at: float | None = None,
     ) -> AsyncGenerator[PieceEvent, None]:
-        """`PieceStarted`, the audio of one piece, then its `PieceReport`. Leaving early cancels it.
+        """`PieceStarted`, the audio of one piece, then its `PieceReport`. Closing early cancels it.
 
         Args:
-            made: told how many frames there are, known ones included, whenever codes come: before their audio.
-            ends_at: the event loop's time of the request's deadline: what is left of it is the language model's.
+            made: called with the number of frames, including known ones, when codes arrive, before their audio.
+            ends_at: the request's deadline in event-loop time; the language model gets the remaining time.
         Raises:
-            OverloadedError: refused by the engine; before the first event.
-            ReplicaLostError: a part of the model is gone for too long.
+            OverloadedError: rejected by the engine; before the first event.
+            ReplicaLostError: a component of the model is unavailable for too long.
         """
         codes = prepared.codes[piece]
         engine_request = EngineRequest(
-            f"{request.request_id}/{piece}-{secrets.token_hex(4)}",  # a repeat may begin before the first is gone
+            f"{request.request_id}/{piece}-{secrets.token_hex(4)}",  # a retry may start before the first one is gone
             codes,
             tenant=ticket.tenant,
             weight=ticket.weight,
@@ -138,7 +139,7 @@ class Pipeline:
             buffer.add(codes.known_codes)
         sound = Sound(prepared.num_samples, request.first_sample)
         state, num_failovers = await self._first_state(request), 0
-        urgent = request.chunks is not None  # until its listener hears something
+        urgent = request.chunks is not None  # until the first audio is delivered
         async with aclosing(ahead(stream.events())) as events:
             async for batch in events:
                 if isinstance(batch[0], CodesStarted):
@@ -162,14 +163,14 @@ class Pipeline:
                     yield sound.report(piece, batch[-1], num_failovers + prepared.num_failovers)
 
     async def _first_state(self, request: GenerationRequest) -> StreamState:
-        """A value like any other, and always the same: asked for once."""
+        """The codec's initial state; always the same, so it is fetched once."""
         if self._initial_state is None:
             found = await self._insist_on(request, "codec", self.spokes.initial_state)
             self._initial_state = found[0]
         return self._initial_state
 
     async def _text(self, text: str | None, lost: _Counter) -> Tensor | None:
-        if not text:  # the empty text is none, as everywhere
+        if not text:  # empty means no text
             return None
         return await self._insist(lost, "text encoder", lambda: self.spokes.encode_text(text))
 
@@ -210,18 +211,18 @@ class _Counter:
 
 
 def check_fits(request: GenerationRequest, config: ModelConfig) -> None:
-    """Refuse what the model cannot make, before any work.
+    """Reject requests that the model does not support, before any work.
 
     Raises:
-        InvalidRequestError: it names the argument.
+        InvalidRequestError: names the argument.
     """
     if config.chroma is None:
         for name, value in (("melody", request.melody), ("melody_guidance", request.sampling.melody_guidance)):
             if value is not None:
-                expected = f"none for model {request.model!r}, which takes no melody"
-                raise InvalidRequestError(expected, f"a {name}", "choose a melody model", param=name)
+                expected = f"no {name} for model {request.model!r}, which does not support melodies"
+                raise InvalidRequestError(expected, "one", "use a melody model", param=name)
     if request.melody is None and request.stems:
-        raise InvalidRequestError("a melody to take the stems of", "none", param="stems")
+        raise InvalidRequestError("a melody when stems is set", "none", param="stems")
     num_frames = config.num_frames(request.duration_s)
     if num_frames < 1:
         got = f"{request.duration_s!r} s"

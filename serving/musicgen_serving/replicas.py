@@ -1,6 +1,6 @@
-"""What computes in Ray's processes: the plain parts, set up, warmed, watched. Owns processes' threads; no logic.
+"""The compute components as Ray replicas: setup, warm-up, gauges. Owns the processes' threads; no logic.
 
-A replica counts as started when its constructor returns: then it is loaded and warm. Serve asks `check_health`.
+A replica is started when its constructor returns: loaded and warmed up. Serve polls `check_health`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from musicgen_serving.settings import LimitSettings, ModelSettings, Observabilit
 
 CONDITIONS_AND_CODES_NICENESS = 3
 SOUND_NICENESS = 10
-"""Of threads that compute, so that event loops, whose work is short, run first where they share cores. The codec's run
-last: their listeners already play. A first audio, for which somebody waits, does not step back in the codec."""
+"""Niceness of compute threads, so that event loops, whose work is short, run first on shared cores. The codec has the
+lowest priority, because its streams are already playing; its thread for first audio keeps normal priority."""
 SAME_EVERYWHERE = 1
-"""Threads of torch where its results must be the same in every process."""
+"""torch threads, where results must be identical in every process."""
 
 
 def set_up(
@@ -44,16 +44,16 @@ def set_up(
     """Prepare the process of a replica that handles tensors.
 
     Args:
-        part: what runs here, for logs and spans.
-        num_threads: torch's threads in a replica that computes; None for one that does not.
-        niceness: of the threads that compute, which are all but the event loop's.
+        part: name of the component, for logs and spans.
+        num_threads: number of torch threads, in a replica that computes; None in one that does not.
+        niceness: of the compute threads, i.e. all but the event loop's.
     """
     process.set_up(part, observability)
     wire.pickle_tensors_as_arrays()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     torch.set_num_threads(num_threads or 1)
     if num_threads is not None:
-        # Linux counts niceness by thread; threads that these start inherit it.
+        # On Linux niceness is per thread, and inherited by the threads that these start.
         executor = ThreadPoolExecutor(initializer=os.nice, initargs=(niceness,))
         asyncio.get_running_loop().set_default_executor(executor)
 
@@ -66,10 +66,10 @@ class LanguageModelReplica(LanguageModel):
     """The engine of one replica."""
 
     async def __init__(self, settings: ModelSettings, observability: ObservabilitySettings) -> None:  # type: ignore[misc]
-        # One core is left to the codec and the edges: threads of a step that wait for each other must not be held up.
+        # Leave one core to the codec and the ingresses: an engine step stalls if any of its threads is preempted.
         num_threads = settings.num_threads or max(1, len(os.sched_getaffinity(0)) - 1)
         set_up("language-model", observability, num_threads)
-        await asyncio.to_thread(super().__init__, settings)  # the engine's threads step back like this one
+        await asyncio.to_thread(super().__init__, settings)  # the engine's threads inherit this one's niceness
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 
@@ -84,7 +84,7 @@ class LanguageModelReplica(LanguageModel):
                     yield event
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve."""
+        """Polled by Serve."""
         return {LOAD: (await self.load()).queued_frames}
 
     async def _show_gauges(self, labels: dict[str, str]) -> None:
@@ -110,7 +110,7 @@ class CodecReplica(CodecDecoder):
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
     ) -> None:
         set_up("codec", observability, SAME_EVERYWHERE, SOUND_NICENESS)
-        super().__init__(settings, limits, urgent_thread=ThreadPoolExecutor(1))  # of niceness 0
+        super().__init__(settings, limits, urgent_thread=ThreadPoolExecutor(1))  # with niceness 0
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 
@@ -129,7 +129,7 @@ class CodecReplica(CodecDecoder):
             return await super().encode(content, duration_s)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve."""
+        """Polled by Serve."""
         return {LOAD: await self.num_calls()}
 
     async def _show_gauges(self, labels: dict[str, str]) -> None:
@@ -156,7 +156,7 @@ class TextEncoderReplica(TextEncoder):
             return await super().encode(prompt)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve."""
+        """Polled by Serve."""
         return {LOAD: await self.num_calls()}
 
 
@@ -179,5 +179,5 @@ class ChromaReplica(ChromaExtractor):
             return await super().extract(recording)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Asked by Serve."""
+        """Polled by Serve."""
         return {LOAD: await self.num_calls()}

@@ -56,7 +56,7 @@ class ChromaExtractor:
         self._self_check = SelfCheck("chroma extractor", self.warm_up)
 
     async def warm_up(self) -> None:
-        """The first Fourier transform is slow."""
+        """Run once: the first Fourier transform is slow."""
         if self._extractor is not None:
             await asyncio.to_thread(
                 self._extractor, [(torch.zeros(self._config.sample_rate), self._config.sample_rate)]

@@ -1,4 +1,4 @@
-"""A request message as a checked `GenerationRequest`. The checks are `musicgen_serving.checks`', shared with HTTP."""
+"""Request message → validated `GenerationRequest`. Validation is in `musicgen_serving.checks`, shared with HTTP."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _OPTIONAL_SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale", "melody
 async def to_request(
     message: pb.GenerateRequest | pb.StreamGenerateRequest, call: Call, chunks: ChunkPolicy | None
 ) -> GenerationRequest:
-    """The request, with the defaults that the .proto promises for what is absent.
+    """The request, with the defaults documented in the .proto.
 
     Raises:
-        InvalidRequestError, TooLargeError: a field out of its range, or a recording that is none; names the field.
-        NotFoundError, ForbiddenError, ReplicaLostError: the model, or its absence.
+        InvalidRequestError, TooLargeError: a field is out of range, or a recording is invalid; names the field.
+        NotFoundError, ForbiddenError, ReplicaLostError: the model is unknown, not permitted or unavailable.
     """
     spec = message.spec
     fields = RequestFields(
@@ -51,7 +51,7 @@ async def to_request(
 
 
 def loudness_lufs(spec: pb.GenerationSpec) -> float | None:
-    """Level that the edge brings whole pieces to; None: as made."""
+    """Loudness to which the ingress normalizes whole pieces; None: no normalization."""
     return spec.loudness if spec.HasField("loudness") else None
 
 

@@ -94,8 +94,8 @@ async def _form_items(headers: Headers, content: bytes) -> dict[str, object]:
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile) and name not in RECORDING_FIELDS:
-                expected = f"files only as {' and '.join(RECORDING_FIELDS)}"
-                raise InvalidRequestError(expected, "a file", param=plain_text(name, 100))
+                hint = f"only {' and '.join(RECORDING_FIELDS)} may be files"
+                raise InvalidRequestError("a text field", "a file", hint, param=plain_text(name, 100))
             _put(fields, name, await value.read() if isinstance(value, UploadFile) else value)
     finally:
         await form.close()

@@ -1,1 +1,1 @@
-"""The wire format of the gRPC API: .proto files, and the modules that `generate` makes of them."""
+"""The wire format of the gRPC API: .proto files, and the modules generated from them by `generate`."""
