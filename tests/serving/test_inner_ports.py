@@ -70,4 +70,4 @@ def test_a_ray_that_does_it_otherwise_is_told_of(
     monkeypatch.delattr(replica, "add_port_to_grpc_server")
     monkeypatch.setattr(logging.getLogger("musicgen_serving"), "propagate", True)
     inner_ports.keep_to_this_machine()
-    assert "every interface" in caplog.text
+    assert "all interfaces" in caplog.text

@@ -27,7 +27,7 @@ def flac(rate: int, channels: int, seconds: float) -> bytes:
     ("rate", "channels", "seconds"), [(655_350, 8, 590.0), (655_350, 1, 590.0), (48_000, 8, 590.0), (655_350, 8, 23.0)]
 )
 def test_a_small_file_that_would_fill_the_memory_is_refused(rate: int, channels: int, seconds: float) -> None:
-    with pytest.raises(InvalidRequestError, match="samples of all channels") as caught:
+    with pytest.raises(InvalidRequestError, match="samples over all channels") as caught:
         asyncio.run(check_recording(flac(rate, channels, seconds), "melody", LimitSettings()))
     assert caught.value.param == "melody"
 

@@ -70,7 +70,7 @@ def test_one_model_is_known_without_asking_the_others() -> None:
             await service.model(only_well, "lost")
         with pytest.raises(NotFoundError, match="silent, lost, well"):
             await service.model(ANYBODY, "another")
-        with pytest.raises(NotFoundError, match="none"):
+        with pytest.raises(NotFoundError, match="no served model"):
             await service.model(Tenant("eve", "default", 1.0, 0, None, frozenset()), None)
         with pytest.raises(ReplicaLostError):
             await service.model(ANYBODY, "lost")
