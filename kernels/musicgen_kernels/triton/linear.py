@@ -44,11 +44,12 @@ def _scaled(codes, scales, outputs, first, stride, there, GROUP: tl.constexpr, B
     if GROUP >= BLOCK_K:
         scale = tl.load(scales + outputs * stride + first // GROUP, mask=there, other=0.0).to(tl.float32)
         return codes * scale[:, None]
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
-    at = outputs[:, None] * stride + first // GROUP + tl.arange(0, GROUPS)[None, :]
-    scale = tl.load(scales + at, mask=there[:, None], other=0.0).to(tl.float32)
-    grouped = tl.reshape(codes, (codes.shape[0], GROUPS, codes.shape[1] // GROUPS))
-    return tl.reshape(grouped * scale[:, :, None], codes.shape)
+    else:  # not after the return: that would be compiled for long groups too, with no group in a block
+        GROUPS: tl.constexpr = BLOCK_K // GROUP
+        at = outputs[:, None] * stride + first // GROUP + tl.arange(0, GROUPS)[None, :]
+        scale = tl.load(scales + at, mask=there[:, None], other=0.0).to(tl.float32)
+        grouped = tl.reshape(codes, (codes.shape[0], GROUPS, codes.shape[1] // GROUPS))
+        return tl.reshape(grouped * scale[:, :, None], codes.shape)
 
 
 @triton.jit(do_not_specialize=VARYING)
