@@ -45,4 +45,4 @@ def folders(peers: dict[str, tiny.PreTrainedModel], tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="session")
 def models(folders: dict[str, Path]) -> dict[str, Model]:
     """Our models, loaded from those checkpoints."""
-    return {kind: load_model(str(folder)) for kind, folder in folders.items()}
+    return {kind: load_model(str(folder), "cpu") for kind, folder in folders.items()}

@@ -6,6 +6,7 @@ Only orchestrates: sampling and the codec belong to the API, file formats to `au
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,7 +113,7 @@ def _watch_parts(model: MusicGen, watch: Stopwatch) -> None:
     import torch
 
     if model.device.type == "cuda":
-        watch.synchronize = torch.cuda.synchronize
+        watch.synchronize = functools.partial(torch.cuda.synchronize, model.device)
     parts = model.model
     model.model = dataclasses.replace(
         parts,

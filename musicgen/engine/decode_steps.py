@@ -138,6 +138,9 @@ class DecodeSteps:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads, such as the codec's, may allocate during the capture.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            call()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                call()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails to end leaves its own stream current
         return graph.replay

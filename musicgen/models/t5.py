@@ -119,12 +119,16 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
     try:
         with _only_errors(logging.getLogger("transformers.configuration_utils")):
-            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{name_or_path}: expected a tokenizer (tokenizer.json or spiece.model), got an error: {error}"
         ) from error
-    return tokenizer
+    if all(token.startswith("<") or not token.strip("▁") for token in tokenizer.get_vocab()):
+        # Without its files transformers builds a tokenizer of special tokens only, to which every word is unknown.
+        raise WeightsError(f"{name_or_path}: expected a tokenizer (tokenizer.json or spiece.model), got none")
+    loaded: Tokenizer = tokenizer
+    return loaded
 
 
 @contextmanager

@@ -48,6 +48,8 @@ REQUIRED_DECODER = {
     "kv_repeat": 1,
     "past_context": None,
     "norm": "layer_norm",
+    "positional_scale": 1.0,
+    "max_period": 10000,
 }
 """Transformer options, checked if present: the released files come from several versions of audiocraft."""
 REQUIRED_CHROMA = {"nfft": None, "winlen": None, "winhop": None}
@@ -168,6 +170,7 @@ def _decoder_config(xp: XpConfig) -> DecoderConfig:
 
 def _chroma_config(xp: XpConfig) -> ChromaConfig | None:
     """Melody feature settings; the file lacks their length, which is derived from the training segment."""
+    xp.require("fuser.cross_attention_pos_emb", False, False)
     if "self_wav" not in xp.get("conditioners", dict):
         xp.require("fuser.cross", ["description"])
         xp.require("fuser.prepend", [], [])

@@ -58,7 +58,13 @@ def is_cached(repo_id: str) -> bool:
 
 def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=SAFE_FILES))
@@ -68,9 +74,17 @@ def _download(repo_id: str) -> Path:
         raise InvalidRequestError(
             "an existing model on the Hugging Face hub", repr(repo_id), "see `musicgen models`", param="model"
         ) from error
+    except HFValidationError as error:
+        raise InvalidRequestError(
+            "a Hugging Face repository id, such as facebook/musicgen-small", repr(repo_id), param="model"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise WeightsError(
             f"{repo_id}: expected its files in the local cache or on the Hugging Face hub, got neither "
             f"({type(error).__name__}); check the network, HF_HOME and HF_HUB_OFFLINE, or use `--model demo`"
+        ) from error
+    except HTTPError as error:  # of the HTTP client, in the middle of a download
+        raise WeightsError(
+            f"{repo_id}: the download was interrupted ({type(error).__name__}); run the same command again to resume it"
         ) from error
     return folder

@@ -14,12 +14,13 @@ import gpu_cubin
 import torch
 import triton
 from musicgen_kernels import PackedLinear, PagedKV, SampleBatch
+from musicgen_kernels.packing import DEFAULT_GROUP
 from triton.backends.compiler import GPUTarget
 
 F32, BF16, F16, I8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 HEADS, DIM, HEAD_DIM, CODEBOOKS, CODES = 24, 1536, 64, 4, 2048
 _NAMES = {F32: "fp32", BF16: "bf16", F16: "fp16", I8: "int8"}
-_PAIRS = [(F32, F32), (F32, BF16), (F32, F16), (F32, I8), (BF16, BF16), (BF16, I8), (F16, F16), (F16, I8)]
+_PAIRS = [(query, pages) for query in (F32, BF16, F16) for pages in (F32, BF16, F16, I8)]
 _QUICK = ("paged_attention decode bf16 int8", "paged_attention prefill bf16 bf16", "append bf16 int8",
           "delayed_sample_step", "linear bf16 int4", "linear bf16 bf16 to fp32", "layer_norm fp32 to bf16",
           "embed_codes bf16")  # fmt: skip
@@ -63,8 +64,9 @@ def _sample(ops: Any) -> None:
     )  # fmt: skip
 
 
-def _linear(ops: Any, dtype: torch.dtype, kind: Any, out: torch.dtype) -> None:
-    bits, group = {"fp32": (32, 0), "bf16": (16, 0), "int8": (8, 128), "int4": (4, 32)}[kind]
+def _linear(ops: Any, dtype: torch.dtype, kind: Any, out: torch.dtype, group_len: int | None = None) -> None:
+    bits = {"fp32": 32, "bf16": 16, "int8": 8, "int4": 4}[kind]
+    group = DEFAULT_GROUP[kind] if group_len is None else group_len
     scales = 2 * DIM * (DIM // group) if group else 0
     data = _meta(64 + DIM * DIM * bits // 8 + scales, dtype=torch.uint8)
     x, y = _meta(6, DIM, dtype=dtype), _meta(6, DIM, dtype=out)
@@ -104,6 +106,9 @@ def calls() -> dict[str, Callable[[Any], None]]:
         if dtype != F32:  # from it
             result[f"layer_norm fp32 to {name}"] = lambda ops, d=dtype: _layer_norm(ops, F32, False, d)
         result[f"embed_codes {name}"] = lambda ops, d=dtype: _embed(ops, d)
+        for kind, group in (("int8", 256), ("int4", 96)) if dtype != F32 else ():  # longer than the block of K
+            result[f"linear {name} {kind} group {group}"] = lambda ops, a=(dtype, kind, dtype, group): _linear(ops, *a)
+    result["linear bf16 bf16 to fp16"] = lambda ops: _linear(ops, BF16, "bf16", F16)  # queries, keys and values
     return result
 
 

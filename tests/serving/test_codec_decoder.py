@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,6 +51,14 @@ def test_a_piece_that_cannot_be_decoded_harms_no_other(
         assert samples.shape == (1, 640 * piece.codes.shape[-1])
         assert state.finished
         assert (samples - asyncio.run(codec.decode(piece))[0]).abs().max() <= 1e-5
+
+
+def test_the_first_state_is_on_the_host(codec: CodecDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to ingresses, which may have no GPU."""
+    on_device, on_host = Mock(), torch.zeros(3)
+    on_device.cpu.return_value = on_host
+    monkeypatch.setattr(codec._codec, "initial_state", lambda: StreamState(on_device, 0, 0, False))
+    assert torch.equal(asyncio.run(codec.initial_state()).values, on_host)
 
 
 def test_calls_take_turns_cell_by_cell_and_what_is_urgent_waits_for_none(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -379,6 +381,28 @@ def test_unknown_names(name: str) -> None:
 def test_known_model_offline_says_what_to_do() -> None:
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
         load_model("melody")
+
+
+def test_an_invalid_repository_id_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="repository id"):
+        load_model("facebook/musicgen-small@main")
+
+
+def test_an_interrupted_download_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> str:
+        raise httpx2.RemoteProtocolError("peer closed connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupted)
+    with pytest.raises(WeightsError, match="resume"):
+        load_model("melody")
+
+
+def test_a_missing_tokenizer_is_refused(copy: Callable[[str], Path]) -> None:
+    """transformers would build an empty one, to which every word is unknown."""
+    folder = copy("text")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(WeightsError, match="tokenizer"):
+        load_model(str(folder), "cpu")
 
 
 def test_empty_folder(tmp_path: Path) -> None:

@@ -29,16 +29,25 @@ _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 @triton.jit
+def _nibble_minus_8(nibble):
+    """nibble − 8 in float16, exact. float16 numbers from 1024 on are 1 apart, so a nibble in the low bits of 1024.0
+    (0x6400) adds itself: no conversion from integers is needed.
+    """
+    return (nibble | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+
+
+@triton.jit
 def _scaled(codes, scales, outputs, first, stride, there, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """Codes [N, J] of BLOCK_K inputs from `first` on, times their groups' scales."""
     if GROUP >= BLOCK_K:
         scale = tl.load(scales + outputs * stride + first // GROUP, mask=there, other=0.0).to(tl.float32)
         return codes * scale[:, None]
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
-    at = outputs[:, None] * stride + first // GROUP + tl.arange(0, GROUPS)[None, :]
-    scale = tl.load(scales + at, mask=there[:, None], other=0.0).to(tl.float32)
-    grouped = tl.reshape(codes, (codes.shape[0], GROUPS, codes.shape[1] // GROUPS))
-    return tl.reshape(grouped * scale[:, :, None], codes.shape)
+    else:  # noqa: RET505 - code after the return would be compiled for long groups too, with no group in a block
+        GROUPS: tl.constexpr = BLOCK_K // GROUP
+        at = outputs[:, None] * stride + first // GROUP + tl.arange(0, GROUPS)[None, :]
+        scale = tl.load(scales + at, mask=there[:, None], other=0.0).to(tl.float32)
+        grouped = tl.reshape(codes, (codes.shape[0], GROUPS, codes.shape[1] // GROUPS))
+        return tl.reshape(grouped * scale[:, :, None], codes.shape)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -74,14 +83,14 @@ def _linear(
         if IS_INT4:
             packed = first // 2 + tl.arange(0, BLOCK_K // 2)
             w_at = codes + outputs[:, None] * (in_features // 2) + packed[None, :]
-            pair = tl.load(w_at, mask=outputs_inside[:, None], other=0).to(tl.int32)
+            pair = tl.load(w_at, mask=outputs_inside[:, None], other=0).to(tl.int16)
             stride = in_features // GROUP
             low = _scaled(
-                ((pair & 15) - 8).to(tl.float32),
+                _nibble_minus_8(pair & 15),
                 scales, outputs, first, stride, outputs_inside, GROUP, BLOCK_K,
             )  # fmt: skip
             high = _scaled(
-                ((pair >> 4) - 8).to(tl.float32),
+                _nibble_minus_8(pair >> 4),
                 scales, outputs, first, stride, outputs_inside, GROUP, BLOCK_K,
             )  # fmt: skip
             even, odd = tl.split(tl.reshape(x_tile, (TILE_M, BLOCK_K // 2, 2)))
@@ -112,6 +121,18 @@ def _block_k(in_features: int, group_len: int) -> int:
         if in_features % block == 0 and whole_groups:
             return block
     raise KernelArgumentError("weight", "in_features and group_len multiples of 32", f"{in_features}")
+
+
+def _num_warps(weight: PackedLinear, narrow_product: bool) -> int:
+    """Warps of a program: the fewer, the less is dequantised twice, for all of them need the whole tile of weights.
+
+    docs/performance.md has the instruction counts.
+    """
+    if not narrow_product:
+        return 8  # float32 products hold more in registers
+    if weight.group_len == 0:
+        return 4
+    return 2 if weight.kind == "int8" else 1
 
 
 def linear(
@@ -146,7 +167,7 @@ def linear(
         TILE_N=_TILE_N,
         BLOCK_K=_block_k(weight.in_features, weight.group_len),
         EMULATE=interpreted(),
-        num_warps=4 if narrow_product else 8,  # float32 products need more registers
-        num_stages=3,
+        num_warps=_num_warps(weight, narrow_product),
+        num_stages=8 if narrow_product else 3,  # few programs for a narrow matrix, so each keeps many bytes in flight
         enable_fp_fusion=False,
     )

@@ -48,7 +48,7 @@ class ChromaExtractor:
     """Raises: InvalidRequestError, WeightsError: the configured model cannot be loaded."""
 
     def __init__(self, settings: ModelSettings, limits: LimitSettings) -> None:
-        checkpoint = open_checkpoint(settings.checkpoint, settings.device)
+        checkpoint = open_checkpoint(settings.checkpoint, "cpu")  # computes on CPUs only
         self._config, self._extractor, self._limits = checkpoint.config, checkpoint.chroma(), limits
         self._stems = MelodyStems(self._config.sample_rate)
         self._extract = Batcher(self._extract_all, MAX_BATCH)

@@ -59,8 +59,8 @@ class CodecDecoder:
         await asyncio.to_thread(self._encoder.encode, silence)
 
     async def initial_state(self) -> StreamState:
-        """The state of a stream before its first codes."""
-        return self._codec.initial_state()
+        """The state of a stream before its first codes; like every result, on the host: callers may have no GPU."""
+        return _state_on_host(self._codec.initial_state())
 
     async def decode(self, piece: StreamPiece, *, urgent: bool = False) -> tuple[Tensor, StreamState]:
         """The next samples `[C, N]` of a stream, and its state after them.
@@ -123,5 +123,8 @@ class CodecDecoder:
 
 def _on_host(samples: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
     """CPU copies that own their memory, ready to be pickled."""
-    values = state.values.cpu().clone()
-    return samples.cpu().clone(), StreamState(values, state.num_frames, state.num_samples, state.finished)
+    return samples.cpu().clone(), _state_on_host(state)
+
+
+def _state_on_host(state: StreamState) -> StreamState:
+    return StreamState(state.values.cpu().clone(), state.num_frames, state.num_samples, state.finished)

@@ -34,6 +34,15 @@ def test_groups_and_blocks(kind: Kind, in_features: int, group_len: int) -> None
     check_linear(triton, _randn(2, in_features), weight, None, False, None, "cpu")
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_int4_code_is_exact(dtype: torch.dtype) -> None:
+    every = (torch.arange(16)[:, None] + 3 * torch.arange(32)) % 16 - 8.0  # each code in both halves of a byte; scale 1
+    weight = pack_linear(every, "int4", order="rows", group_len=32)
+    assert torch.equal(weight.dequantise(), every)
+    got = run_linear(triton, torch.eye(32).to(dtype), weight, None, False, None, "cpu", torch.float32)
+    assert torch.equal(got, every.T)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_the_same_in_any_batch(kind: Kind) -> None:
     weight = pack_linear(_randn(32, 128, seed=1), kind, order="rows")
