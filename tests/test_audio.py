@@ -62,7 +62,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "many.wav", torch.zeros(10, 9).numpy(), 32000)
     soundfile.write(tmp_path / "slow.wav", torch.zeros(10, 1).numpy(), 10)
     for name, reason in (
-        ("missing.wav", "no file"), ("text.wav", "readable"), ("none.wav", "readable"), ("", "no file"),
+        ("missing.wav", "does not exist"), ("text.wav", "readable"), ("none.wav", "readable"), ("", "does not exist"),
         ("empty.wav", "one sample"), ("nan.wav", "finite"), ("long.wav", "at most 1 s"), ("many.wav", "8 channels"),
         ("slow.wav", "rate"),
     ):  # fmt: skip

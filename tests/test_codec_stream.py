@@ -237,5 +237,5 @@ def test_on_the_grid_any_chunking_gives_the_whole_to_the_bit(num_frames: int, si
 def test_off_the_grid_is_refused() -> None:
     codec = StreamingCodec(DECODERS["reflect"], 1)
     piece = StreamPiece(draw_codes(4, 13), codec.initial_state(), last=False)
-    with pytest.raises(InvalidRequestError, match="boundaries"):
+    with pytest.raises(InvalidRequestError, match="grid"):
         decode_on_grid(codec, piece)

@@ -86,7 +86,7 @@ def test_spectral_distance_orders_recordings() -> None:
     # Twice the amplitude: convergence 1, log distance ln 2 where the tone stands above the floor, at every resolution.
     loud = spectral_distance(torch.ones_like(wav) * torch.randn_like(wav), wav * 0)
     assert torch.isfinite(loud).all()
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="equal shape"):
         spectral_distance(wav, wav[:, :-1])
 
 
