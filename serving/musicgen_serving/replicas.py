@@ -27,26 +27,19 @@ from musicgen_serving.metrics import RayRecorder
 from musicgen_serving.refusals import told, told_in_stream
 from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings
 
-CONDITIONS_AND_CODES_NICENESS = 3
-SOUND_NICENESS = 10
-"""Niceness of compute threads, so that event loops, whose work is short, run first on shared cores. The codec has the
-lowest priority, because its streams are already playing; its thread for first audio keeps normal priority."""
+COMPUTE_NICENESS = 5
+"""Of compute threads, so that event loops, whose work is short, run first on shared cores. The codec's thread for first
+audio keeps normal priority."""
 SAME_EVERYWHERE = 1
 """torch threads, where results must be identical in every process."""
 
 
-def set_up(
-    part: str,
-    observability: ObservabilitySettings,
-    num_threads: int | None = None,
-    niceness: int = CONDITIONS_AND_CODES_NICENESS,
-) -> None:
+def set_up(part: str, observability: ObservabilitySettings, num_threads: int | None = None) -> None:
     """Prepare the process of a replica that handles tensors.
 
     Args:
         part: name of the component, for logs and spans.
         num_threads: number of torch threads, in a replica that computes; None in one that does not.
-        niceness: of the compute threads, i.e. all but the event loop's.
     """
     process.set_up(part, observability)
     wire.pickle_tensors_as_arrays()
@@ -54,7 +47,7 @@ def set_up(
     torch.set_num_threads(num_threads or 1)
     if num_threads is not None:
         # On Linux niceness is per thread, and inherited by the threads that these start.
-        executor = ThreadPoolExecutor(initializer=os.nice, initargs=(niceness,))
+        executor = ThreadPoolExecutor(initializer=os.nice, initargs=(COMPUTE_NICENESS,))
         asyncio.get_running_loop().set_default_executor(executor)
 
 
@@ -109,7 +102,7 @@ class CodecReplica(CodecDecoder):
     async def __init__(  # type: ignore[misc]
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
     ) -> None:
-        set_up("codec", observability, SAME_EVERYWHERE, SOUND_NICENESS)
+        set_up("codec", observability, SAME_EVERYWHERE)
         super().__init__(settings, limits, urgent_thread=ThreadPoolExecutor(1))  # with niceness 0
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))

@@ -8,7 +8,7 @@ import sys
 
 SCRIPT = """
 import asyncio, json, os, threading
-from musicgen_serving.replicas import SOUND_NICENESS, set_up
+from musicgen_serving.replicas import COMPUTE_NICENESS, set_up
 from musicgen_serving.settings import ObservabilitySettings
 
 def niceness():
@@ -23,9 +23,9 @@ def of_a_child():
 
 async def run():
     before = niceness()
-    set_up("codec", ObservabilitySettings(), num_threads=1, niceness=SOUND_NICENESS)
+    set_up("codec", ObservabilitySettings(), num_threads=1)
     own = await asyncio.to_thread(niceness), await asyncio.to_thread(of_a_child)
-    print(json.dumps([SOUND_NICENESS, niceness() - before, *(value - before for value in own)]))
+    print(json.dumps([COMPUTE_NICENESS, niceness() - before, *(value - before for value in own)]))
 
 asyncio.run(run())
 """
