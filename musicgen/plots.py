@@ -44,7 +44,7 @@ def plot_audio(wav: Tensor, sample_rate: int, path: str | os.PathLike[str], titl
     image = _draw_spectrogram(mel_axes, samples, sample_rate)
     figure.colorbar(image, ax=mel_axes, label="dB relative to maximum", pad=0.01)
     if title:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a prompt may contain $
     figure.savefig(path, format="png")
     return Path(path)
 

@@ -382,7 +382,7 @@ def test_a_picture_is_drawn_without_touching_the_backend(tmp_path: Path, seconds
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
-    path = plot_audio(torch.cat([sine(seconds), -sine(seconds)]), 32000, tmp_path / "a.png", title="a piece")
+    path = plot_audio(torch.cat([sine(seconds), -sine(seconds)]), 32000, tmp_path / "a.png", title=r"$\frac$ rock")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000
     assert dict(mpl.rcParams) == before

@@ -3,8 +3,9 @@
 A program runs over all of K in ascending blocks whose length depends only on K and the group, and a tile has 16 rows
 for any M, so a row of the result is bit-identical in any batch. A vendor library would choose its order by M.
 
-Quantised weights are scaled in float32. Products are computed in x's dtype if x is 16 bits wide and the weight is
-quantised or has that dtype; all other combinations are computed in float32.
+Quantised weights are scaled in float32, in effect in float16 if x is: the compiler rounds the scale to float16 first,
+which is exact for magnitudes from 2^-17 to 65504. Products are computed in x's dtype if x is 16 bits wide and the
+weight is quantised or has that dtype; all other combinations are computed in float32.
 """
 
 # mypy: allow-untyped-decorators, allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
