@@ -11,7 +11,7 @@ from musicgen.engine.step_times import StepTimes
 SLACK_S = 0.1
 """A stream closer than this to an underrun is not deferred."""
 PLAYER_BUFFER_S = 0.2
-"""Buffer assumed at a player. Streams of a tenant over its share may use it up while the engine keeps up with playback:
+"""Buffer assumed at a player. Streams that are not preferred may use it up while the engine keeps up with playback:
 first chunks are so short that a young stream has no other slack."""
 PATIENCE_S = 1.0
 """A sequence without a first chunk, or without a listener, can be deferred for this long after its admission."""

@@ -29,6 +29,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def get_vocab(self) -> dict[str, int]: ...
+
     def save_pretrained(self, save_directory: Path) -> object: ...
 
 
@@ -119,7 +121,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
     try:
         with _only_errors(logging.getLogger("transformers.configuration_utils")):
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{name_or_path}: expected a tokenizer (tokenizer.json or spiece.model), got an error: {error}"
@@ -127,8 +129,7 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if all(token.startswith("<") or not token.strip("▁") for token in tokenizer.get_vocab()):
         # Without its files transformers builds a tokenizer of special tokens only, to which every word is unknown.
         raise WeightsError(f"{name_or_path}: expected a tokenizer (tokenizer.json or spiece.model), got none")
-    loaded: Tokenizer = tokenizer
-    return loaded
+    return tokenizer
 
 
 @contextmanager

@@ -166,8 +166,8 @@ class GenerationService:
     async def _generate(self, tenant: Tenant, request: GenerationRequest) -> AsyncGenerator[GenerationEvent, None]:
         ends_at = _ends_at(request.deadline_s)
         try:
-            config = await self._checked(tenant, request)
             async with _until(ends_at, request):
+                config = await self._checked(tenant, request)
                 ticket = await self._register.admit(_admission(tenant, request))
         except MusicGenError as error:
             model = request.model if request.model in self._pipelines else ""  # unknown names must not become labels

@@ -338,6 +338,28 @@ def test_a_capture_that_fails_is_logged_and_decoding_goes_on(
     assert len([record for record in caplog.records if record.exc_info]) == 1
 
 
+def test_a_capture_that_cannot_end_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch leaves the capture's own stream current then, and the caller's thread goes on with it."""
+    before, current = mock.Mock(), []
+    capture = mock.MagicMock()
+    capture.return_value.__exit__.side_effect = RuntimeError("capture was invalidated")
+    for name, stub in {
+        "Stream": mock.Mock(),
+        "stream": mock.MagicMock(),
+        "current_stream": lambda: before,
+        "set_stream": current.append,
+        "graph_pool_handle": mock.Mock(),
+        "CUDAGraph": mock.Mock(),
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    graphs = DecodeSteps([2], SHAPE, CPU, lambda buffers: lambda: None, lambda: ())
+    graphs._captures = True
+    graphs.capture_all()
+    assert not graphs._captures
+    assert current == [before]
+
+
 def test_the_reference_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not(CPU) is None
     assert why_not(torch.device("cuda")) is None

@@ -280,6 +280,9 @@ def _changed(cfg: dict[str, Any], path: str, value: object) -> dict[str, Any]:
     ("kind", "path", "value"),
     [
         ("text", "transformer_lm.qk_layer_norm", True),
+        ("text", "transformer_lm.positional_scale", 2.0),
+        ("text", "transformer_lm.max_period", 1000),
+        ("text", "fuser.cross_attention_pos_emb", True),
         ("text", "codebooks_pattern.modeling", "parallel"),
         ("text", "codebooks_pattern.delay.delays", [0, 0, 0, 0]),
         ("text", "codebooks_pattern.delay.flatten_first", 1),
