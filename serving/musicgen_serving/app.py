@@ -12,6 +12,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import LoggingConfig
 
+from musicgen.errors import InvalidRequestError
 from musicgen_serving import gatekeeper_replica, ingress, replicas
 from musicgen_serving.autoscaling import ByLoad
 from musicgen_serving.settings import ModelSettings, ReplicaSettings, ServeSettings, load_settings
@@ -19,6 +20,8 @@ from musicgen_serving.settings import ModelSettings, ReplicaSettings, ServeSetti
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
 LOOK_BACK_S = 11.0
 """Window over which Serve averages loads before the scaling delays apply; default 30 s, and it warns below 10 s."""
+NO_UNBOOKED_GPUS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+"""Ray hides all GPUs from a replica that books none; by default it would show all of them."""
 ONE_LOOP = {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 """Replicas never block their event loop, so Serve's router and user code can share it, avoiding cross-thread hops."""
 LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -51,13 +54,17 @@ def actor_options(how: ReplicaSettings) -> dict[str, Any]:
         "num_cpus": how.num_cpus,
         "num_gpus": how.num_gpus,
         "resources": how.resources,
-        "runtime_env": {"env_vars": dict(ONE_LOOP)},
+        "runtime_env": {"env_vars": ONE_LOOP | NO_UNBOOKED_GPUS},
     }
 
 
 def _parts(model: ModelSettings, settings: ServeSettings) -> tuple[Application, ...]:
     """One model's deployments, in the order of `RaySpokes`."""
     limits, watched = settings.limits, settings.observability
+    if model.device == "cuda" and not model.language_model.num_gpus:
+        raise InvalidRequestError(
+            "language_model.num_gpus > 0 with device cuda", "0", "book a GPU, or use device cpu", param=model.name
+        )
 
     def name(part: str) -> str:
         return f"{part}-{model.name}"

@@ -23,6 +23,7 @@ from ray._private import ray_constants
 from ray.serve.config import ProxyLocation
 
 from musicgen.errors import MusicGenError
+from musicgen_serving.gpus import with_gpus
 from musicgen_serving.inner_ports import ask_for_a_token
 from musicgen_serving.process import APP_NAME
 from musicgen_serving.settings import GrpcSettings, HttpSettings, ServeSettings
@@ -61,6 +62,8 @@ def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: f
         from musicgen_serving.app import build_app
 
         serve.start(proxy_location=ProxyLocation.Disabled)  # the ingresses open their own ports
+        if settings.ray_address is None:
+            settings = with_gpus(settings, int(ray.cluster_resources().get("GPU", 0)))
         app = build_app(settings.model_dump(mode="json"))
         with ThreadPoolExecutor(1) as pool:
             deployed = pool.submit(serve.run, app, name=APP_NAME, route_prefix=None)

@@ -39,7 +39,12 @@ class ReplicaSettings(_Section):
     min_replicas: Count = 1
     max_replicas: Count = 1
     num_cpus: float = Field(0.1, ge=0, description="CPUs reserved in Ray's scheduler; does not limit threads")
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float = Field(
+        0.0,
+        ge=0,
+        description="GPUs booked in Ray, may be a fraction; without any, the replica runs on the CPU. "
+        "`musicgen serve` shares the GPUs of its machine between all models if no part books any",
+    )
     resources: dict[str, float] = Field(
         default_factory=dict, description="custom Ray resources, to select a pool of nodes"
     )
@@ -81,7 +86,9 @@ class ModelSettings(_Section):
     source: str | None = Field(
         None, description="checkpoint: short name, repository id or local folder; default: `name`"
     )
-    device: str | None = Field(None, description="torch device, e.g. cpu or cuda; default: GPU if the replica has one")
+    device: str | None = Field(
+        None, description="torch device: cpu or cuda; default: the GPU that the replica books, else the CPU"
+    )
     weights: WeightDtype | None = None
     kv_dtype: KVDtype | None = None
     kv_memory_bytes: int | None = Field(None, ge=1, description="KV-cache budget per replica")
@@ -108,6 +115,20 @@ class ModelSettings(_Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
             raise ValueError(f"expected 1 to 63 letters, digits, '.', '_' or '-', got {name!r}")
         return name
+
+    @field_validator("device")
+    @classmethod
+    def _unnumbered(cls, device: str | None) -> str | None:
+        if device is not None and device.startswith("cuda:"):
+            raise ValueError(
+                f"expected cuda, without a number, got {device!r}: Ray assigns GPUs by num_gpus, from those in "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        return device
+
+    def device_of(self, part: ReplicaSettings) -> str | None:
+        """The torch device of one part: the CPU if it books no GPU."""
+        return "cpu" if self.device == "cuda" and not part.num_gpus else self.device
 
     @property
     def checkpoint(self) -> str:

@@ -10,6 +10,8 @@ from concurrent.futures import Future
 import pytest
 from musicgen_serving.settings import ServeSettings
 
+from musicgen.errors import InvalidRequestError
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own code uses what pydantic deprecates
     from musicgen_serving import cluster
@@ -76,3 +78,11 @@ def test_the_part_that_failed_and_why_is_what_is_told(last: str, told: str, monk
     deployed.set_exception(RuntimeError("failed: ['GrpcIngress']"))
     with pytest.raises(cluster.StartError, match=rf"could not be started: {told}$"):
         cluster._watch(deployed, lambda _: None, timeout_s=1.0)
+
+
+def test_a_gpu_that_is_not_booked_is_asked_for_before_anything_is_deployed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from musicgen_serving.app import build_app
+    with pytest.raises(InvalidRequestError, match="num_gpus > 0"):
+        build_app({"models": [{"device": "cuda"}]})

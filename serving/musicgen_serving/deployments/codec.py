@@ -36,7 +36,7 @@ class CodecDecoder:
     """
 
     def __init__(self, settings: ModelSettings, limits: LimitSettings, urgent_thread: Executor | None = None) -> None:
-        checkpoint = open_checkpoint(settings.checkpoint, settings.device)
+        checkpoint = open_checkpoint(settings.checkpoint, settings.device_of(settings.codec))
         self._config, self._limits = checkpoint.config, limits
         decoder, self._encoder = checkpoint.codec()
         self._codec = StreamingCodec(decoder, self._config.audio_channels)

@@ -27,7 +27,8 @@ class TextEncoder:
     """Raises: InvalidRequestError, WeightsError: the configured model cannot be loaded."""
 
     def __init__(self, settings: ModelSettings) -> None:
-        self._encoder = open_checkpoint(settings.checkpoint, settings.device).text_encoder()
+        device = settings.device_of(settings.text_encoder)
+        self._encoder = open_checkpoint(settings.checkpoint, device).text_encoder()
         self._encode = Batcher(self._encode_all, MAX_BATCH)
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._cached_bytes = 0

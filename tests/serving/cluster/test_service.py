@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -20,10 +21,12 @@ import ray
 import soundfile
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from musicgen_serving.app import actor_options
 from musicgen_serving.client import Chunk, connect
 from musicgen_serving.errors import NotFoundError
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.proto.musicgen.v1.music_service_pb2_grpc import MusicServiceStub
+from musicgen_serving.settings import ReplicaSettings
 from musicgen_serving.tenancy import hash_key
 from serving.cluster.conftest import DURATION_S, PROMPT, SEED, Running
 
@@ -190,3 +193,12 @@ def until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(1)
+
+
+@ray.remote
+def visible_gpus() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def test_a_replica_that_books_no_gpu_sees_none(service: Running) -> None:
+    assert ray.get(visible_gpus.options(**actor_options(ReplicaSettings())).remote()) == ""
