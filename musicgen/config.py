@@ -147,21 +147,27 @@ class SchedulerConfig:
     """Maximum running rows; scaled up with `num_slots / max_requests`."""
     max_step_rows: int = 64
     """Maximum rows decoded per step; if below `max_rows`, rows are ordered by playback deadline."""
-    prefill_tokens: int = 64
-    """Prefill token budget of a step that also decodes."""
-    idle_prefill_tokens: int = 512
-    """Prefill token budget of a step that does not decode."""
+    prefill_tokens: int | None = None
+    """Prefill token budget of a step that also decodes; None: 64 on the CPU, 256 on a GPU."""
+    idle_prefill_tokens: int | None = None
+    """Prefill token budget of a step that does not decode; None: eight times `prefill_tokens`."""
     max_waiting: int = 1024
     """Maximum length of the waiting queue; further requests are rejected."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) < 1:
-                raise InvalidRequestError("an integer ≥ 1", repr(getattr(self, name)), param=name)
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequestError("an integer ≥ 1", repr(value), param=name)
         if self.max_step_rows < 3:
             raise InvalidRequestError(
                 "at least 3, the rows of one request", str(self.max_step_rows), param="max_step_rows"
             )
+
+    def resolved(self, device_type: str) -> SchedulerConfig:
+        """A copy with the token budgets chosen."""
+        budget = self.prefill_tokens or (64 if device_type == "cpu" else 256)
+        return replace(self, prefill_tokens=budget, idle_prefill_tokens=self.idle_prefill_tokens or 8 * budget)
 
     @property
     def num_slots(self) -> int:
@@ -190,8 +196,9 @@ class EngineConfig:
     uses the same buffers without graphs, for tests."""
 
     def resolved(self, device_type: str) -> EngineConfig:
-        """A copy with all data types chosen."""
+        """A copy with everything chosen that depends on the device."""
         weights: WeightDtype = self.weights or ("float32" if device_type == "cpu" else "bfloat16")
         dtype: KVDtype = self.cache.dtype or ("float32" if weights == "float32" else "float16")
         graphs = device_type == "cuda" if self.cuda_graphs is None else self.cuda_graphs
-        return replace(self, weights=weights, cache=replace(self.cache, dtype=dtype), cuda_graphs=graphs)
+        cache, scheduler = replace(self.cache, dtype=dtype), self.scheduler.resolved(device_type)
+        return replace(self, cache=cache, scheduler=scheduler, weights=weights, cuda_graphs=graphs)

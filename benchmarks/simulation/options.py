@@ -150,7 +150,6 @@ def settings(options: argparse.Namespace) -> Settings:
         max_rows=3 * options.max_requests,
         max_step_rows=3 * options.max_requests,
         prefill_tokens=options.prefill_tokens,
-        idle_prefill_tokens=8 * options.prefill_tokens,
         max_waiting=options.max_waiting,
     )
     config = model_config(shapes)

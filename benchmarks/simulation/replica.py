@@ -70,7 +70,7 @@ class Replica:
     def __init__(self, index: int, config: ReplicaConfig, leaps: bool = True) -> None:
         self.index, self.config = index, config
         self.allocator = PageAllocator(config.num_pages)
-        self.scheduler = LeapingScheduler(config.scheduler, self.allocator, config.model.frame_rate_hz)
+        self.scheduler = LeapingScheduler(config.scheduler.resolved("cuda"), self.allocator, config.model.frame_rate_hz)
         self.now = 0.0
         self.load_left = 0
         """Remaining row-steps of all requests."""

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from musicgen_kernels.errors import KernelArgumentError
@@ -67,10 +67,11 @@ class EngineCore:
         runner: ModelRunner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.config = config or EngineConfig()
+        config = config or EngineConfig()
+        self.config = replace(config, scheduler=config.scheduler.resolved(lm.device.type))
         self.model_config = lm.config
         self._lm, self._clock = lm, clock
-        self.runner = runner or ModelRunner(lm, self.config)
+        self.runner = runner or ModelRunner(lm, config)
         self.allocator = PageAllocator(self.runner.num_pages)
         self.scheduler = Scheduler(self.config.scheduler, self.allocator, lm.config.frame_rate_hz)
         self._sequences: dict[str, Sequence] = {}

@@ -78,6 +78,8 @@ class DecodeSteps:
         self._used: tuple[object, ...] = ()
         self._ready: dict[tuple[int, int], _Ready] = {}
         self._pool: Any = None
+        self._stream: Any = None
+        """Of all captures: memory of the graphs' pool is only reused on the stream that it was allocated on."""
         is_gpu = device.type == "cuda"
         self._captures = sizes is not None and is_gpu
         self._guard = functools.partial(torch.cuda.device, device) if is_gpu else contextlib.nullcontext
@@ -127,7 +129,8 @@ class DecodeSteps:
             return call
 
     def _captured(self, call: Call) -> Call:
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream, current = self._stream, torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(NUM_WARM_UPS):

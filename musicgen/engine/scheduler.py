@@ -54,12 +54,16 @@ class Scheduler:
     """Waiting and running sequences.
 
     Args:
+        config: resolved.
         allocator: owns the pages; only the scheduler allocates and releases them.
         frame_rate_hz: for playback deadlines.
     """
 
     def __init__(self, config: SchedulerConfig, allocator: PageAllocator, frame_rate_hz: float) -> None:
         self.config, self.allocator, self.pages = config, allocator, PageTables(allocator)
+        assert config.prefill_tokens is not None
+        assert config.idle_prefill_tokens is not None
+        self._prefill_tokens, self._idle_prefill_tokens = config.prefill_tokens, config.idle_prefill_tokens
         self.capacity = Capacity(allocator.num_pages, config.max_rows, config.max_requests)
         self.whole_capacity = Capacity(allocator.num_pages, config.num_rows, config.num_slots)
         """Including the slots reserved for tenants below their share."""
@@ -156,13 +160,13 @@ class Scheduler:
         decoding, prefills, ready = self._who_could(self.running)
         chosen = self._who_advances(decoding, ready, len(ready) < len(prefills))
         if decoding and not chosen:  # decoding waits for sequences in prefill, which get the whole step
-            prefills = self._prefill(self.running, self.config.idle_prefill_tokens)
+            prefills = self._prefill(self.running, self._idle_prefill_tokens)
         return self._new_batch(chosen, prefills)
 
     def _who_could(self, sequences: list[Sequence]) -> tuple[list[Sequence], list[_Prefill], list[Sequence]]:
         """Of `sequences`: those in decode, the prefills of this step, and the sequences that finish theirs with it."""
         decoding = [s for s in sequences if s.phase is Phase.DECODE]
-        budget = self.config.prefill_tokens if decoding else self.config.idle_prefill_tokens
+        budget = self._prefill_tokens if decoding else self._idle_prefill_tokens
         prefills = self._prefill(sequences, budget)
         return decoding, prefills, [p.sequence for p in prefills if p.is_ready]
 

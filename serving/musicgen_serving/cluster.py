@@ -63,7 +63,7 @@ def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: f
 
         serve.start(proxy_location=ProxyLocation.Disabled)  # the ingresses open their own ports
         if settings.ray_address is None:
-            settings = with_gpus(settings, int(ray.cluster_resources().get("GPU", 0)))
+            settings = with_gpus(settings, int(ray.cluster_resources().get("GPU", 0)))  # type: ignore[no-untyped-call]
         app = build_app(settings.model_dump(mode="json"))
         with ThreadPoolExecutor(1) as pool:
             deployed = pool.submit(serve.run, app, name=APP_NAME, route_prefix=None)

@@ -103,6 +103,12 @@ class ModelSettings(_Section):
         32, description="maximum pieces decoded concurrently; up to 1.5 × this while one tenant exceeds its share"
     )
     max_step_rows: int = Field(64, ge=3)
+    prefill_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="prefill positions computed beside decoding in one step, eight times as many without; "
+        "default: 64 on the CPU, 256 on a GPU",
+    )
     max_waiting: Count = Field(256, description="maximum queued pieces per replica")
     language_model: LanguageModelReplicas = LanguageModelReplicas()
     codec: CodecReplicas = CodecReplicas()

@@ -338,26 +338,35 @@ def test_a_capture_that_fails_is_logged_and_decoding_goes_on(
     assert len([record for record in caplog.records if record.exc_info]) == 1
 
 
-def test_a_capture_that_cannot_end_gives_the_stream_back(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
+    """Of torch.cuda, what a capture calls."""
+    stubs = mock.Mock(stream=mock.MagicMock(), graph=mock.MagicMock())
+    for name in ("Stream", "stream", "current_stream", "set_stream", "graph_pool_handle", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(stubs, name))
+    return stubs
+
+
+def captured_steps(sizes: list[int]) -> DecodeSteps:
+    steps = DecodeSteps(sizes, SHAPE, CPU, lambda buffers: lambda: None, lambda: ())
+    steps._captures = True
+    steps.capture_all()
+    return steps
+
+
+def test_a_capture_that_cannot_end_gives_the_stream_back(cuda: mock.Mock) -> None:
     """torch leaves the capture's own stream current then, and the caller's thread goes on with it."""
-    before, current = mock.Mock(), []
-    capture = mock.MagicMock()
-    capture.return_value.__exit__.side_effect = RuntimeError("capture was invalidated")
-    for name, stub in {
-        "Stream": mock.Mock(),
-        "stream": mock.MagicMock(),
-        "current_stream": lambda: before,
-        "set_stream": current.append,
-        "graph_pool_handle": mock.Mock(),
-        "CUDAGraph": mock.Mock(),
-        "graph": capture,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stub)
-    graphs = DecodeSteps([2], SHAPE, CPU, lambda buffers: lambda: None, lambda: ())
-    graphs._captures = True
-    graphs.capture_all()
-    assert not graphs._captures
-    assert current == [before]
+    cuda.graph.return_value.__exit__.side_effect = RuntimeError("capture was invalidated")
+    assert not captured_steps([2])._captures
+    cuda.set_stream.assert_called_once_with(cuda.current_stream.return_value)
+
+
+def test_all_captures_share_one_pool_on_one_stream(cuda: mock.Mock) -> None:
+    """A block of the pool is reused only on the stream that it was allocated on."""
+    cuda.graph.return_value.__exit__.return_value = False
+    cuda.Stream.side_effect = lambda: mock.Mock()
+    assert captured_steps([1, 2, 4])._captures
+    assert [call.kwargs for call in cuda.graph.call_args_list] == 3 * [cuda.graph.call_args.kwargs]
 
 
 def test_the_reference_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 from engine.fakes import FakeRunner, codes_request, new_core, run_all
 
-from musicgen.config import BURST
+from musicgen.config import BURST, EngineConfig, SchedulerConfig
 from musicgen.engine.core import EngineCore
 from musicgen.engine.scheduler import MAX_OWED_SLIP_STEPS, MAX_SLIP_STEPS
 from musicgen.engine.sequence import Phase
@@ -285,3 +285,15 @@ def test_whoever_is_owed_a_place_passes_one_that_is_late_but_not_for_ever(slip: 
     core.add(EngineRequest("b", codes_request(40, text=50), tenant="b"))
     core.step()
     assert ("b" in {s.request.request_id for s in core.scheduler.running}) is passes
+
+
+def test_prefill_budgets_depend_on_the_device_unless_given() -> None:
+    def budgets(config: SchedulerConfig, device_type: str) -> tuple[int | None, int | None]:
+        chosen = config.resolved(device_type)
+        return chosen.prefill_tokens, chosen.idle_prefill_tokens
+
+    assert budgets(SchedulerConfig(), "cpu") == (64, 512)
+    assert budgets(SchedulerConfig(), "cuda") == (256, 2048)
+    assert budgets(SchedulerConfig(prefill_tokens=10), "cuda") == (10, 80)
+    assert budgets(SchedulerConfig(idle_prefill_tokens=100), "cpu") == (64, 100)
+    assert EngineConfig().resolved("cuda").scheduler == SchedulerConfig().resolved("cuda")

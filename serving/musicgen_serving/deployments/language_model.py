@@ -95,8 +95,9 @@ class LanguageModel:
     async def warm_up(self) -> None:
         """Run a short request through the engine, so that the first caller does not pay for lazy initialization."""
         config = self.card.config
-        text = torch.zeros(1, config.text_dim)
-        codes = CodesRequest(((Window(0, 8), Conditioning(text, None)),), SamplingParams(seed=0))
+        text = torch.ones(1, config.text_dim)  # zeros stand for no text
+        known = torch.zeros(config.decoder.num_codebooks, 4, dtype=torch.int32)  # so that a text model prefills too
+        codes = CodesRequest(((Window(0, 8), Conditioning(text, None)),), SamplingParams(seed=0), known)
         async for _ in self.generate(EngineRequest("warm-up", codes)):
             pass
 
@@ -157,6 +158,7 @@ def engine_config(settings: ModelSettings) -> EngineConfig:
             max_requests=settings.max_requests,
             max_rows=3 * settings.max_requests,
             max_step_rows=settings.max_step_rows,
+            prefill_tokens=settings.prefill_tokens,
             max_waiting=settings.max_waiting,
         ),
         weights=settings.weights,
