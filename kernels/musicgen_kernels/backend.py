@@ -154,5 +154,6 @@ def _chosen(operation: str, device: torch.device, dtype: torch.dtype, backend: s
 
 
 def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
-    """The backend of each operation on that device and dtype, and why."""
-    return [choose(name, device, dtype, from_environment(name)) for name in OPERATIONS]
+    """The backend of each operation on that device and dtype, and why. Logits are float32 whatever the dtype."""
+    dtypes = {name: torch.float32 if name == "delayed_sample_step" else dtype for name in OPERATIONS}
+    return [choose(name, device, dtypes[name], from_environment(name)) for name in OPERATIONS]

@@ -92,7 +92,7 @@ def _cpu() -> dict[str, Any]:
 
 def _targets() -> list[tuple[str, torch.dtype]]:
     """The devices, each with the default dtype of models on it."""
-    on_gpu = [("cuda", torch.float16)] if torch.cuda.is_available() else []
+    on_gpu = [("cuda", torch.bfloat16)] if torch.cuda.is_available() else []
     return [("cpu", torch.float32), *on_gpu]
 
 

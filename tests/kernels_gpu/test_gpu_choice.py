@@ -82,3 +82,14 @@ def test_what_is_missing_on_a_gpu_is_told(offered: dict[str, object], there: str
         assert choice.backend == there
         preferred = backend.preference(choice.operation, "cuda")[0] == there
         assert choice.reason == ("default for this device" if preferred else f"not {missing}: not built")
+
+
+def test_a_report_asks_for_a_sampler_of_float32_logits(offered: dict[str, object]) -> None:
+    """What the engine samples from, whatever the dtype of the matrices."""
+    only_float32 = _everything()
+    only_float32.unavailable = lambda operation, device, dtype: (  # type: ignore[attr-defined]
+        None if operation != "delayed_sample_step" or dtype == torch.float32 else f"has no kernel for {dtype}"
+    )
+    offered.update(cuda=only_float32, reference=_everything())
+    chosen = {choice.operation: choice.backend for choice in backend.report("cuda", torch.bfloat16)}
+    assert chosen["delayed_sample_step"] == "cuda"
