@@ -8,6 +8,7 @@
     │   └── QuotaExceededError   the tenant's quota is used up
     ├── RequestCancelledError    cancelled by the caller or a deadline
     ├── EngineDeadError          the engine thread failed; the replica must be replaced
+    ├── InternalError            one request cannot be computed; a bug, but others are unaffected
     ├── WeightsError             missing, incomplete or incompatible checkpoint
     └── MissingDependencyError   an optional package is required
 
@@ -75,6 +76,10 @@ class RequestCancelledError(MusicGenError):
 
 class EngineDeadError(MusicGenError):
     """The engine failed; none of this replica's requests can continue."""
+
+
+class InternalError(MusicGenError):
+    """One request cannot be computed although it is valid; retrying it is pointless. Others are unaffected."""
 
 
 class WeightsError(MusicGenError):

@@ -20,7 +20,7 @@ from musicgen.engine.core import EngineCore
 from musicgen.engine.packing import OnLayer
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.thread import EngineStream, EngineThread
-from musicgen.errors import EngineDeadError, RequestCancelledError
+from musicgen.errors import EngineDeadError, InternalError, RequestCancelledError
 from musicgen.model import Model
 from musicgen.types import ChunkPolicy, CodeChunk, CodesRequest, EndOfRequest, EngineEvent, EngineRequest, FinishReason
 
@@ -48,6 +48,7 @@ class LocalEngine:
 
         Raises:
             InvalidRequestError, OverloadedError, EngineDeadError: see `EngineCore.add`; the whole batch is cancelled.
+            InternalError: a request of the batch cannot be computed; the others are cancelled.
         """
         events: queue.SimpleQueue[EngineEvent] = queue.SimpleQueue()
         chunks = EVERY_FRAME if on_frame else None
@@ -60,7 +61,7 @@ class LocalEngine:
             while num_running:
                 event = events.get()
                 if isinstance(event, EndOfRequest):
-                    _check_end(event)
+                    self._check_end(event)
                     num_running -= 1
                     continue
                 made[event.request_id].append(event.codes)
@@ -76,7 +77,7 @@ class LocalEngine:
                 if isinstance(event, CodeChunk):
                     yield event.codes
                 else:
-                    _check_end(event)
+                    self._check_end(event)
 
     def close(self) -> None:
         """Stop the engine and cancel requests in progress."""
@@ -106,13 +107,15 @@ class LocalEngine:
                 weakref.finalize(self, self._thread.close)
             return self._thread
 
+    def _check_end(self, end: EndOfRequest) -> None:
+        if end.reason is FinishReason.FAILED:
+            is_dead = self._started().failure is not None
+            raise (EngineDeadError if is_dead else InternalError)(f"request {end.request_id}: {end.error}")
+        if end.reason is FinishReason.CANCELLED:
+            raise RequestCancelledError(
+                f"request {end.request_id} was cancelled: {end.error or 'the engine was closed'}"
+            )
+
 
 def _known(request: CodesRequest) -> list[Tensor]:
     return [] if request.known_codes is None else [request.known_codes.to("cpu", torch.int32)]
-
-
-def _check_end(end: EndOfRequest) -> None:
-    if end.reason is FinishReason.FAILED:
-        raise EngineDeadError(f"request {end.request_id}: {end.error}")
-    if end.reason is FinishReason.CANCELLED:
-        raise RequestCancelledError(f"request {end.request_id} was cancelled: {end.error or 'the engine was closed'}")

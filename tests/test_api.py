@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from musicgen_kernels.errors import KernelArgumentError
 from tiny import tune
 
 from musicgen import MusicGen
 from musicgen.config import WeightDtype
 from musicgen.engine.packing import kind_of
-from musicgen.errors import EngineDeadError, InvalidRequestError
+from musicgen.engine.runner import ModelRunner
+from musicgen.errors import EngineDeadError, InternalError, InvalidRequestError
 from musicgen.model import Model
 from musicgen.types import ChunkPolicy
 
@@ -287,6 +289,21 @@ def test_leaving_a_stream_cancels_it(melody: MusicGen) -> None:
     stream.close()
     melody.set_generation_params(duration=0.4)
     assert _wav(melody.generate(["rock"])).shape[-1] == 12800
+
+
+def test_a_request_that_cannot_be_computed_fails_alone(
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise KernelArgumentError("top_k", "an argument that can be", "one that cannot")
+
+    model = _short(MusicGen(models["text"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelRunner, "run", refuse)
+        with pytest.raises(InternalError, match="kernels"):
+            model.generate(["rock"])
+    model.generate(["rock"])  # the engine goes on
+    model.close()
 
 
 def test_a_closed_model_refuses(models: dict[str, Model]) -> None:

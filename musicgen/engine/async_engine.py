@@ -33,17 +33,17 @@ class AsyncEngine:
             InvalidRequestError, OverloadedError, EngineDeadError: see `EngineCore.add`.
         """
         loop = asyncio.get_running_loop()
-        stream = AsyncStream(self._thread, request.request_id)
         accepted: asyncio.Future[object] = loop.create_future()
 
         def listen(events: list[EngineEvent]) -> None:
             _call_soon(loop, stream.put, events)
 
+        stream = AsyncStream(request.request_id, lambda: self._thread.abort(request.request_id, listen))
         self._thread.submit(request, listen, _resolver(loop, accepted))
         try:
             quoted_s = await accepted
         except asyncio.CancelledError:
-            self._thread.abort(request.request_id)
+            stream.abort()
             raise
         assert isinstance(quoted_s, float)
         stream.quoted_start_s = quoted_s
@@ -79,10 +79,11 @@ class AsyncEngine:
 class AsyncStream:
     """The events of one request, in order, the terminal one last."""
 
-    def __init__(self, thread: EngineThread, request_id: str) -> None:
+    def __init__(self, request_id: str, abort: Callable[[], None]) -> None:
         self.request_id = request_id
         self.quoted_start_s = 0.0
-        self._thread = thread
+        self.abort = abort
+        """Cancel the request; no effect if it has ended."""
         self._events: asyncio.Queue[EngineEvent] = asyncio.Queue()
         self._ended = False
         self._next: asyncio.Task[EngineEvent] | None = None
@@ -99,7 +100,7 @@ class AsyncStream:
         if self._next is not None:
             self._next.cancel()
         if not self._ended:
-            self._thread.abort(self.request_id)
+            self.abort()
 
     async def next_event(self, timeout_s: float | None = None) -> EngineEvent | None:
         """The next event, or None after `timeout_s` without one. Cancelling the wait loses no event."""

@@ -66,9 +66,18 @@ class EngineThread:
 
         self._call(add, done)
 
-    def abort(self, request_id: str) -> None:
-        """Cancel a request; no effect if it has ended."""
-        self._call(lambda: self._core.abort(request_id))
+    def abort(self, request_id: str, listener: Listener | None = None) -> None:
+        """Cancel a request; no effect if it has ended, or never started.
+
+        Args:
+            listener: only if the request is this listener's; its id may be in use for another one by now.
+        """
+
+        def abort() -> None:
+            if listener is None or self._listeners.get(request_id) is listener:
+                self._core.abort(request_id)
+
+        self._call(abort)
 
     def renew(self, request_id: str) -> None:
         """Renew the lease of a request."""
@@ -79,12 +88,14 @@ class EngineThread:
         self._call(self._core.stats, done)
 
     def close(self, timeout_s: float | None = 60.0) -> None:
-        """Cancel all requests, notify all listeners, stop the thread."""
+        """Cancel all requests, notify all listeners, stop the thread. A step that hangs is logged after `timeout_s`."""
         with self._lock:
             if not self._closed:
                 self._calls.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                logger.error("the engine has not stopped within %g s: its step hangs", timeout_s)
 
     def _call(self, action: Callable[[], object], done: Done | None = None) -> None:
         call = _Call(action, done or (lambda _result, _error: None))

@@ -7,8 +7,7 @@
     ├── ConflictError            an idempotency key or request id already in use for something else
     ├── TooLargeError            a body, file or text exceeds a limit
     ├── DeadlineExceededError    the caller's deadline passed
-    ├── ReplicaLostError         a replica died or stopped responding, and so did its replacements
-    └── InternalError            live replicas fail repeatedly with the same error
+    └── ReplicaLostError         a replica died or stopped responding, and so did its replacements
 
 `report` is total: any other exception becomes an internal error that reveals nothing about its cause.
 """
@@ -56,10 +55,6 @@ class DeadlineExceededError(MusicGenError):
 
 class ReplicaLostError(MusicGenError):
     """A replica was lost and the failover attempts are exhausted."""
-
-
-class InternalError(MusicGenError):
-    """Live replicas fail in the same way one after another, so retrying the request is pointless."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from musicgen_serving.errors import InternalError, ReplicaLostError
+from musicgen.errors import InternalError
+from musicgen_serving.errors import ReplicaLostError
 from musicgen_serving.settings import FailoverSettings
 from musicgen_serving.spokes import BrokenError, LostError
 

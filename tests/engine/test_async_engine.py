@@ -244,6 +244,39 @@ def test_a_refused_request_harms_nobody() -> None:
     run(main)
 
 
+def test_giving_up_a_refused_request_leaves_the_one_with_its_id_alone() -> None:
+    async def main() -> None:
+        core, runner = gated()
+        engine = AsyncEngine(core)
+        first = await engine.submit(request("same", codes_request(20)))
+        await asyncio.to_thread(runner.wait_until_blocked)
+        pending = asyncio.create_task(engine.submit(request("same", codes_request(40))))
+        await asyncio.sleep(0)
+        pending.cancel()
+        runner.allow(ALL)
+        with pytest.raises(asyncio.CancelledError):
+            await pending
+        _, end = await collect(first)
+        await engine.close()
+        assert end.reason is FinishReason.FINISHED
+
+    run(main)
+
+
+def test_a_stream_left_after_its_end_leaves_the_next_one_with_its_id_alone() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(new_core())
+        async with await engine.submit(request("same", codes_request(20))):
+            while (await engine.stats()).num_finished == 0:
+                pass
+            again = await engine.submit(request("same", codes_request(40)))
+        _, end = await collect(again)
+        await engine.close()
+        assert end.reason is FinishReason.FINISHED
+
+    run(main)
+
+
 def test_abort_by_id_ends_the_stream_as_cancelled() -> None:
     async def main() -> EndOfRequest:
         core, runner = gated()

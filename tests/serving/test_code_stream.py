@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from musicgen_serving.code_stream import CodeStream
 from musicgen_serving.deployments.language_model import Accepted, LanguageModelEvent
-from musicgen_serving.errors import InternalError, ReplicaLostError
+from musicgen_serving.errors import ReplicaLostError
 from musicgen_serving.settings import FailoverSettings
 
+from musicgen.errors import InternalError
 from musicgen.types import (
     CodesRequest,
     Conditioning,

@@ -18,7 +18,6 @@ from musicgen_serving.deployments.language_model import LanguageModelEvent
 from musicgen_serving.errors import (
     CLIENT_CODES,
     DeadlineExceededError,
-    InternalError,
     NotFoundError,
     ReplicaLostError,
     UnauthenticatedError,
@@ -37,6 +36,7 @@ from musicgen.audio_encode import encode_audio
 from musicgen.codec_stream import StreamPiece, StreamState
 from musicgen.errors import (
     DeadlineTooShortError,
+    InternalError,
     InvalidRequestError,
     MissingDependencyError,
     OverloadedError,

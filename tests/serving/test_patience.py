@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from musicgen_serving.errors import InternalError, ReplicaLostError, report
+from musicgen_serving.errors import ReplicaLostError, report
 from musicgen_serving.patience import insist
 from musicgen_serving.settings import FailoverSettings
 from musicgen_serving.spokes import BrokenError, LostError
+
+from musicgen.errors import InternalError
 
 SETTINGS = FailoverSettings(max_attempts=5, backoff_s=0.001, max_backoff_s=0.001)
 
