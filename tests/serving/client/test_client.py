@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import subprocess
+import sys
 import threading
 import time
 
@@ -325,3 +327,21 @@ def test_a_key_that_a_lost_attempt_holds_is_waited_for() -> None:
     assert client.stream("x").read().samples.shape == (1, 100)
     with pytest.raises(ConflictError):
         Scripted([conflict]).stream("x").read()
+
+
+@BOTH
+def test_the_client_needs_neither_torch_nor_ray(protocol: str) -> None:
+    """So that other services can use it without installing them."""
+    code = (
+        "import sys\n"
+        "from musicgen_serving.client import connect\n"
+        "with connect(sys.argv[1], api_key=sys.argv[2]) as client:\n"
+        "    client.generate('happy rock')\n"
+        "    for chunk in client.stream('happy rock'): pass\n"
+        "heavy = 'torch', 'ray', 'transformers', 'soundfile', 'pydantic', 'fastapi', 'yaml'\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    with running(FakeService()) as service:
+        command = [sys.executable, "-c", code, service.url(protocol), API_KEY]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
