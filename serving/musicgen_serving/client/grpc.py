@@ -208,6 +208,7 @@ def _report(report: pb.PieceReport, billed_s: float) -> Report:
         report.queue_s,
         report.prefill_s,
         report.decode_s,
+        report.num_failovers,
         billed_s,
     )
 

@@ -108,6 +108,7 @@ class HttpClient(Client):
                     float(headers["x-queue-seconds"]),
                     float(headers["x-prefill-seconds"]),
                     float(headers["x-decode-seconds"]),
+                    int(headers["x-num-failovers"]),
                     float(headers["x-billed-seconds"]),
                 ),
             )
@@ -226,6 +227,7 @@ def _report(values: dict[str, Any]) -> Report:
         piece["queue_s"],
         piece["prefill_s"],
         piece["decode_s"],
+        piece["num_failovers"],
         values["usage"]["billed_s"],
     )
 

@@ -106,6 +106,7 @@ class Report:
     queue_s: float
     prefill_s: float
     decode_s: float
+    num_failovers: int
     billed_s: float
 
 

@@ -100,6 +100,7 @@ def from_report(report: PieceReport, seed: int) -> pb.PieceReport:
         queue_s=report.queue_s,
         prefill_s=report.prefill_s,
         decode_s=report.decode_s,
+        num_failovers=report.num_failovers,
     )
 
 

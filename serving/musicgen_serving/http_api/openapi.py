@@ -70,6 +70,7 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
                 "X-Queue-Seconds": "Non-streaming only: engine queue time in seconds, total over all pieces.",
                 "X-Prefill-Seconds": "Non-streaming only: prefill time in seconds, total over all pieces.",
                 "X-Decode-Seconds": "Non-streaming only: decode time in seconds, total over all pieces.",
+                "X-Num-Failovers": "Non-streaming only: failovers to another replica, total over all pieces.",
             }.items()
         },
     },

@@ -82,6 +82,7 @@ def _end_headers(end: GenerationEnd, body: bytes) -> dict[str, str]:
         "X-Queue-Seconds": f"{usage.queue_s:.6f}",
         "X-Prefill-Seconds": f"{usage.prefill_s:.6f}",
         "X-Decode-Seconds": f"{usage.decode_s:.6f}",
+        "X-Num-Failovers": str(usage.num_failovers),
     }
 
 

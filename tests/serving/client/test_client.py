@@ -66,7 +66,7 @@ def test_whole_and_streamed_pieces_are_what_was_made(protocol: str, channels: in
     for report in (whole.report, stream.report):
         assert report is not None
         assert (report.num_samples, report.num_frames, report.billed_s) == (32000, 50, 1.0)
-        assert (report.queue_s, report.prefill_s, report.decode_s) == (0.1, 0.2, 0.3)
+        assert (report.queue_s, report.prefill_s, report.decode_s, report.num_failovers) == (0.1, 0.2, 0.3, 1)
         assert report.checksum == hashlib.sha256(to_bytes(whole.samples)).hexdigest()
 
 
@@ -285,7 +285,7 @@ def chunk(first: int, last: int) -> Chunk:
 
 def report(first: int, last: int) -> Report:
     checksum = hashlib.sha256(to_bytes(tone(1, 100).numpy()[:, first:last])).hexdigest()
-    return Report(last - first, checksum, 1, 0.0, 0.0, 0.0, 1.0)
+    return Report(last - first, checksum, 1, 0.0, 0.0, 0.0, 0, 1.0)
 
 
 START = Start("id", "demo", 1, 32000, 1, 100)

@@ -53,7 +53,7 @@ def test_stream_equals_one_answer_equals_what_was_made(channels: int) -> None:
             for report in (finished.pieces[piece], answer.pieces[piece].report):
                 assert report.checksum == hashlib.sha256(streamed).hexdigest()
                 assert (report.seed, report.num_samples, report.num_frames) == (7 + piece, 32000, 50)
-                assert (report.queue_s, report.prefill_s, report.decode_s) == (0.1, 0.2, 0.3)
+                assert (report.queue_s, report.prefill_s, report.decode_s, report.num_failovers) == (0.1, 0.2, 0.3, 1)
 
     asyncio.run(main())
 

@@ -174,7 +174,7 @@ class GenerationFinished(_message.Message):
     def __init__(self, pieces: _Optional[_Iterable[_Union[PieceReport, _Mapping[str, object]]]] = ..., billed_s: _Optional[float] = ..., state: _Optional[_Union[GenerationState, str]] = ...) -> None: ...
 
 class PieceReport(_message.Message):
-    __slots__ = ("seed", "num_samples", "checksum", "num_frames", "queue_s", "prefill_s", "decode_s")
+    __slots__ = ("seed", "num_samples", "checksum", "num_frames", "queue_s", "prefill_s", "decode_s", "num_failovers")
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUM_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,7 @@ class PieceReport(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILOVERS_FIELD_NUMBER: _ClassVar[int]
     seed: int
     num_samples: int
     checksum: str
@@ -189,7 +190,8 @@ class PieceReport(_message.Message):
     queue_s: float
     prefill_s: float
     decode_s: float
-    def __init__(self, seed: _Optional[int] = ..., num_samples: _Optional[int] = ..., checksum: _Optional[str] = ..., num_frames: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ...) -> None: ...
+    num_failovers: int
+    def __init__(self, seed: _Optional[int] = ..., num_samples: _Optional[int] = ..., checksum: _Optional[str] = ..., num_frames: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., num_failovers: _Optional[int] = ...) -> None: ...
 
 class GenerationStatus(_message.Message):
     __slots__ = ("request_id", "model", "state", "audio_s", "done_s", "age_s", "error")
