@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+from musicgen_serving.components import LocalComponents
 from musicgen_serving.deployments.chroma import ChromaExtractor
 from musicgen_serving.deployments.codec import CodecDecoder
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
@@ -30,9 +31,8 @@ from musicgen_serving.grpc_api import server as grpc_server
 from musicgen_serving.http_api import server as http_server
 from musicgen_serving.http_api.app import create_app
 from musicgen_serving.pipeline import Pipeline
+from musicgen_serving.request_metrics import RequestMetrics
 from musicgen_serving.settings import ServeSettings, load_settings
-from musicgen_serving.spokes import LocalSpokes
-from musicgen_serving.watch import Watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +112,9 @@ async def local_service(settings: ServeSettings) -> AsyncIterator[Local]:
     model, limits = settings.models[0], settings.limits
     engine = LanguageModel(model)
     await engine.warm_up()
-    parts = LocalSpokes(engine, CodecDecoder(model, limits), TextEncoder(model), ChromaExtractor(model, limits))
+    parts = LocalComponents(engine, CodecDecoder(model, limits), TextEncoder(model), ChromaExtractor(model, limits))
     gatekeeper = LocalGatekeeper(settings)
-    watch = Watch(_Recorder(), settings.observability.player_buffer_s)
+    watch = RequestMetrics(_Recorder(), settings.observability.player_buffer_s)
     service = GenerationService(settings, {model.name: Pipeline(parts, settings.failover)}, gatekeeper, watch)
     await service.start()
     any_grpc, any_http = (edge.model_copy(update={"port": 0}) for edge in (settings.grpc, settings.http))

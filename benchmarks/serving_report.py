@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from musicgen_serving.player import Player
-from musicgen_serving.watch import CONTINUITY_LIMIT_S
+from musicgen_serving.request_metrics import CONTINUITY_LIMIT_S
 
 from benchmarks.serving_load import Load, percentile
 from benchmarks.serving_plan import Outcome

@@ -59,7 +59,7 @@ def actor_options(how: ReplicaSettings) -> dict[str, Any]:
 
 
 def _parts(model: ModelSettings, settings: ServeSettings) -> tuple[Application, ...]:
-    """One model's deployments, in the order of `RaySpokes`."""
+    """One model's deployments, in the order of `RayComponents`."""
     limits, watched = settings.limits, settings.observability
     if model.device == "cuda" and not model.language_model.num_gpus:
         raise InvalidRequestError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from musicgen.audio_encode import FORMATS, PCM_16, encode_audio, open_encoder, to_frames
 from musicgen.loudness import normalize_audio
 from musicgen.waveform import StreamResampler, resampled_len
-from musicgen_serving.audio_heads import flac_head, mp3_head, wav_head
+from musicgen_serving.audio_headers import flac_header, mp3_header, wav_header
 
 EVENT_FORMATS = ("pcm16", "f32")
 _MEDIA_TYPES = {
@@ -90,7 +90,7 @@ def stream_encoder(
 ) -> StreamEncoder:
     """An encoder for exactly `num_samples` samples per channel, in any of the API's formats."""
     if format == "wav":
-        return _RawStream("pcm16", wav_head(sample_rate, channels, num_samples, metadata))
+        return _RawStream("pcm16", wav_header(sample_rate, channels, num_samples, metadata))
     if format in _RAW_ENCODINGS:
         return _RawStream(format, b"")
     return _FileStream(format, sample_rate, channels, num_samples, metadata)
@@ -118,7 +118,7 @@ class _FileStream:
         self._format, self._subtype = format, FORMATS[format].subtype
         self._resampler = StreamResampler(sample_rate, rate)
         self._num_samples = resampled_len(num_samples, sample_rate, rate)
-        self._head = mp3_head(rate, channels, self._num_samples, metadata) if format == "mp3" else b""
+        self._head = mp3_header(rate, channels, self._num_samples, metadata) if format == "mp3" else b""
         self._sink = _ForgetfulSink()
         self._file = open_encoder(self._sink, rate, channels, format, metadata=metadata)
         if format == "opus":
@@ -152,7 +152,7 @@ class _FileStream:
             return taken
         self._has_begun = True
         if self._format == "flac":
-            return flac_head(taken, self._num_samples)
+            return flac_header(taken, self._num_samples)
         return self._head + taken[len(self._head) :]  # same length as LAME's head
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from musicgen.errors import InvalidRequestError
-from musicgen_serving.changing_files import ChangingFiles
 from musicgen_serving.settings import EdgeSettings
+from musicgen_serving.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Certificates:
     def __init__(self, part: str, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
         self._part = part
         paths = (certificate, key) if client_ca is None else (certificate, key, client_ca)
-        self._files = ChangingFiles(*paths)
+        self._files = WatchedFiles(*paths)
         try:
             self._take()
         except OSError as error:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from musicgen.errors import OverloadedError
 from musicgen.types import CodeChunk, CodesRequest, EndOfRequest, EngineRequest, FinishReason, Usage
+from musicgen_serving.components import BrokenError, Components, LostError
 from musicgen_serving.deployments.language_model import Accepted, Alive, LanguageModelEvent
-from musicgen_serving.patience import Patience
+from musicgen_serving.failover import Failover
 from musicgen_serving.settings import FailoverSettings
-from musicgen_serving.spokes import BrokenError, LostError, Spokes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,13 @@ class CodeStream:
 
     def __init__(
         self,
-        spokes: Spokes,
+        components: Components,
         request: EngineRequest,
         settings: FailoverSettings,
         made: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self._spokes, self._request, self._settings, self._tell_made = spokes, request, settings, made
-        self._patience = Patience(settings, f"request {request.request_id}: language model")
+        self._components, self._request, self._settings, self._tell_made = components, request, settings, made
+        self._patience = Failover(settings, f"request {request.request_id}: language model")
         known = request.codes.known_codes
         self._made: list[Tensor] = [] if known is None else [known]
         self._num_made = request.codes.num_known_frames
@@ -86,7 +86,7 @@ class CodeStream:
         yield self._end()
 
     async def _attempt(self) -> AsyncIterator[CodesStarted | Tensor]:
-        async with self._spokes.generate(self._next_request()) as events:
+        async with self._components.generate(self._next_request()) as events:
             async for event in _timed(events, self._settings):
                 if isinstance(event, Accepted):
                     if not self._started:

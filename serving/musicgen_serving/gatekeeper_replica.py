@@ -5,24 +5,24 @@ from __future__ import annotations
 import asyncio
 
 from musicgen_serving import process
-from musicgen_serving.changing_files import keep_looking
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
+from musicgen_serving.error_values import returns_errors
 from musicgen_serving.metrics import RayRecorder
-from musicgen_serving.refusals import told
 from musicgen_serving.settings import ServeSettings
+from musicgen_serving.watched_files import poll
 
 
 class GatekeeperReplica(LocalGatekeeper):
     """The singleton gatekeeper."""
 
-    find_tenant, admit = told(LocalGatekeeper.find_tenant), told(LocalGatekeeper.admit)
-    cancel, status = told(LocalGatekeeper.cancel), told(LocalGatekeeper.status)
+    find_tenant, admit = returns_errors(LocalGatekeeper.find_tenant), returns_errors(LocalGatekeeper.admit)
+    cancel, status = returns_errors(LocalGatekeeper.cancel), returns_errors(LocalGatekeeper.status)
 
     async def __init__(self, settings: ServeSettings) -> None:  # type: ignore[misc]
         process.set_up("gatekeeper", settings.observability)
         super().__init__(settings)
         self._gauges = asyncio.create_task(self._show_gauges())
-        self._looking = asyncio.create_task(keep_looking(self.tenants.look))
+        self._looking = asyncio.create_task(poll(self.tenants.look))
 
     async def _show_gauges(self) -> None:
         recorder = RayRecorder()

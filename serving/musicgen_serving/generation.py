@@ -19,17 +19,18 @@ from musicgen.types import FinishReason
 from musicgen_serving import errors
 from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Tenant
 from musicgen_serving.checks import longest_piece_s
+from musicgen_serving.components import LostError
 from musicgen_serving.concurrency import together
 from musicgen_serving.deployments.language_model import ModelCard
 from musicgen_serving.errors import DeadlineExceededError, ForbiddenError, NotFoundError
-from musicgen_serving.maker import Maker
-from musicgen_serving.patience import insist
+from musicgen_serving.failover import call_with_failover
+from musicgen_serving.generation_task import GenerationTask
 from musicgen_serving.pipeline import PieceStarted, Pipeline, Prepared, check_fits
 from musicgen_serving.recordings import length_s
-from musicgen_serving.register import Register, Running
+from musicgen_serving.request_metrics import RequestMetrics
+from musicgen_serving.running_requests import Running, RunningRequests
 from musicgen_serving.service import Readiness
 from musicgen_serving.settings import LimitSettings, ModelSettings, ServeSettings
-from musicgen_serving.spokes import LostError
 from musicgen_serving.types import (
     GenerationEvent,
     GenerationRequest,
@@ -39,7 +40,6 @@ from musicgen_serving.types import (
     PieceReport,
     Started,
 )
-from musicgen_serving.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,18 @@ class GenerationService:
 
     Args:
         pipelines: by the served model's name.
-        watch: receives the metrics.
+        metrics: receives the metrics.
     """
 
     def __init__(
-        self, settings: ServeSettings, pipelines: Mapping[str, Pipeline], gatekeeper: Gatekeeper, watch: Watch
+        self,
+        settings: ServeSettings,
+        pipelines: Mapping[str, Pipeline],
+        gatekeeper: Gatekeeper,
+        metrics: RequestMetrics,
     ) -> None:
-        self._settings, self._pipelines, self._gatekeeper, self._watch = settings, pipelines, gatekeeper, watch
-        self._register = Register(gatekeeper)
+        self._settings, self._pipelines, self._gatekeeper, self._metrics = settings, pipelines, gatekeeper, metrics
+        self._running = RunningRequests(gatekeeper)
         self._cards: dict[str, ModelCard] = {}
         self._readiness = Readiness(False, dict.fromkeys((GATEKEEPER, *pipelines), NOT_REACHED))
         self._look_again_at = 0.0
@@ -77,7 +81,7 @@ class GenerationService:
 
     async def start(self) -> None:
         """Start reporting to the gatekeeper."""
-        self._register.start()
+        self._running.start()
 
     def leave(self) -> None:
         """Report not-ready from now on, so that load balancers move away; requests are still accepted."""
@@ -85,7 +89,7 @@ class GenerationService:
 
     async def close(self) -> None:
         """Stop all running requests of this replica."""
-        await self._register.close()
+        await self._running.close()
 
     async def authenticate(self, api_key: str | None) -> Tenant:
         try:
@@ -95,10 +99,10 @@ class GenerationService:
             raise
 
     def count_refusal(self, code: str, tenant: Tenant | None = None) -> None:
-        self._watch.rejected("", "" if tenant is None else tenant.tenant_class, code)
+        self._metrics.rejected("", "" if tenant is None else tenant.tenant_class, code)
 
     async def cancel(self, tenant: Tenant, request_id: str) -> GenerationStatus:
-        self._register.stop(request_id, tenant.name)  # if it runs here, stop it without waiting for the gatekeeper
+        self._running.stop(request_id, tenant.name)  # if it runs here, stop it without waiting for the gatekeeper
         return await self._gatekeeper.cancel(tenant.name, request_id)
 
     async def status(self, tenant: Tenant, request_id: str) -> GenerationStatus:
@@ -132,7 +136,7 @@ class GenerationService:
         if model.name not in self._cards:
             try:
                 async with asyncio.timeout(READINESS_WAIT_S):
-                    self._cards[model.name] = await self._pipelines[model.name].spokes.describe()
+                    self._cards[model.name] = await self._pipelines[model.name].components.describe()
             except (LostError, TimeoutError):
                 return None
         return _info(model, self._cards[model.name], self._settings, tenant)
@@ -153,7 +157,7 @@ class GenerationService:
         return READY if await self._gatekeeper.takes_requests() else "draining"
 
     async def _state(self, model: str) -> str:
-        await self._pipelines[model].spokes.check()
+        await self._pipelines[model].components.check()
         return READY
 
     @asynccontextmanager
@@ -168,27 +172,27 @@ class GenerationService:
         try:
             async with _until(ends_at, request):
                 config = await self._checked(tenant, request)
-                ticket = await self._register.admit(_admission(tenant, request))
+                ticket = await self._running.admit(_admission(tenant, request))
         except MusicGenError as error:
             model = request.model if request.model in self._pipelines else ""  # unknown names must not become labels
-            self._watch.rejected(model, tenant.tenant_class, errors.report(error).code)
+            self._metrics.rejected(model, tenant.tenant_class, errors.report(error).code)
             raise
         self._log_admitted(tenant, request)
-        watch = self._watch.admitted(
+        timer = self._metrics.admitted(
             request.request_id, request.model, tenant.tenant_class, is_stream=request.chunks is not None
         )
-        maker = Maker(self._pipelines[request.model], request, ticket, config, ends_at)
-        running = Running(request, ticket, config, maker, watch)
-        async with self._register.holding(running):
+        task = GenerationTask(self._pipelines[request.model], request, ticket, config, ends_at)
+        running = Running(request, ticket, config, task, timer)
+        async with self._running.holding(running):
             async for event in self._events(running, ends_at):
                 yield event
 
     async def _events(self, running: Running, ends_at: float | None) -> AsyncGenerator[GenerationEvent, None]:
         """The events of an admitted request for its caller. Records the outcome in `running`."""
-        request, maker = running.request, running.maker
+        request, task = running.request, running.task
         has_started = False
         try:
-            with _stopping(maker, ends_at, request):
+            with _stopping(task, ends_at, request):
                 async with aclosing(self._made(running)) as events:
                     async for event in events:
                         has_started = True
@@ -202,7 +206,7 @@ class GenerationService:
                 logger.exception("failed", extra={"request_id": request.request_id})
             if not has_started:
                 raise
-        await self._register.settle(running)
+        await self._running.settle(running)
         yield running.end()
 
     async def _made(self, running: Running) -> AsyncGenerator[Started | PieceAudio, None]:
@@ -211,7 +215,7 @@ class GenerationService:
         quotes: list[float] = []
         prepared: Prepared | None = None
         num_pieces = len(running.request.pieces)
-        async with aclosing(running.maker.events()) as events:
+        async with aclosing(running.task.events()) as events:
             async for event in events:
                 if isinstance(event, Prepared):
                     prepared = event
@@ -257,11 +261,11 @@ class GenerationService:
             prompt_s = await asyncio.to_thread(length_s, request.prompt_audio)
             if prompt_s is not None:
                 check_prompt_length(prompt_s, config, request.duration_s)
-        spokes = self._pipelines[request.model].spokes
+        components = self._pipelines[request.model].components
         long = {piece.prompt for piece in request.pieces if piece.prompt and _may_be_too_long(piece.prompt)}
-        checks = [spokes.check_prompt(prompt) for prompt in long]
+        checks = [components.check_prompt(prompt) for prompt in long]
         if request.stems:
-            checks.append(spokes.check_stems())
+            checks.append(components.check_stems())
         try:
             async with asyncio.timeout(INPUTS_WAIT_S):
                 await together(*checks)
@@ -274,8 +278,8 @@ class GenerationService:
         Raises: ReplicaLostError: no replica responds.
         """
         if model not in self._cards:
-            describe = self._pipelines[model].spokes.describe
-            self._cards[model], _ = await insist(self._settings.failover, f"model {model}", describe)
+            describe = self._pipelines[model].components.describe
+            self._cards[model], _ = await call_with_failover(self._settings.failover, f"model {model}", describe)
         return self._cards[model]
 
 
@@ -303,12 +307,12 @@ async def _until(ends_at: float | None, request: GenerationRequest) -> AsyncIter
 
 
 @contextmanager
-def _stopping(maker: Maker, ends_at: float | None, request: GenerationRequest) -> Iterator[None]:
-    """Stop `maker` when the deadline passes within the context."""
+def _stopping(task: GenerationTask, ends_at: float | None, request: GenerationRequest) -> Iterator[None]:
+    """Stop `task` when the deadline passes within the context."""
     if ends_at is None:
         yield
         return
-    timer = asyncio.get_running_loop().call_at(ends_at, maker.stop, _too_late(request))
+    timer = asyncio.get_running_loop().call_at(ends_at, task.stop, _too_late(request))
     try:
         yield
     finally:

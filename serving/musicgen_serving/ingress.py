@@ -12,10 +12,10 @@ from musicgen_serving.http_api import server as http_server
 from musicgen_serving.http_api.app import create_app
 from musicgen_serving.metrics import RayRecorder, node_metrics
 from musicgen_serving.pipeline import Pipeline
-from musicgen_serving.ray_spokes import Handle, RayGatekeeper, RaySpokes
+from musicgen_serving.ray_components import Handle, RayComponents, RayGatekeeper
 from musicgen_serving.replicas import set_up
+from musicgen_serving.request_metrics import RequestMetrics
 from musicgen_serving.settings import EdgeSettings, ServeSettings
-from musicgen_serving.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,13 @@ class Ingress:
         set_up(self.part, settings.observability)
         self.edge, self.settings = edge, settings
         pipelines = {
-            name: Pipeline(RaySpokes(handles, settings.failover.lease_s), settings.failover)
+            name: Pipeline(RayComponents(handles, settings.failover.lease_s), settings.failover)
             for name, handles in parts.items()
         }
         self._engines = {name: handles[0] for name, handles in parts.items()}
-        watch = Watch(RayRecorder(), settings.observability.player_buffer_s)
+        metrics = RequestMetrics(RayRecorder(), settings.observability.player_buffer_s)
         self.gatekeeper = RayGatekeeper(gatekeeper)
-        self.service = GenerationService(settings, pipelines, self.gatekeeper, watch)
+        self.service = GenerationService(settings, pipelines, self.gatekeeper, metrics)
 
     async def start(self) -> None:
         """Start reporting, and counting the engines."""

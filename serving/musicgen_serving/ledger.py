@@ -1,7 +1,7 @@
 """Usage log: one line per ended request, and counters to verify the gatekeeper's consistency.
 
 Owns the usage file and the counters. Only the number of lost lines is exported as a metric: request metrics come from
-the ingresses (`watch`). Contains no prompts and no keys.
+the ingresses (`request_metrics`). Contains no prompts and no keys.
 """
 
 from __future__ import annotations

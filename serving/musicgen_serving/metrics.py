@@ -67,7 +67,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 class RayRecorder:
-    """Hands numbers to Ray's metrics; implements `watch.Recorder`."""
+    """Hands numbers to Ray's metrics; implements `request_metrics.Recorder`."""
 
     def __init__(self) -> None:
         self._made: dict[str, metrics.Counter | metrics.Gauge | metrics.Histogram] = {}

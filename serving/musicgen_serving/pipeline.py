@@ -23,12 +23,12 @@ from musicgen.types import ChunkPolicy, CodesRequest, Conditioning, EngineReques
 from musicgen_serving import delay_points
 from musicgen_serving.admission import Ticket
 from musicgen_serving.code_stream import CodesEnd, CodesStarted, CodeStream
+from musicgen_serving.components import Components
 from musicgen_serving.concurrency import ahead, together
+from musicgen_serving.delivered_audio import DeliveredAudio
 from musicgen_serving.deployments.chroma import Recording
-from musicgen_serving.patience import insist
+from musicgen_serving.failover import call_with_failover
 from musicgen_serving.settings import FailoverSettings
-from musicgen_serving.sound import Sound
-from musicgen_serving.spokes import Spokes
 from musicgen_serving.types import GenerationRequest, PieceAudio, PieceReport
 
 WHOLE = ChunkPolicy(first_frames=150, max_frames=500, growth=1.5)
@@ -69,8 +69,8 @@ class Prepared:
 class Pipeline:
     """Runs requests through one model."""
 
-    def __init__(self, spokes: Spokes, settings: FailoverSettings) -> None:
-        self.spokes, self._settings = spokes, settings
+    def __init__(self, components: Components, settings: FailoverSettings) -> None:
+        self.components, self._settings = components, settings
         self._initial_state: StreamState | None = None
 
     async def prepare(self, request: GenerationRequest, config: ModelConfig) -> Prepared:
@@ -133,11 +133,11 @@ class Pipeline:
             deadline_s=None if ends_at is None else max(ends_at - asyncio.get_running_loop().time(), MIN_DEADLINE_S),
             lease_s=self._settings.lease_s,
         )
-        stream = CodeStream(self.spokes, engine_request, self._settings, made)
+        stream = CodeStream(self.components, engine_request, self._settings, made)
         buffer = GridBuffer(prepared.config.decoder.num_codebooks, codes.num_frames)
         if codes.known_codes is not None:
             buffer.add(codes.known_codes)
-        sound = Sound(prepared.num_samples, request.first_sample)
+        sound = DeliveredAudio(prepared.num_samples, request.first_sample)
         state, num_failovers = await self._first_state(request), 0
         urgent = request.chunks is not None  # until the first audio is delivered
         async with aclosing(ahead(stream.events())) as events:
@@ -152,7 +152,7 @@ class Pipeline:
                     (samples, state), lost = await self._insist_on(
                         request,
                         "codec",
-                        lambda part=part, urgent=urgent: self.spokes.decode(part, urgent=urgent),  # type: ignore[misc]
+                        lambda part=part, urgent=urgent: self.components.decode(part, urgent=urgent),  # type: ignore[misc]
                     )
                     num_failovers += lost
                     audio = sound.take(piece, samples)
@@ -165,21 +165,21 @@ class Pipeline:
     async def _first_state(self, request: GenerationRequest) -> StreamState:
         """The codec's initial state; always the same, so it is fetched once."""
         if self._initial_state is None:
-            found = await self._insist_on(request, "codec", self.spokes.initial_state)
+            found = await self._insist_on(request, "codec", self.components.initial_state)
             self._initial_state = found[0]
         return self._initial_state
 
     async def _text(self, text: str | None, lost: _Counter) -> Tensor | None:
         if not text:  # empty means no text
             return None
-        return await self._insist(lost, "text encoder", lambda: self.spokes.encode_text(text))
+        return await self._insist(lost, "text encoder", lambda: self.components.encode_text(text))
 
     async def _known_codes(self, request: GenerationRequest, lost: _Counter) -> Tensor | None:
         content = request.prompt_audio
         if content is None:
             return None
         return await self._insist(
-            lost, "codec", lambda: self.spokes.encode_prompt(content, request.duration_s), RECORDING_ATTEMPTS
+            lost, "codec", lambda: self.components.encode_prompt(content, request.duration_s), RECORDING_ATTEMPTS
         )
 
     async def _chroma(
@@ -189,20 +189,20 @@ class Pipeline:
             return [None] * len(windows)
         recording = Recording(request.melody, windows, request.stems)
         return await self._insist(
-            lost, "chroma extractor", lambda: self.spokes.extract_chroma(recording), RECORDING_ATTEMPTS
+            lost, "chroma extractor", lambda: self.components.extract_chroma(recording), RECORDING_ATTEMPTS
         )
 
     async def _insist(
         self, lost: _Counter, what: str, call: Callable[[], Awaitable[T]], max_attempts: int | None = None
     ) -> T:
-        result, num_lost = await insist(self._settings, what, call, max_attempts)
+        result, num_lost = await call_with_failover(self._settings, what, call, max_attempts)
         lost.count += num_lost
         return result
 
     async def _insist_on(
         self, request: GenerationRequest, what: str, call: Callable[[], Awaitable[T]]
     ) -> tuple[T, int]:
-        return await insist(self._settings, f"request {request.request_id}: {what}", call)
+        return await call_with_failover(self._settings, f"request {request.request_id}: {what}", call)
 
 
 class _Counter:

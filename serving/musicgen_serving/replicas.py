@@ -23,8 +23,8 @@ from musicgen_serving.deployments.chroma import ChromaExtractor, Recording
 from musicgen_serving.deployments.codec import CodecDecoder
 from musicgen_serving.deployments.language_model import LanguageModel, LanguageModelEvent
 from musicgen_serving.deployments.text_encoder import TextEncoder
+from musicgen_serving.error_values import returns_errors, streams_errors
 from musicgen_serving.metrics import RayRecorder
-from musicgen_serving.refusals import told, told_in_stream
 from musicgen_serving.settings import LimitSettings, ModelSettings, ObservabilitySettings
 
 COMPUTE_NICENESS = 5
@@ -66,7 +66,7 @@ class LanguageModelReplica(LanguageModel):
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 
-    @told_in_stream
+    @streams_errors
     async def generate(
         self, request: EngineRequest, trace: str | None = None
     ) -> AsyncGenerator[LanguageModelEvent, None]:
@@ -107,7 +107,7 @@ class CodecReplica(CodecDecoder):
         await self.warm_up()
         self._gauges = asyncio.create_task(self._show_gauges(_labels(settings.name)))
 
-    @told
+    @returns_errors
     async def decode(
         self, piece: StreamPiece, *, urgent: bool = False, trace: str | None = None
     ) -> tuple[Tensor, StreamState]:
@@ -115,7 +115,7 @@ class CodecReplica(CodecDecoder):
         with tracing.span("codec.decode", trace, frames=piece.codes.shape[-1]):
             return await super().decode(piece, urgent=urgent)
 
-    @told
+    @returns_errors
     async def encode(self, content: bytes, duration_s: float, trace: str | None = None) -> Tensor:
         """As `CodecDecoder.encode`, in a span under `trace`."""
         with tracing.span("codec.encode", trace):
@@ -135,14 +135,14 @@ class CodecReplica(CodecDecoder):
 class TextEncoderReplica(TextEncoder):
     """The text encoder of one replica."""
 
-    check_prompt = told(TextEncoder.check_prompt)
+    check_prompt = returns_errors(TextEncoder.check_prompt)
 
     async def __init__(self, settings: ModelSettings, observability: ObservabilitySettings) -> None:  # type: ignore[misc]
         set_up("text-encoder", observability, SAME_EVERYWHERE)
         super().__init__(settings)
         await self.warm_up()
 
-    @told
+    @returns_errors
     async def encode(self, prompt: str, trace: str | None = None) -> Tensor:
         """As `TextEncoder.encode`, in a span under `trace`."""
         with tracing.span("text_encoder.encode", trace):
@@ -156,7 +156,7 @@ class TextEncoderReplica(TextEncoder):
 class ChromaReplica(ChromaExtractor):
     """The melody features of one replica."""
 
-    check_stems = told(ChromaExtractor.check_stems)
+    check_stems = returns_errors(ChromaExtractor.check_stems)
 
     async def __init__(  # type: ignore[misc]
         self, settings: ModelSettings, limits: LimitSettings, observability: ObservabilitySettings
@@ -165,7 +165,7 @@ class ChromaReplica(ChromaExtractor):
         super().__init__(settings, limits)
         await self.warm_up()
 
-    @told
+    @returns_errors
     async def extract(self, recording: Recording, trace: str | None = None) -> list[Tensor]:
         """As `ChromaExtractor.extract`, in a span under `trace`."""
         with tracing.span("chroma.extract", trace):

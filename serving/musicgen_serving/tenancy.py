@@ -21,9 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from musicgen.errors import InvalidRequestError
 from musicgen_serving.admission import Tenant
-from musicgen_serving.changing_files import ChangingFiles
 from musicgen_serving.errors import UnauthenticatedError
 from musicgen_serving.settings import AccessSettings, TenantSettings
+from musicgen_serving.watched_files import WatchedFiles
 
 KEY_PREFIX = "mg-"
 KEY_BYTES = 32
@@ -130,7 +130,7 @@ class LiveTenancy:
     def __init__(self, access: AccessSettings) -> None:
         self._access = access
         # Before reading the list: a change in between merely causes a second read.
-        self._file = ChangingFiles(*([access.tenants_file] if access.tenants_file else ()))
+        self._file = WatchedFiles(*([access.tenants_file] if access.tenants_file else ()))
         self.now = Tenancy(access)
         self.is_stale = False
         """Whether the file is invalid, so that the previous list is still in use."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import torch
+from musicgen_serving.components import Components, LocalComponents
 from musicgen_serving.deployments.chroma import ChromaExtractor
 from musicgen_serving.deployments.codec import CodecDecoder
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
@@ -21,9 +22,8 @@ from musicgen_serving.grpc_api import server as grpc_server
 from musicgen_serving.http_api import server as http_server
 from musicgen_serving.http_api.app import create_app
 from musicgen_serving.pipeline import Pipeline
+from musicgen_serving.request_metrics import RequestMetrics
 from musicgen_serving.settings import ModelSettings, ServeSettings
-from musicgen_serving.spokes import LocalSpokes, Spokes
-from musicgen_serving.watch import Watch
 
 T = TypeVar("T")
 
@@ -51,7 +51,9 @@ class InProcess:
         wrap: what stands between the pipeline and the parts, such as one that loses calls.
     """
 
-    def __init__(self, settings: ServeSettings | None = None, wrap: Callable[[Spokes], Spokes] = lambda s: s) -> None:
+    def __init__(
+        self, settings: ServeSettings | None = None, wrap: Callable[[Components], Components] = lambda s: s
+    ) -> None:
         self.settings = settings or ServeSettings()
         self.recorder = ListRecorder()
         self._wrap = wrap
@@ -70,10 +72,10 @@ class InProcess:
         self.engine = LanguageModel(model)
         await self.engine.warm_up()
         self.codec = CodecDecoder(model, limits)
-        parts = LocalSpokes(self.engine, self.codec, TextEncoder(model), ChromaExtractor(model, limits))
+        parts = LocalComponents(self.engine, self.codec, TextEncoder(model), ChromaExtractor(model, limits))
         pipeline = Pipeline(self._wrap(parts), self.settings.failover)
         self.gatekeeper = LocalGatekeeper(self.settings)
-        watch = Watch(self.recorder, self.settings.observability.player_buffer_s)
+        watch = RequestMetrics(self.recorder, self.settings.observability.player_buffer_s)
         self.service = GenerationService(self.settings, {model.name: pipeline}, self.gatekeeper, watch)
         await self.service.start()
         any_port = {"port": 0}

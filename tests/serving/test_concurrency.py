@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from musicgen_serving import concurrency
 from musicgen_serving.concurrency import ahead, ended, together
-from musicgen_serving.maker import Maker
+from musicgen_serving.generation_task import GenerationTask
 from musicgen_serving.pipeline import PieceStarted
 
 from musicgen.errors import RequestCancelledError
@@ -109,16 +109,16 @@ class DeafPipeline:
             yield PieceStarted(piece, 0.0)
 
 
-def _maker() -> Maker:
+def _task() -> GenerationTask:
     request: Any = SimpleNamespace(pieces=(None,), trace_parent=None, request_id="a", model="demo")
-    return Maker(DeafPipeline(), request, None, None)  # type: ignore[arg-type]
+    return GenerationTask(DeafPipeline(), request, None, None)  # type: ignore[arg-type]
 
 
 def test_a_consumer_that_leaves_a_deaf_maker_is_free() -> None:
     async def check() -> None:
         before = asyncio.all_tasks()
-        maker = _maker()
-        async with aclosing(maker.events()) as events:
+        task = _task()
+        async with aclosing(task.events()) as events:
             await anext(events)
             await asyncio.sleep(0.01)  # it fills up and waits for room
         assert asyncio.all_tasks() == before
@@ -129,11 +129,11 @@ def test_a_consumer_that_leaves_a_deaf_maker_is_free() -> None:
 def test_a_deaf_maker_that_is_stopped_ends_its_consumer() -> None:
     async def check() -> None:
         before = asyncio.all_tasks()
-        maker = _maker()
-        events = maker.events()
+        task = _task()
+        events = task.events()
         for _ in range(3):
             await anext(events)
-        maker.stop(RequestCancelledError("enough"))
+        task.stop(RequestCancelledError("enough"))
         with pytest.raises(RequestCancelledError, match="enough"):
             await anext(events)
         assert asyncio.all_tasks() == before

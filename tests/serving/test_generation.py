@@ -13,6 +13,7 @@ import pytest
 import torch
 from musicgen_serving import register
 from musicgen_serving.admission import AdmissionRequest, Settlement, Ticket
+from musicgen_serving.components import BrokenError, Components, LostError
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.deployments.language_model import LanguageModelEvent
 from musicgen_serving.errors import (
@@ -26,7 +27,6 @@ from musicgen_serving.errors import (
 from musicgen_serving.generation import GenerationService
 from musicgen_serving.service import Readiness
 from musicgen_serving.settings import FailoverSettings, HttpSettings, ServeSettings
-from musicgen_serving.spokes import BrokenError, LostError, Spokes
 from musicgen_serving.types import GenerationEnd, GenerationRequest, Piece, PieceAudio, Started
 from serving.in_process import InProcess, small_settings
 from torch import Tensor
@@ -55,7 +55,7 @@ TEXTS, SEEDS = ("happy rock", "sad jazz"), (3, 4)
 class Lossy:
     """Parts that can be told to be lost: each call takes a number off what is planned for its kind."""
 
-    def __init__(self, parts: Spokes) -> None:
+    def __init__(self, parts: Components) -> None:
         self._parts = parts
         self.num_codec_losses = self.num_text_losses = self.num_text_failures = self.num_silences = 0
         self.is_lost = False
@@ -121,7 +121,7 @@ def lossy() -> list[Lossy]:
 
 @pytest.fixture(scope="module")
 def service(lossy: list[Lossy]) -> Iterator[InProcess]:
-    def wrap(parts: Spokes) -> Spokes:
+    def wrap(parts: Components) -> Components:
         lossy.append(Lossy(parts))
         return lossy[0]  # type: ignore[return-value]
 
@@ -514,7 +514,7 @@ class Whole:
     """A model's parts that answer, or do not."""
 
     def __init__(self, is_there: bool) -> None:
-        self.spokes, self.is_there = self, is_there
+        self.components, self.is_there = self, is_there
 
     async def check(self) -> None:
         if not self.is_there:

@@ -13,8 +13,8 @@ import pytest
 from musicgen_serving import logs, tracing
 from musicgen_serving.metrics import METRICS
 from musicgen_serving.player import Player
+from musicgen_serving.request_metrics import RequestMetrics
 from musicgen_serving.types import GenerationEnd, PieceReport
-from musicgen_serving.watch import Watch
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -116,7 +116,7 @@ def test_the_last_audio_is_played_however_short() -> None:
 
 def test_a_request_is_counted_once_under_names_of_the_table() -> None:
     recorder, now = ListRecorder(), [10.0]
-    watch = Watch(recorder, 0.5, lambda: now[0])
+    watch = RequestMetrics(recorder, 0.5, lambda: now[0])
     watch.rejected("demo", "free", "overloaded")
     request = watch.admitted("r", "demo", "free", is_stream=True)
     for at, last in ((10.25, False), (11.0, False), (14.25, True)):

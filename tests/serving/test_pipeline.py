@@ -6,10 +6,10 @@ import asyncio
 from typing import Any
 
 import pytest
+from musicgen_serving.components import LostError
 from musicgen_serving.errors import ReplicaLostError
 from musicgen_serving.pipeline import Pipeline
 from musicgen_serving.settings import FailoverSettings
-from musicgen_serving.spokes import LostError
 from musicgen_serving.types import GenerationRequest, Piece
 
 from musicgen.weights import open_checkpoint

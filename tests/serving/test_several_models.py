@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from musicgen_serving import generation
 from musicgen_serving.admission import Tenant
+from musicgen_serving.components import LostError
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.deployments.language_model import ModelCard
 from musicgen_serving.errors import ForbiddenError, NotFoundError, ReplicaLostError
 from musicgen_serving.generation import GenerationService
+from musicgen_serving.request_metrics import RequestMetrics
 from musicgen_serving.settings import FailoverSettings, ModelSettings, ServeSettings
-from musicgen_serving.spokes import LostError
-from musicgen_serving.watch import Watch
 from serving.in_process import ListRecorder
 
 from musicgen.weights import open_checkpoint
@@ -50,10 +50,12 @@ def with_models(work: Callable[[GenerationService, dict[str, Parts]], Awaitable[
             failover=FailoverSettings(backoff_s=0.001, max_backoff_s=0.01),
         )
         parts = {name: Parts(name) for name in NAMES}
-        pipelines: Any = {name: SimpleNamespace(spokes=parts[name]) for name in NAMES}
+        pipelines: Any = {name: SimpleNamespace(components=parts[name]) for name in NAMES}
         gatekeeper = LocalGatekeeper(settings)
         try:
-            return await work(GenerationService(settings, pipelines, gatekeeper, Watch(ListRecorder(), 0.5)), parts)
+            return await work(
+                GenerationService(settings, pipelines, gatekeeper, RequestMetrics(ListRecorder(), 0.5)), parts
+            )
         finally:
             gatekeeper.close()
 

@@ -10,10 +10,10 @@ import pytest
 from musicgen_serving.code_stream import _timed
 from musicgen_serving.deployments.gatekeeper import _wait
 from musicgen_serving.deployments.language_model import Alive
+from musicgen_serving.failover import call_with_failover
 from musicgen_serving.grpc_api.call import Call
 from musicgen_serving.http_api.body import read_body
 from musicgen_serving.http_api.delivery import Sender
-from musicgen_serving.patience import insist
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.settings import FailoverSettings
 from serving.fake_service import TENANT, FakeService
@@ -46,7 +46,7 @@ async def _http_read(answer: Answer) -> None:
 
 
 async def _replica(answer: Answer) -> None:
-    await insist(FailoverSettings(), "codec", answer.receive)
+    await call_with_failover(FailoverSettings(), "codec", answer.receive)
 
 
 async def _engine(answer: Answer) -> None:

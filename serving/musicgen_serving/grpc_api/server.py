@@ -17,7 +17,6 @@ from grpc_reflection.v1alpha import reflection
 from musicgen.errors import InvalidRequestError
 from musicgen_serving.budget import Budget
 from musicgen_serving.certificates import Certificates, Pem, certificates_of
-from musicgen_serving.changing_files import keep_looking
 from musicgen_serving.grpc_api.broken import BrokenMessages
 from musicgen_serving.grpc_api.call import ServiceGetter
 from musicgen_serving.grpc_api.callers import KnownCallers
@@ -27,6 +26,7 @@ from musicgen_serving.grpc_api.servicer import MusicServicer
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2_grpc as pb_grpc
 from musicgen_serving.settings import GrpcSettings, LimitSettings
+from musicgen_serving.watched_files import poll
 
 SERVICE = str(pb.DESCRIPTOR.services_by_name["MusicService"].full_name)
 MESSAGE_ROOM_BYTES = 64 * 1024
@@ -83,7 +83,7 @@ async def start_server(get_service: ServiceGetter, settings: GrpcSettings, limit
         raise InvalidRequestError("a free port and usable PEM files", got, param="grpc") from error
     await health.watch(get_service)
     _log.info("gRPC listening on %s:%d, %s", settings.host, port, "TLS" if certificates else "plaintext")
-    looking = asyncio.create_task(keep_looking(certificates.look)) if certificates is not None else None
+    looking = asyncio.create_task(poll(certificates.look)) if certificates is not None else None
     return GrpcServer(server, port, health, looking)
 
 

@@ -18,9 +18,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from musicgen.errors import InvalidRequestError
 from musicgen_serving.certificates import Certificates, certificates_of
-from musicgen_serving.changing_files import keep_looking
 from musicgen_serving.http_api.errors import ConnectionCutError
 from musicgen_serving.settings import HttpSettings
+from musicgen_serving.watched_files import poll
 
 HEAD_S = 20.0
 """Idle timeout before the first request and between requests; also the time limit for receiving a request head."""
@@ -81,7 +81,7 @@ async def start_server(app: ASGIApp, settings: HttpSettings, stall_s: float) -> 
     await server.startup([listening])  # not `serve`, which installs signal handlers
     port = int(listening.getsockname()[1])
     _log.info("HTTP listening on %s:%d, %s", settings.host, port, "TLS" if config.is_ssl else "plaintext")
-    looking = asyncio.create_task(keep_looking(certificates.look)) if certificates is not None else None
+    looking = asyncio.create_task(poll(certificates.look)) if certificates is not None else None
     return HttpServer(server, port, asyncio.create_task(_serve(server, listening)), looking)
 
 

@@ -16,9 +16,9 @@ from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen.types import FinishReason
 from musicgen_serving import errors
 from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Progress, Settlement, Ticket
-from musicgen_serving.maker import Maker
+from musicgen_serving.generation_task import GenerationTask
+from musicgen_serving.request_metrics import RequestTimer
 from musicgen_serving.types import GenerationEnd, GenerationRequest, PieceAudio, PieceReport
-from musicgen_serving.watch import RequestWatch
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ class Running:
     request: GenerationRequest
     ticket: Ticket
     config: ModelConfig
-    maker: Maker
-    watch: RequestWatch
+    task: GenerationTask
+    timer: RequestTimer
     reports: dict[int, PieceReport] = field(default_factory=dict)
     num_given: dict[int, int] = field(default_factory=dict)
     """Delivered samples per channel, by piece."""
@@ -57,7 +57,7 @@ class Running:
         num_new = audio.samples.shape[-1]
         self.num_given[audio.piece] = self.num_given.get(audio.piece, 0) + num_new
         last = audio.sample_offset + num_new == self.num_samples
-        self.watch.audio(audio.piece, num_new / self.config.sample_rate, last=last)
+        self.timer.audio(audio.piece, num_new / self.config.sample_rate, last=last)
         return audio
 
     @property
@@ -73,9 +73,7 @@ class Running:
     def progress(self) -> Progress:
         """Progress report for the gatekeeper."""
         request = self.request
-        return Progress(
-            self.ticket, request.model, request.audio_s, self.done_s, self.maker.made_s, len(request.pieces)
-        )
+        return Progress(self.ticket, request.model, request.audio_s, self.done_s, self.task.made_s, len(request.pieces))
 
     def end(self) -> GenerationEnd:
         """The terminal event."""
@@ -83,7 +81,7 @@ class Running:
         return GenerationEnd(self.request.request_id, self.reason, reports, self.progress().billed_s, self.error)
 
 
-class Register:
+class RunningRequests:
     """All running requests of one ingress replica."""
 
     def __init__(self, gatekeeper: Gatekeeper) -> None:
@@ -101,7 +99,7 @@ class Register:
     async def close(self) -> None:
         """Stop all requests and reporting; wait up to `CLOSE_S` until everything is settled."""
         for running in list(self._running):
-            running.maker.stop(RequestCancelledError("the service is shutting down"))
+            running.task.stop(RequestCancelledError("the service is shutting down"))
         for loop in self._loops:
             loop.cancel()
         with suppress(TimeoutError):
@@ -114,7 +112,7 @@ class Register:
         """Stop a request, if it runs here and belongs to this tenant (None: any tenant)."""
         for running in self._running:
             if running.request.request_id == request_id and tenant in (None, running.ticket.tenant):
-                running.maker.stop(RequestCancelledError("the request was cancelled"))
+                running.task.stop(RequestCancelledError("the request was cancelled"))
 
     async def admit(self, request: AdmissionRequest) -> Ticket:
         """Get a ticket from the gatekeeper. If the client disconnects meanwhile, the ticket is settled on arrival.
@@ -142,7 +140,7 @@ class Register:
             yield
         finally:
             self._running.discard(running)
-            running.maker.stop(RequestCancelledError("the client disconnected"))
+            running.task.stop(RequestCancelledError("the client disconnected"))
             self._settle_soon(running)
 
     async def settle(self, running: Running) -> None:
@@ -158,12 +156,12 @@ class Register:
         running.settled = True
         end = running.end()
         code = None if running.error is None else errors.report(running.error).code
-        running.watch.ended(end, running.done_s, code, running.config.frame_rate_hz)
+        running.timer.ended(end, running.done_s, code, running.config.frame_rate_hz)
         settlement = Settlement(
             running.progress(),
             running.reason,
-            running.watch.first_audio_s,
-            running.watch.total_s,
+            running.timer.first_audio_s,
+            running.timer.total_s,
             sum(report.num_failovers for report in end.pieces),
             code,
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from musicgen_serving.audio_heads import crc16, flac_head, mp3_head, wav_head
+from musicgen_serving.audio_headers import crc16, flac_header, mp3_header, wav_header
 
 from musicgen.audio_encode import encode_audio, generation_metadata
 
@@ -22,7 +22,7 @@ def noise(channels: int, num_samples: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_samples", LENGTHS)
 def test_wav(num_samples: int) -> None:
-    head = wav_head(32000, 2, num_samples, TAGS)
+    head = wav_header(32000, 2, num_samples, TAGS)
     assert encode_audio(noise(2, num_samples), 32000, "wav", metadata=TAGS)[: len(head)] == head
 
 
@@ -30,7 +30,7 @@ def test_flac() -> None:
     whole = encode_audio(noise(1, 100_000), 32000, "flac", metadata=TAGS)
     unknown = whole[:21] + bytes([whole[21] & 0xF0, 0, 0, 0, 0]) + whole[26:]
     assert unknown != whole
-    assert flac_head(unknown, 100_000) == whole
+    assert flac_header(unknown, 100_000) == whole
 
 
 @pytest.mark.parametrize("metadata", [{}, TAGS], ids=["untagged", "tagged"])
@@ -38,7 +38,7 @@ def test_flac() -> None:
 def test_mp3(rate: int, channels: int, metadata: dict[str, str]) -> None:
     for num_samples in LENGTHS:
         whole = encode_audio(noise(channels, num_samples), rate, "mp3", metadata=metadata)
-        head = mp3_head(rate, channels, num_samples, metadata)
+        head = mp3_header(rate, channels, num_samples, metadata)
         tag_at = head.rindex(b"Info")
         frame_at = head.rindex(b"\xff", 0, tag_at)
         mode_at = frame_at + 3  # how stereo was joined in the last frame: nothing to a frame without sound
@@ -54,7 +54,7 @@ def test_mp3(rate: int, channels: int, metadata: dict[str, str]) -> None:
 
 
 def test_an_mp3_says_where_each_part_of_it_begins() -> None:
-    head = mp3_head(32000, 1, 320_000, {})
+    head = mp3_header(32000, 1, 320_000, {})
     places = head[head.index(b"Info") + 16 :][:100]
     assert list(places) == sorted(places)
     assert (places[0], places[50], places[99]) == (0, 128, 253)
@@ -64,7 +64,7 @@ def test_an_mp3_with_its_head_is_as_long_as_it_was() -> None:
     """Without the head, a decoder has LAME's empty frame to go by."""
     samples = noise(1, 40_000)
     whole = encode_audio(samples, 32000, "mp3")
-    head = mp3_head(32000, 1, 40_000, {})
+    head = mp3_header(32000, 1, 40_000, {})
     untagged = encode_audio(samples, 32000, "mp3", metadata={})
     ours = soundfile.read(io.BytesIO(head + untagged[len(head) :]))[0]
     assert np.array_equal(ours, soundfile.read(io.BytesIO(whole))[0])

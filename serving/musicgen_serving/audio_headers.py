@@ -1,4 +1,4 @@
-"""Heads of audio files of known length, built before any audio is available.
+"""Headers of audio files of known length, built before any audio is available.
 
 libsndfile fills in lengths when a file is closed, which is too late for a stream.
 """
@@ -17,7 +17,7 @@ _LAME_DELAY = 576
 """Samples of silence before the first sample of an mp3, and at least as many after its last: ENCDELAY in lame.h."""
 
 
-def wav_head(sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]) -> bytes:
+def wav_header(sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]) -> bytes:
     """The bytes that `encode_audio` writes before the samples of a wav with `num_samples` samples per channel."""
     shortest = encode_audio(torch.zeros(channels, 1), sample_rate, "wav", metadata=metadata)
     at = 12
@@ -28,8 +28,8 @@ def wav_head(sample_rate: int, channels: int, num_samples: int, metadata: Mappin
     return b"RIFF" + riff_bytes.to_bytes(4, "little") + shortest[8 : at + 4] + data_bytes.to_bytes(4, "little")
 
 
-def flac_head(begun: bytes, num_samples: int) -> bytes:
-    """The head of a flac file with its length filled in, which libFLAC does only at the end.
+def flac_header(begun: bytes, num_samples: int) -> bytes:
+    """The header of a flac file with its length filled in, which libFLAC does only at the end.
 
     STREAMINFO starts at byte 8; the number of samples is the 36-bit field at its bit 108 (RFC 9639, section 8.2).
     """
@@ -38,7 +38,7 @@ def flac_head(begun: bytes, num_samples: int) -> bytes:
     return begun[:21] + (kept | num_samples).to_bytes(5, "big") + begun[26:]
 
 
-def mp3_head(sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]) -> bytes:
+def mp3_header(sample_rate: int, channels: int, num_samples: int, metadata: Mapping[str, str]) -> bytes:
     """The bytes that `encode_audio` writes before the first audio frame: ID3 tags and LAME's "Info" frame.
 
     The Info frame holds the length and the encoder delay to skip. Fields as in LAME's VbrTag.c; the audio checksum is

@@ -10,7 +10,7 @@ from musicgen_serving.code_stream import CodesEnd
 from musicgen_serving.types import PieceAudio, PieceReport
 
 
-class Sound:
+class DeliveredAudio:
     """Delivered audio of one piece."""
 
     def __init__(self, num_samples: int, first_sample: int) -> None:

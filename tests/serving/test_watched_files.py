@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from musicgen_serving import changing_files
-from musicgen_serving.changing_files import ChangingFiles, keep_looking
+from musicgen_serving.watched_files import WatchedFiles, poll
 
 
-def looks(files: ChangingFiles, number: int = 4) -> list[bool]:
+def looks(files: WatchedFiles, number: int = 4) -> list[bool]:
     return [files.have_changed() for _ in range(number)]
 
 
@@ -20,7 +20,7 @@ def test_news_are_told_once_after_they_have_settled(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_bytes(b"1")
     second.write_bytes(b"2")
-    files = ChangingFiles(first, second)
+    files = WatchedFiles(first, second)
     assert looks(files) == [False] * 4
     second.write_bytes(b"3")
     assert files.contents == (b"1", b"2"), "only a look learns of it"
@@ -31,7 +31,7 @@ def test_news_are_told_once_after_they_have_settled(tmp_path: Path) -> None:
 def test_what_is_half_written_is_no_news(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"whole")
-    files = ChangingFiles(file)
+    files = WatchedFiles(file)
     for half in (b"", b"an", b"anot", b"another"):
         file.write_bytes(half)
         assert not files.have_changed()
@@ -43,7 +43,7 @@ def test_what_is_half_written_is_no_news(tmp_path: Path) -> None:
 def test_the_same_again_is_no_news(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"1")
-    files = ChangingFiles(file)
+    files = WatchedFiles(file)
     (tmp_path / "copy").write_bytes(b"1")
     os.replace(tmp_path / "copy", file)
     assert looks(files) == [False] * 4
@@ -53,7 +53,7 @@ def test_times_and_sizes_may_stay(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"1")
     times = file.stat()
-    files = ChangingFiles(file)
+    files = WatchedFiles(file)
     file.write_bytes(b"2")
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert looks(files) == [False, True, False, False]
@@ -66,7 +66,7 @@ def test_a_link_that_is_swapped_is_news(tmp_path: Path) -> None:
         (tmp_path / name / "file").write_text(name)
     (tmp_path / "..data").symlink_to("old")
     (tmp_path / "file").symlink_to("..data/file")
-    files = ChangingFiles(tmp_path / "file")
+    files = WatchedFiles(tmp_path / "file")
     (tmp_path / "..data_tmp").symlink_to("new")
     os.replace(tmp_path / "..data_tmp", tmp_path / "..data")
     assert looks(files) == [False, True, False, False]
@@ -76,7 +76,7 @@ def test_a_link_that_is_swapped_is_news(tmp_path: Path) -> None:
 def test_a_file_that_goes_and_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"1")
-    files = ChangingFiles(file)
+    files = WatchedFiles(file)
     file.unlink()
     assert not files.have_changed(), "it may be about to be replaced"
     file.write_bytes(b"1")
@@ -104,7 +104,7 @@ def test_looking_goes_on_after_an_error_whose_words_are_not_shown(
             raise RuntimeError("secret-key")
 
     async def main() -> None:
-        looking = asyncio.create_task(keep_looking(look))
+        looking = asyncio.create_task(poll(look))
         async with asyncio.timeout(5):
             while num_looks < 3:
                 await asyncio.sleep(0.01)

@@ -1,14 +1,14 @@
-"""The register towards a gatekeeper that is slow: no ticket without a settlement, whoever leaves and when."""
+"""The running_requests towards a gatekeeper that is slow: no ticket without a settlement, whoever leaves and when."""
 
 from __future__ import annotations
 
 import asyncio
 
 import pytest
-from musicgen_serving import register
+from musicgen_serving import running_requests
 from musicgen_serving.admission import AdmissionRequest, Settlement, Ticket
 from musicgen_serving.errors import ReplicaLostError
-from musicgen_serving.register import Register
+from musicgen_serving.running_requests import RunningRequests
 
 from musicgen.errors import OverloadedError
 from musicgen.types import FinishReason
@@ -38,7 +38,7 @@ def test_a_ticket_is_passed_on() -> None:
     async def run() -> None:
         gatekeeper = SlowGatekeeper()
         gatekeeper.go.set()
-        ticket = await Register(gatekeeper).admit(REQUEST)  # type: ignore[arg-type]
+        ticket = await RunningRequests(gatekeeper).admit(REQUEST)  # type: ignore[arg-type]
         assert ticket.request_id == "mine"
         assert gatekeeper.settled == []
 
@@ -50,7 +50,7 @@ def test_whoever_leaves_while_being_admitted_leaves_no_ticket_behind(refuses: bo
     async def run() -> list[Settlement]:
         gatekeeper = SlowGatekeeper()
         gatekeeper.refuses = refuses
-        caller = asyncio.create_task(Register(gatekeeper).admit(REQUEST))  # type: ignore[arg-type]
+        caller = asyncio.create_task(RunningRequests(gatekeeper).admit(REQUEST))  # type: ignore[arg-type]
         await asyncio.sleep(0.01)
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -68,7 +68,7 @@ def test_whoever_leaves_while_being_admitted_leaves_no_ticket_behind(refuses: bo
 def test_what_is_not_settled_yet_is_settled_before_the_replica_goes() -> None:
     async def run() -> list[Settlement]:
         gatekeeper = SlowGatekeeper()
-        there = Register(gatekeeper)  # type: ignore[arg-type]
+        there = RunningRequests(gatekeeper)  # type: ignore[arg-type]
         caller = asyncio.create_task(there.admit(REQUEST))
         await asyncio.sleep(0.01)
         caller.cancel()
@@ -111,12 +111,12 @@ def test_no_error_of_the_gatekeeper_ends_the_register(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Edges that are silent lose their requests."""
-    monkeypatch.setattr(register, "REPORT_S", 0.01)
-    monkeypatch.setattr(register, "RETRY_S", 0.01)
+    monkeypatch.setattr(running_requests, "REPORT_S", 0.01)
+    monkeypatch.setattr(running_requests, "RETRY_S", 0.01)
 
     async def run() -> None:
         gatekeeper = FailingGatekeeper()
-        there = Register(gatekeeper)  # type: ignore[arg-type]
+        there = RunningRequests(gatekeeper)  # type: ignore[arg-type]
         there.start()
         await asyncio.wait_for(gatekeeper.all_answered.wait(), 5)
         await there.close()

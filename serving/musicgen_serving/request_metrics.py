@@ -1,6 +1,6 @@
 """Request metrics and log lines: counters, timings. Never contain prompts, keys or tenant names.
 
-`Watch` measures; a `Recorder` receives the values (Ray metrics in a cluster, a list in tests).
+`RequestMetrics` measures; a `Recorder` receives the values (Ray metrics in a cluster, a list in tests).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Recorder(Protocol):
     def observe(self, name: str, value: float, labels: Mapping[str, str]) -> None: ...
 
 
-class Watch:
+class RequestMetrics:
     """Measures requests.
 
     Args:
@@ -44,39 +44,41 @@ class Watch:
         labels = {"model": model, "tenant_class": tenant_class, "reason": code}
         self.recorder.count("requests_rejected", 1, labels)
 
-    def admitted(self, request_id: str, model: str, tenant_class: str, *, is_stream: bool) -> RequestWatch:
+    def admitted(self, request_id: str, model: str, tenant_class: str, *, is_stream: bool) -> RequestTimer:
         """A request was admitted; call `ended` on the result when it ends."""
         self.recorder.count("requests_admitted", 1, {"model": model, "tenant_class": tenant_class})
-        return RequestWatch(self, request_id, model, tenant_class, is_stream=is_stream)
+        return RequestTimer(self, request_id, model, tenant_class, is_stream=is_stream)
 
 
-class RequestWatch:
+class RequestTimer:
     """One request, from admission to its end."""
 
-    def __init__(self, watch: Watch, request_id: str, model: str, tenant_class: str, *, is_stream: bool) -> None:
-        self._watch, self._request_id, self._is_stream = watch, request_id, is_stream
+    def __init__(
+        self, metrics: RequestMetrics, request_id: str, model: str, tenant_class: str, *, is_stream: bool
+    ) -> None:
+        self._metrics, self._request_id, self._is_stream = metrics, request_id, is_stream
         self._labels = {"model": model, "tenant_class": tenant_class}
-        self._began = watch.clock()
+        self._began = metrics.clock()
         self._players: dict[int, Player] = {}
         self.first_audio_s: float | None = None
         """Seconds from admission to the first audio."""
 
     def audio(self, piece: int, audio_s: float, *, last: bool) -> None:
         """Audio is delivered to the caller."""
-        now = self._watch.clock()
+        now = self._metrics.clock()
         if self.first_audio_s is None:
             self.first_audio_s = now - self._began
-            self._watch.recorder.observe("time_to_first_audio_seconds", self.first_audio_s, self._labels)
-        player = self._players.setdefault(piece, Player(self._watch.buffer_s))
+            self._metrics.recorder.observe("time_to_first_audio_seconds", self.first_audio_s, self._labels)
+        player = self._players.setdefault(piece, Player(self._metrics.buffer_s))
         player.receive(now, audio_s, last=last)
 
     @property
     def total_s(self) -> float:
-        return self._watch.clock() - self._began
+        return self._metrics.clock() - self._began
 
     def ended(self, end: GenerationEnd, audio_s: float, error_code: str | None, frame_rate_hz: float) -> None:
         """Record the terminal event; `audio_s` seconds were delivered."""
-        recorder, labels, total_s = self._watch.recorder, self._labels, self.total_s
+        recorder, labels, total_s = self._metrics.recorder, self._labels, self.total_s
         reason = {**labels, "reason": error_code or end.reason.value}
         name = {"finished": "requests_finished", "cancelled": "requests_cancelled", "failed": "requests_failed"}
         recorder.count(name[end.reason.value], 1, reason)
@@ -103,6 +105,6 @@ class RequestWatch:
 
     def _continuity(self) -> None:
         underrun_s = sum(player.underrun_s for player in self._players.values())
-        self._watch.recorder.count("underrun_seconds", underrun_s, self._labels)
+        self._metrics.recorder.count("underrun_seconds", underrun_s, self._labels)
         ok = "yes" if underrun_s <= CONTINUITY_LIMIT_S else "no"
-        self._watch.recorder.count("streams_played", 1, {**self._labels, "continuous": ok})
+        self._metrics.recorder.count("streams_played", 1, {**self._labels, "continuous": ok})

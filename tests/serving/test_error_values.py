@@ -7,7 +7,7 @@ import pickle
 from collections.abc import AsyncGenerator
 
 import pytest
-from musicgen_serving.refusals import Refusal, answer, told, told_in_stream
+from musicgen_serving.error_values import ErrorValue, returns_errors, streams_errors, unwrap
 
 from musicgen.errors import EngineDeadError, InvalidRequestError, MusicGenError, OverloadedError
 
@@ -22,13 +22,13 @@ class Part:
     def __init__(self) -> None:
         self.num_left = 0
 
-    @told
+    @returns_errors
     async def double(self, what: int | BaseException) -> int:
         if isinstance(what, BaseException):
             raise what
         return 2 * what
 
-    @told_in_stream
+    @streams_errors
     async def count(self, end: int, error: BaseException | None = None) -> AsyncGenerator[int, None]:
         try:
             for number in range(end):
@@ -43,12 +43,12 @@ class Part:
 def test_a_refusal_is_an_answer(error: MusicGenError) -> None:
     async def run() -> None:
         part = Part()
-        assert answer(await part.double(4)) == 8
+        assert unwrap(await part.double(4)) == 8
         refusal = pickle.loads(pickle.dumps(await part.double(error)))
         *items, last = [item async for item in part.count(2, error)]
-        assert (items, last) == ([0, 1], Refusal(error))
+        assert (items, last) == ([0, 1], ErrorValue(error))
         with pytest.raises(type(error)) as caught:
-            answer(refusal)
+            unwrap(refusal)
         assert (str(caught.value), caught.value.__dict__) == (str(error), error.__dict__)
 
     asyncio.run(run())

@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """An exception in place of a result or stream item. Only seen by `answer`."""
+class ErrorValue:
+    """An exception in place of a result or stream item. Only seen by `unwrap`."""
 
     error: MusicGenError
 
 
-def told(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Decorates a replica method to return a `Refusal` instead of raising a `MusicGenError`.
+def returns_errors(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Decorates a replica method to return a `ErrorValue` instead of raising a `MusicGenError`.
 
     Except for a dead engine: that is a failure, and the replica must be replaced.
     """
@@ -38,13 +38,13 @@ def told(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[A
         except EngineDeadError:
             raise
         except MusicGenError as error:
-            return Refusal(error)
+            return ErrorValue(error)
 
     return wrapped
 
 
-def told_in_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P, AsyncGenerator[T, None]]:
-    """As `told`, for a streaming method: the refusal is the last item."""
+def streams_errors(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P, AsyncGenerator[T, None]]:
+    """As `returns_errors`, for a streaming method: the error is the last item."""
 
     @functools.wraps(method)
     async def wrapped(*args: P.args, **kwargs: P.kwargs) -> AsyncGenerator[Any, None]:
@@ -55,13 +55,13 @@ def told_in_stream(method: Callable[P, AsyncGenerator[T, None]]) -> Callable[P, 
         except EngineDeadError:
             raise
         except MusicGenError as error:
-            yield Refusal(error)
+            yield ErrorValue(error)
 
     return wrapped
 
 
-def answer(result: T | Refusal) -> T:
+def unwrap(result: T | ErrorValue) -> T:
     """The result of a replica call. Raises: MusicGenError: the call was refused."""
-    if isinstance(result, Refusal):
+    if isinstance(result, ErrorValue):
         raise result.error
     return result

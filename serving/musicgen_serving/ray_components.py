@@ -23,13 +23,13 @@ from musicgen.errors import EngineDeadError, MusicGenError
 from musicgen.types import EngineRequest
 from musicgen_serving import tracing
 from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Tenant, Ticket
+from musicgen_serving.components import BrokenError, LostError
 from musicgen_serving.concurrency import together
 from musicgen_serving.deployments.chroma import Recording
 from musicgen_serving.deployments.language_model import LanguageModelEvent, ModelCard
+from musicgen_serving.error_values import unwrap
 from musicgen_serving.errors import ReplicaLostError
-from musicgen_serving.patience import Repetition
-from musicgen_serving.refusals import answer
-from musicgen_serving.spokes import BrokenError, LostError
+from musicgen_serving.failover import RepeatedFailure
 from musicgen_serving.tenancy import hash_key
 from musicgen_serving.types import GenerationStatus
 
@@ -87,7 +87,7 @@ async def call(method: Any, *arguments: object, **named: object) -> Any:
     response = method.remote(*arguments, **named)
     try:
         with _translating():
-            return answer(await response)
+            return unwrap(await response)
     finally:
         response.cancel()
 
@@ -106,7 +106,7 @@ def _translating() -> Iterator[None]:
         raise translated(error) from None  # the call was cancelled remotely: the replica is stopping
 
 
-class RaySpokes:
+class RayComponents:
     """One model's components in replicas.
 
     Args:
@@ -173,7 +173,7 @@ class RaySpokes:
         try:
             while True:
                 with _translating():
-                    event = answer(await anext(stream, None))
+                    event = unwrap(await anext(stream, None))
                 if event is None:
                     return
                 yield event
@@ -249,7 +249,7 @@ class RayGatekeeper:
 
     async def _call(self, method: str, *arguments: object) -> Any:
         """Raises: ReplicaLostError: unavailable for too long. InternalError: repeated failure with the same error."""
-        repetition = Repetition()
+        repetition = RepeatedFailure()
         deadline = asyncio.get_running_loop().time() + GATEKEEPER_WAIT_S
         while True:
             left_s = deadline - asyncio.get_running_loop().time()

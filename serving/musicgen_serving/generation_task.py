@@ -23,7 +23,7 @@ EVENTS_A_PIECE = 2
 """Buffered events per piece."""
 
 
-class Maker:
+class GenerationTask:
     """Starts generating on construction.
 
     Args:

@@ -10,12 +10,12 @@ import grpc
 import pytest
 from musicgen_serving import ray_spokes
 from musicgen_serving.admission import Tenant
+from musicgen_serving.components import BrokenError, LostError
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
+from musicgen_serving.error_values import ErrorValue
 from musicgen_serving.errors import UnauthenticatedError
-from musicgen_serving.ray_spokes import RayGatekeeper, RaySpokes, call, translated
-from musicgen_serving.refusals import Refusal
+from musicgen_serving.ray_components import RayComponents, RayGatekeeper, call, translated
 from musicgen_serving.settings import load_settings
-from musicgen_serving.spokes import BrokenError, LostError
 from musicgen_serving.tenancy import hash_key
 from ray.exceptions import ActorDiedError, RayTaskError
 
@@ -112,9 +112,9 @@ class Handle:
 async def ask(handle: Handle, *, streamed: bool) -> object:
     if not streamed:
         return await call(handle)
-    spokes = RaySpokes((handle,) * 4, lease_s=3600.0)  # type: ignore[arg-type]
+    components = RayComponents((handle,) * 4, lease_s=3600.0)  # type: ignore[arg-type]
     request = EngineRequest("1", CodesRequest(((Window(0, 8), Conditioning(None, None)),), SamplingParams(seed=0)))
-    async with spokes.generate(request) as events:
+    async with components.generate(request) as events:
         return await anext(events)
 
 
@@ -147,7 +147,7 @@ def test_a_caller_that_is_cancelled_cancels_the_call(streamed: bool) -> None:
 @pytest.mark.parametrize("error", [REFUSED, BAD], ids=["overloaded", "invalid"])
 def test_a_refusal_that_is_answered_is_raised(error: MusicGenError, streamed: bool) -> None:
     with pytest.raises(type(error)) as caught:
-        asyncio.run(ask(Handle(lambda: Refusal(error)), streamed=streamed))
+        asyncio.run(ask(Handle(lambda: ErrorValue(error)), streamed=streamed))
     assert caught.value is error
 
 

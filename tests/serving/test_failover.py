@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
+from musicgen_serving.components import BrokenError, LostError
 from musicgen_serving.errors import ReplicaLostError, report
-from musicgen_serving.patience import insist
+from musicgen_serving.failover import call_with_failover
 from musicgen_serving.settings import FailoverSettings
-from musicgen_serving.spokes import BrokenError, LostError
 
 from musicgen.errors import InternalError
 
@@ -28,7 +28,7 @@ def attempts(errors: Sequence[Exception]) -> int:
             raise left.pop(0)
 
     try:
-        asyncio.run(insist(SETTINGS, "part", call))
+        asyncio.run(call_with_failover(SETTINGS, "part", call))
     except (InternalError, ReplicaLostError) as error:
         error.add_note(str(num_calls))
         raise

@@ -8,16 +8,16 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from musicgen.errors import InternalError
+from musicgen_serving.components import BrokenError, LostError
 from musicgen_serving.errors import ReplicaLostError
 from musicgen_serving.settings import FailoverSettings
-from musicgen_serving.spokes import BrokenError, LostError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-class Repetition:
+class RepeatedFailure:
     """Distinguishes a failure that recurs on every replica from one that another replica may not have."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Repetition:
         self._last = failure
 
 
-class Patience:
+class Failover:
     """The remaining attempts of one unit of work. Progress resets them.
 
     Args:
@@ -43,13 +43,13 @@ class Patience:
         self._settings, self._what = settings, what
         self._max_attempts = min(settings.max_attempts, max_attempts or settings.max_attempts)
         self._num_in_a_row = 0
-        self._repetition = Repetition()
+        self._repetition = RepeatedFailure()
         self.num_failures = 0
 
     def progress(self) -> None:
         """The work advanced: earlier failures no longer count."""
         self._num_in_a_row = 0
-        self._repetition = Repetition()
+        self._repetition = RepeatedFailure()
 
     async def lost(self, error: BaseException) -> None:
         """An attempt failed: back off before the next one.
@@ -68,7 +68,7 @@ class Patience:
         await asyncio.sleep(min(wait_s, self._settings.max_backoff_s))
 
 
-async def insist(
+async def call_with_failover(
     settings: FailoverSettings, what: str, call: Callable[[], Awaitable[T]], max_attempts: int | None = None
 ) -> tuple[T, int]:
     """Call, retrying while replicas are lost. Returns the result and the number of failed attempts.
@@ -78,13 +78,13 @@ async def insist(
     Raises:
         ReplicaLostError: attempts exhausted. InternalError: they fail in the same way. Other errors propagate.
     """
-    patience = Patience(settings, what, max_attempts)
+    failover = Failover(settings, what, max_attempts)
     while True:
         try:
             async with asyncio.timeout(settings.call_s):
-                return await call(), patience.num_failures
+                return await call(), failover.num_failures
         except (LostError, TimeoutError) as error:
-            await patience.lost(error)
+            await failover.lost(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,7 @@ class _Unreadable:
     errno: int
 
 
-class ChangingFiles:
+class WatchedFiles:
     """A group of files that change together.
 
     Args:
@@ -66,7 +66,7 @@ class ChangingFiles:
         return tuple(contents)
 
 
-async def keep_looking(look: Callable[[], None]) -> None:
+async def poll(look: Callable[[], None]) -> None:
     """Call `look` every `LOOK_S` seconds until cancelled, in a thread, because reading and parsing may be slow.
 
     Exceptions are logged by type only, because their messages could reveal file contents.

@@ -1,7 +1,7 @@
 """The four components of a model as the pipeline calls them, wherever they run: the protocol, and a local version.
 
 A failed call raises a `MusicGenError` if the caller is at fault, and `LostError` if the replica is: it died, stopped
-responding, or failed internally. The call may then be retried on another replica. `ray_spokes.py` has the
+responding, or failed internally. The call may then be retried on another replica. `ray_components.py` has the
 implementation for replicas.
 """
 
@@ -31,7 +31,7 @@ class BrokenError(LostError):
     """A live replica failed internally, with this message; another may fail in the same way."""
 
 
-class Spokes(Protocol):
+class Components(Protocol):
     """The components of one model."""
 
     async def check(self) -> None:
@@ -70,7 +70,7 @@ class Spokes(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LocalSpokes:
+class LocalComponents:
     """A model's components in this process: for tests, and as a baseline for the cost of replicas."""
 
     language_model: LanguageModel
