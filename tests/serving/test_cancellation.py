@@ -20,6 +20,7 @@ from benchmarks.cancel_types import MAX_REQUESTS, PHASES, PROTOCOLS, Phase
 from benchmarks.cancel_victim import WAYS
 from benchmarks.reset_proxy import ResetProxy
 from musicgen.engine.sequence import Sequence
+from musicgen.engine.thread import Listener
 
 
 class Local:
@@ -37,9 +38,9 @@ class Local:
         abort, end = thread.abort, core._end
         wished: dict[str, int] = {}
 
-        def watched_abort(request_id: str) -> None:
+        def watched_abort(request_id: str, listener: Listener | None = None) -> None:
             wished[request_id] = runner.num_steps
-            abort(request_id)
+            abort(request_id, listener)
 
         def watched_end(sequence: Sequence, *how: Any) -> None:
             end(sequence, *how)

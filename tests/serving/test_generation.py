@@ -274,7 +274,7 @@ def test_what_was_made_ahead_of_a_caller_that_leaves_is_billed(service: InProces
             async for event in events:
                 if isinstance(event, PieceAudio):
                     break
-            (running,) = service.service._register._running
+            (running,) = service.service._running._running
             while running.progress().made_s < 40.0:  # the engine may have ended, with the last frames on their way
                 await asyncio.sleep(0.05)
         while not settled:

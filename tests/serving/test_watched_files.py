@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from musicgen_serving import changing_files
+from musicgen_serving import watched_files
 from musicgen_serving.watched_files import WatchedFiles, poll
 
 
@@ -94,7 +94,7 @@ def test_a_file_that_goes_and_comes_back(tmp_path: Path) -> None:
 def test_looking_goes_on_after_an_error_whose_words_are_not_shown(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(changing_files, "LOOK_S", 0.01)
+    monkeypatch.setattr(watched_files, "LOOK_S", 0.01)
     num_looks = 0
 
     def look() -> None:

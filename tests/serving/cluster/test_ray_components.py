@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from musicgen_serving import ray_spokes
+from musicgen_serving import ray_components
 from musicgen_serving.admission import Tenant
 from musicgen_serving.components import BrokenError, LostError
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
@@ -166,7 +166,7 @@ class Keys(RayGatekeeper):
 
 
 def test_a_known_key_is_asked_for_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_spokes, "KNOWN_S", 0.2)
+    monkeypatch.setattr(ray_components, "KNOWN_S", 0.2)
 
     async def run() -> list[object]:
         keys = Keys()

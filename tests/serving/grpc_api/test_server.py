@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from musicgen_serving import changing_files
+from musicgen_serving import watched_files
 from musicgen_serving.grpc_api.server import SERVICE, start_server
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.proto.musicgen.v1.music_service_pb2_grpc import MusicServiceStub
@@ -96,7 +96,7 @@ def test_new_files_hold_for_new_connections(
     certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's certificate and the clients' authority, both of another root."""
-    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
+    monkeypatch.setattr(watched_files, "LOOK_S", 0.05)
     make_ca(certificates, "ca2")
     for name in ("server2", "client2"):
         make_certificate(certificates, name, ca="ca2")
@@ -133,7 +133,7 @@ def test_files_that_cannot_be_used_change_nothing(
     wrong: str,
     with_what: str,
 ) -> None:
-    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
+    monkeypatch.setattr(watched_files, "LOOK_S", 0.05)
     for name in ("server.pem", "server.key", "ca.pem"):
         put(certificates / name, tmp_path / name)
 

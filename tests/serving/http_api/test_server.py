@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from musicgen_serving import changing_files
+from musicgen_serving import watched_files
 from musicgen_serving.http_api import create_app, server
 from musicgen_serving.http_api.server import HttpServer, start_server
 from musicgen_serving.settings import HttpSettings
@@ -71,7 +71,7 @@ def test_files_of_tls_that_cannot_be_used(certificates: Path, run: Run, certific
 @pytest.fixture
 def pair(certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Settings of TLS, with files that may be replaced and are looked at often."""
-    monkeypatch.setattr(changing_files, "LOOK_S", 0.05)
+    monkeypatch.setattr(watched_files, "LOOK_S", 0.05)
     files = {"tls_certificate": tmp_path / "tls.crt", "tls_key": tmp_path / "tls.key"}
     put(certificates / "server.pem", files["tls_certificate"])
     put(certificates / "server.key", files["tls_key"])
