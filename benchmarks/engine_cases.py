@@ -87,7 +87,7 @@ def new_core(case: Case, options: Options, num_requests: int) -> EngineCore:
         weights=case.weights,
         num_threads=options.num_threads,
     )
-    weights = packed_weights(lm.config, KINDS[case.weights], row_len)  # type: ignore[arg-type]
+    weights = packed_weights(lm.config, KINDS[case.weights], row_len)
     return EngineCore(lm, config, runner=TimedRunner(lm, config, weights))
 
 

@@ -31,7 +31,7 @@ def random_folder(size: str, weights: WeightDtype, parent: Path) -> Path:
         torch.manual_seed(0)
         config = model_config(size)
         lm = _projections(config)
-        decoder = packed_weights(config, KINDS[weights], max_row_len(config))  # type: ignore[arg-type]
+        decoder = packed_weights(config, KINDS[weights], max_row_len(config))
         # Left empty: a random encoder would be useless, and nothing here encodes recordings.
         model = Model(config, lm, _text_encoder(), None, codec_decoder(), EncodecEncoder(config.codec, {}), decoder)
         packed.save(model, decoder, folder)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor
 from .checks import check_tensor
 from .cpu import HEAD_DIMS, TABLE_DTYPES, load, packed_arguments, page_arguments, row_arguments
 from .errors import BackendUnavailableError, KernelArgumentError
-from .isa import zero_bytes
 from .linear import check_packed
 from .packing import PackedLinear
 from .pages import KVStore
 from .step import NORM_EPS, BlockWeights, DecoderWeights, Norm, StepBatch, check_step
+from .weight_memory import gathered, is_gathered
 
 _FLOAT = (torch.float32,)
 _Packed = tuple[int, ...]
@@ -33,8 +32,8 @@ class CpuStep:
     Thread-safe; concurrent steps are serialised. The GIL is released during a step.
 
     Args:
-        weights: packed in "tiles" order, on the CPU. The matrices are copied into one allocation with huge pages
-            (described by `self.weights`), so the originals can be dropped.
+        weights: packed in "tiles" order, on the CPU. Unless the matrices are in one allocation already, they are copied
+            into one (described by `self.weights`), so the originals can be dropped.
         backend: "cpu", or "cpu:level" for one instruction-set level.
 
     Raises:
@@ -47,7 +46,7 @@ class CpuStep:
         if name != "cpu":
             raise BackendUnavailableError(backend, "the single-call step runs on the CPU only")
         _check_weights(weights)
-        self.weights = weights = _gathered(weights)
+        self.weights = weights = weights if is_gathered(weights) else gathered(weights)
         self.level = load(level or None).level
         table, sinusoids = weights.embeddings, weights.sinusoids
         ffn_dim = weights.blocks[0].fc1.out_features
@@ -134,38 +133,6 @@ class CpuStep:
             *(states.data_ptr(), states.shape[0], row_arguments(page_table, query_offsets, lens)),
             *(_store_arguments(cross_pages), torch.get_num_threads()),
         )
-
-
-def _gathered(weights: DecoderWeights) -> DecoderWeights:
-    """The same weights with all matrices in one allocation, in the order in which a step reads them."""
-    matrices = [matrix for block in weights.blocks for matrix in _matrices(block)] + [weights.heads]
-    memory = zero_bytes(sum(_rounded(matrix.data.nbytes) for matrix in matrices))
-    used = 0
-
-    def move(matrix: PackedLinear) -> PackedLinear:
-        nonlocal used
-        place = memory[used : used + matrix.data.nbytes].copy_(matrix.data)
-        used += _rounded(matrix.data.nbytes)
-        return replace(matrix, data=place)
-
-    def move_block(block: BlockWeights) -> BlockWeights:
-        qkv, out = move(block.qkv), move(block.out)
-        cross = block.cross
-        if cross is not None:
-            cross = replace(cross, q=move(cross.q), out=move(cross.out), kv=move(cross.kv))
-        return replace(block, qkv=qkv, out=out, cross=cross, fc1=move(block.fc1), fc2=move(block.fc2))
-
-    return replace(weights, blocks=tuple(move_block(block) for block in weights.blocks), heads=move(weights.heads))
-
-
-def _matrices(block: BlockWeights) -> list[PackedLinear]:
-    cross = [] if block.cross is None else [block.cross.q, block.cross.out, block.cross.kv]
-    return [block.qkv, block.out, *cross, block.fc1, block.fc2]
-
-
-def _rounded(num_bytes: int) -> int:
-    """Rounded up to whole cache lines."""
-    return (num_bytes + 63) // 64 * 64
 
 
 def _token_arguments(batch: StepBatch) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ class PackedLinear:
     @property
     def scales_offset(self) -> int:
         """Offset of the scales in `data`, in bytes."""
-        return HEADER.size + self.out_features * self.in_features * _BITS[self.kind] // 8
+        return _scales_offset(self.kind, self.out_features, self.in_features)
 
     def dequantise(self) -> Tensor:
         """The matrix represented, [N, K] float32. A copy."""
@@ -134,6 +134,11 @@ def pack_linear(
     return PackedLinear(torch.cat(payload), kind, chosen, n, k, group)
 
 
+def packed_bytes(out_features: int, in_features: int, kind: Kind) -> int:
+    """Size of the result of `pack_linear` with the default group, in any order."""
+    return _num_bytes(kind, out_features, in_features, _group_len(kind, in_features, None))
+
+
 def unpack_header(data: Tensor) -> PackedLinear:
     """The packed matrix in a stored uint8 tensor.
 
@@ -149,7 +154,7 @@ def unpack_header(data: Tensor) -> PackedLinear:
         got = f"{magic!r} version {version}"
         raise KernelArgumentError("data", f"packed weights of version {VERSION}", got, "pack the weight again")
     packed = PackedLinear(data, KINDS[kind], ORDERS[order], n, k, group)
-    expected = packed.scales_offset + (2 * n * (k // group) if group else 0)
+    expected = _num_bytes(packed.kind, n, k, group)
     if offset != packed.scales_offset or data.numel() != expected:
         raise KernelArgumentError("data", f"{expected} bytes for [{n}, {k}]", f"{data.numel()} bytes")
     return packed
@@ -168,8 +173,16 @@ def _group_len(kind: Kind, k: int, group_len: int | None) -> int:
     return group_len
 
 
+def _scales_offset(kind: Kind, n: int, k: int) -> int:
+    return HEADER.size + n * k * _BITS[kind] // 8
+
+
+def _num_bytes(kind: Kind, n: int, k: int, group: int) -> int:
+    return _scales_offset(kind, n, k) + (2 * n * (k // group) if group else 0)
+
+
 def _header(kind: Kind, order: Order, n: int, k: int, group: int) -> Tensor:
-    offset = HEADER.size + n * k * _BITS[kind] // 8
+    offset = _scales_offset(kind, n, k)
     raw = HEADER.pack(MAGIC, VERSION, KINDS.index(kind), ORDERS.index(order), n, k, group, 0, offset)
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 

@@ -6,17 +6,20 @@ from collections.abc import Callable
 
 import torch
 from musicgen_kernels import PackedLinear, pack_linear, sinusoid_table
+from musicgen_kernels.packing import Kind, packed_bytes
 from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm
+from musicgen_kernels.weight_memory import WeightMemory
 from torch import Tensor, nn
 
 from musicgen.config import DecoderConfig, WeightDtype
+from musicgen.engine.host_memory import return_freed_memory
 from musicgen.errors import InvalidRequestError
 from musicgen.models.transformer import Attention, Decoder, DecoderLayer
 
 OnLayer = Callable[[int, int], None]
 """Called with the number of packed layers and the total."""
 
-KINDS: dict[WeightDtype, str] = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
+KINDS: dict[WeightDtype, Kind] = {"float32": "fp32", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 
 
 def kind_of(weights: DecoderWeights) -> WeightDtype:
@@ -35,11 +38,12 @@ def pack_decoder(
     """Quantise the matrices of `decoder` and reorder them for the kernels; embeddings, norms and biases stay fp32.
 
     The result is on the device of the decoder's last norm. Layers in host memory are moved there one by one in fp32: a
-    GPU never holds the whole fp32 model, and nothing is rounded twice.
+    GPU never holds the whole fp32 model, and nothing is rounded twice. On the CPU all matrices are in one allocation.
 
     Args:
         max_positions: length of the longest row, including the prefix.
-        release: free each layer of `decoder` (mutated) once it is packed; the decoder can no longer be run afterwards.
+        release: free the layers of `decoder` (mutated) one by one as they are packed, so that memory holds the model
+            about once; the decoder can no longer be run afterwards.
     Raises:
         InvalidRequestError: no kernel supports this weight type.
     """
@@ -49,25 +53,36 @@ def pack_decoder(
     device = decoder.out_norm.weight.device
 
     def pack(linear: nn.Linear) -> PackedLinear:
-        return pack_linear(linear.weight.detach().to(device), KINDS[weights])  # type: ignore[arg-type]
+        return pack_linear(linear.weight.detach().to(device), KINDS[weights])
 
+    memory = _memory(decoder, KINDS[weights]) if device.type == "cpu" else None
     blocks = []
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
-        blocks.append(_block(layer, pack, device))
+        block = _block(layer, pack, device)
+        blocks.append(block if memory is None else memory.place_block(block))
         if release:
             layer.to("meta")
+            return_freed_memory()
         if on_layer is not None:
             on_layer(len(blocks), config.num_layers)
+    heads = pack(decoder.heads)
+    if release:
+        decoder.heads.to("meta")
     embeddings = decoder.embed.weight.detach().view(config.num_codebooks, config.codebook_size + 1, config.dim)
     return DecoderWeights(
         embeddings=embeddings.to(device).contiguous(),
         sinusoids=sinusoid_table(max_positions, config.dim, device=device),
         blocks=tuple(blocks),
         final_norm=_norm(decoder.out_norm, device),
-        heads=pack(decoder.heads),
+        heads=heads if memory is None else memory.place(heads),
         num_heads=config.num_heads,
     )
+
+
+def _memory(decoder: Decoder, kind: Kind) -> WeightMemory:
+    matrices = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    return WeightMemory(packed_bytes(matrix.out_features, matrix.in_features, kind) for matrix in matrices)
 
 
 def _block(layer: DecoderLayer, pack: Callable[[nn.Linear], PackedLinear], device: torch.device) -> BlockWeights:

@@ -25,6 +25,7 @@ from musicgen.engine.batch import ScheduledBatch
 from musicgen.engine.decode import DecodePath
 from musicgen.engine.decode_buffers import DecodeBuffers, DecodeShape
 from musicgen.engine.decode_steps import Call, DecodeSteps, graph_sizes, why_not
+from musicgen.engine.host_memory import return_freed_memory
 from musicgen.engine.kv_cache import num_pages_for
 from musicgen.engine.memory import max_row_len, new_pages, num_pages
 from musicgen.engine.packing import OnLayer, kind_of, pack_decoder
@@ -70,6 +71,7 @@ class ModelRunner:
             weights or pack_decoder(lm.decoder, config.weights, self.max_row_len, release=release, on_layer=on_layer)
         )
         self.weights = self._step.weights
+        return_freed_memory()  # counts as free from here on
         self.num_pages = num_pages(lm.config, config, self.device)
         self.pages = new_pages(lm.config, config, self.num_pages, self.device)
         num_slots = config.scheduler.num_slots

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from musicgen_kernels import KernelArgumentError, PackedLinear, sinusoid_table, unpack_header
 from musicgen_kernels.step import BlockWeights, CrossWeights, DecoderWeights, Norm
+from musicgen_kernels.weight_memory import gathered
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -198,12 +199,14 @@ def _named_norm(name: str, norm: Norm) -> Iterator[tuple[str, Tensor]]:
 def _decoder_weights(
     config: DecoderConfig, source: TensorSource, num_positions: int, device: torch.device
 ) -> DecoderWeights:
+    on_cpu = device.type == "cpu"
+
     def tensor(name: str) -> Tensor:
         return source[name].to(device, copy=True)  # aligned, unlike a view of the file
 
     def matrix(name: str) -> PackedLinear:
         described = unpack_header(source[name])
-        return replace(described, data=described.data.to(device, copy=True))
+        return described if on_cpu else replace(described, data=described.data.to(device))
 
     def norm(name: str) -> Norm:
         return Norm(tensor(f"{name}.weight"), tensor(f"{name}.bias"))
@@ -224,7 +227,7 @@ def _decoder_weights(
             fc2=matrix(f"{here}.fc2"),
         )
 
-    return DecoderWeights(
+    weights = DecoderWeights(
         embeddings=tensor("embeddings"),
         sinusoids=sinusoid_table(num_positions, config.dim, device=device),
         blocks=tuple(block(i) for i in range(config.num_layers)),
@@ -232,3 +235,4 @@ def _decoder_weights(
         heads=matrix("heads"),
         num_heads=config.num_heads,
     )
+    return gathered(weights) if on_cpu else weights

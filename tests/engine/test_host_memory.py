@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from musicgen.engine.host_memory import available_bytes
+from musicgen.engine import host_memory
+from musicgen.engine.host_memory import available_bytes, return_freed_memory
 
 GIB = 2**30
 
@@ -73,3 +74,29 @@ print(held() - before)
     assert num_bytes == 2 * 2 * 4096 * 4 * 16 * 64 * 2
     assert untouched < num_bytes / 4
     assert half_written > num_bytes * 0.45
+
+
+def test_freed_blocks_go_back_to_the_system() -> None:
+    """In a process of its own. Every second block stays, so that the heap cannot shrink by itself."""
+    code = """
+import ctypes, psutil
+from musicgen.engine.host_memory import return_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+held = lambda: psutil.Process().memory_info().rss
+blocks = [libc.malloc(2**16) for _ in range(1000)]
+for block in blocks:
+    ctypes.memset(block, 1, 2**16)
+before = held()
+for block in blocks[::2]:
+    libc.free(block)
+return_freed_memory()
+print(before - held())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 0.8 * 500 * 2**16
+
+
+def test_a_c_library_that_cannot_return_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _: object())
+    return_freed_memory()
