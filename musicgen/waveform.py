@@ -33,10 +33,11 @@ def check_sample_rate(sample_rate: int, param: str = "sample_rate") -> None:
 
 
 def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """`[..., N]` float32 at `from_rate` Hz → `[..., ⌈N · to_rate / from_rate⌉]` at `to_rate`, to within 1e-6 of that.
+    """`[..., N]` float32 at `from_rate` Hz → `[..., ⌊N · to_rate / from_rate⌋]` at `to_rate`, to within 1e-6 of that.
 
     A windowed sinc with 24 zero crossings and a rolloff of 0.945: the filter that MusicGen was trained with (julius),
-    with the torchaudio parameters of transformers' melody features.
+    with the torchaudio parameters of transformers' melody features. torchaudio rounds the length up, julius down: the
+    additional sample could become a whole frame of a prompt.
 
     Raises:
         InvalidRequestError: invalid rate.
@@ -49,12 +50,12 @@ def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     resampled: Tensor = torchaudio_resample(
         wav, ratio.denominator, ratio.numerator, rolloff=_ROLLOFF, lowpass_filter_width=_ZERO_CROSSINGS
     )
-    return resampled
+    return resampled[..., : resampled_len(wav.shape[-1], from_rate, to_rate)]
 
 
 def resampled_len(num_samples: int, from_rate: int, to_rate: int) -> int:
     """The output length of `resample` for `num_samples` samples. Raises: see `resample`."""
-    return math.ceil(num_samples * _ratio(from_rate, to_rate))
+    return math.floor(num_samples * _ratio(from_rate, to_rate))
 
 
 def _ratio(from_rate: int, to_rate: int) -> Fraction:

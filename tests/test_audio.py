@@ -16,8 +16,10 @@ from torch import Tensor
 
 from musicgen import audio, stems
 from musicgen.errors import InvalidRequestError, MissingDependencyError
+from musicgen.inputs import checked_prompt
 from musicgen.plots import log_mel, plot_audio
 from musicgen.waveform import StreamResampler, resampled_len
+from musicgen.weights import open_checkpoint
 
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus")
 
@@ -121,6 +123,15 @@ def test_resampling_keeps_pitch_length_and_level(from_rate: int, to_rate: int) -
     expected = sine(2.0, to_rate, 1000.0)
     n = min(out.shape[1], expected.shape[1])
     assert (out - expected[:, :n] if out.shape[1] == n else out[:, :n] - expected)[:, 500 : n - 500].abs().max() < 1e-2
+
+
+def test_a_resampled_prompt_is_no_frame_longer_than_audiocrafts() -> None:
+    """julius rounds the length down: 883 · 32000 / 44100 = 640.7 samples are one frame."""
+    config = open_checkpoint("demo").config
+    prompt = checked_prompt(torch.zeros(1, 883), 44100, config, 1.0)
+    assert prompt.shape == (1, config.codec.hop_length) == (1, 640)
+    for num_samples, expected in ((882, 640), (884, 641), (1, 0)):
+        assert audio.convert_audio(torch.zeros(2, num_samples), 44100, 32000, 1).shape == (1, expected)
 
 
 def test_resampling_refuses_impossible_rates() -> None:
