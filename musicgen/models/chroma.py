@@ -70,7 +70,11 @@ class ChromaExtractor(nn.Module):
     @property
     def max_samples(self) -> int:
         """Samples used, at the model's rate: the most that yield `num_frames`, in whole seconds if possible (30 s for
-        the released models), because truncation affects the last frames."""
+        the released models).
+
+        The cut affects the last two frames, whose windows reach beyond it. transformers makes it too, and audiocraft in
+        pieces longer than a window; in shorter ones audiocraft analyses the whole recording and cuts the features.
+        """
         hop, rate = self.config.hop_length, self.config.sample_rate
         most = self.config.num_frames * hop - 1
         whole_s = most // rate * rate

@@ -101,6 +101,16 @@ def test_only_the_models_length_is_looked_at() -> None:
     assert ChromaExtractor(ChromaConfig(num_frames=3)).max_samples == 3 * 4096 - 1
 
 
+def test_cutting_the_recording_or_its_features_differs_in_the_last_two_frames_only() -> None:
+    """As transformers and audiocraft do it: the windows of the other frames end before the cut, at 30 s."""
+    wav = melody(40.0)
+    wav[960_000:] = 0.3 * torch.sin(2 * torch.pi * 311.13 * torch.arange(320_000) / 32000)
+    whole = (EXTRACTOR.filters @ EXTRACTOR.spectrogram(wav)).argmax(dim=0)[:235]
+    cut = EXTRACTOR([(wav, 32000)])[0].argmax(dim=1)
+    assert torch.equal(cut[:233], whole[:233])
+    assert not torch.equal(cut, whole)
+
+
 @pytest.mark.parametrize(
     ("wav", "sample_rate"),
     [(torch.zeros(0), 32000), (torch.zeros(1, 2, 100), 32000), (torch.zeros(100, dtype=torch.int16), 32000),
