@@ -7,7 +7,7 @@ Source of the names and options: audiocraft `models/{builders,loaders,lm}.py` an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from musicgen.weights.checkpoint import (
     read_json,
     unfilled,
 )
+from musicgen.weights.checks import check_parts_fit
 from musicgen.weights.codec_config import codec_config_from_audiocraft, codec_config_from_hf
 from musicgen.weights.settings import XpConfig
 
@@ -73,7 +74,7 @@ class AudiocraftCheckpoint:
         self.config = ModelConfig(
             name=name,
             decoder=_decoder_config(xp),
-            codec=self._codec.config,
+            codec=_codec_config(xp, self._codec.config),
             text_dim=_text_dim(self._state, folder),
             chroma=_chroma_config(xp),
             audio_channels=_audio_channels(xp),
@@ -81,7 +82,7 @@ class AudiocraftCheckpoint:
             max_duration_s=xp.get("dataset.segment_duration", float),
         )
         _check_pattern(xp, self.config, self._origin)
-        _check_codec_fits(self.config, self._origin)
+        check_parts_fit(self.config, self._origin, sample_rate=xp.get("sample_rate", int, self.config.sample_rate))
 
     def language_model(self) -> tuple[LanguageModel, None]:
         """The language model, in fp32 on the CPU; it is never packed."""
@@ -135,6 +136,17 @@ def _codec_file(path: Path) -> _CodecFile:
     folder = hub.resolve(pointer)
     config = codec_config_from_hf(read_json(folder / "config.json"))
     return _CodecFile(config, partial(codec.codec_tensors_from_hf, from_safetensors(folder), config))
+
+
+def _codec_config(xp: XpConfig, whole: CodecConfig) -> CodecConfig:
+    """The codec as far as the language model uses it: `compression_model_n_q` limits its codebooks, per channel."""
+    num_codebooks = xp.get("compression_model_n_q", int, whole.num_codebooks)
+    if num_codebooks > whole.num_codebooks:
+        raise WeightsError(
+            f"{xp.origin}: expected compression_model_n_q of at most {whole.num_codebooks}, which the codec of "
+            f"{CODEC_FILE} has, got {num_codebooks}; check that both files belong to the same model"
+        )
+    return replace(whole, num_codebooks=num_codebooks)
 
 
 def _text_dim(state: Mapping[str, Tensor], folder: Path) -> int:
@@ -195,10 +207,11 @@ def _chroma_config(xp: XpConfig) -> ChromaConfig | None:
 
 def _audio_channels(xp: XpConfig) -> int:
     """Stereo models interleave the codes of two mono codec passes."""
-    if not xp.raw("interleave_stereo_codebooks.use", False):
-        return 1
-    xp.require("interleave_stereo_codebooks.per_timestep", False, False)
-    return 2
+    channels = 2 if xp.raw("interleave_stereo_codebooks.use", False) else 1
+    if channels == 2:
+        xp.require("interleave_stereo_codebooks.per_timestep", False, False)
+    xp.require("channels", channels, channels)
+    return channels
 
 
 def _check_pattern(xp: XpConfig, config: ModelConfig, origin: str) -> None:
@@ -215,16 +228,6 @@ def _check_pattern(xp: XpConfig, config: ModelConfig, origin: str) -> None:
         got = xp.get(delays, list, in_order)
     if got != list(config.delay_pattern.delays):
         raise WeightsError(f"{origin}: expected {delays} = {list(config.delay_pattern.delays)}, got {got}")
-
-
-def _check_codec_fits(config: ModelConfig, origin: str) -> None:
-    theirs = (config.codec.num_codebooks * config.audio_channels, config.codec.codebook_size)
-    ours = (config.decoder.num_codebooks, config.decoder.codebook_size)
-    if ours != theirs:
-        raise WeightsError(
-            f"{origin}: expected {theirs[0]} codebooks of {theirs[1]}, which the codec of {CODEC_FILE} has, "
-            f"got {ours[0]} of {ours[1]}; check that both files belong to the same model"
-        )
 
 
 def _name_map(config: ModelConfig) -> NameMap:

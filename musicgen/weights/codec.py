@@ -75,11 +75,12 @@ def build_codec(config: CodecConfig, tensors: Mapping[str, Tensor]) -> tuple[Enc
     """The decoder, and the encoder, which is built on first use.
 
     Args:
-        tensors: the result of one of the `codec_tensors_from_*`.
+        tensors: the result of one of the `codec_tensors_from_*`; further codebooks are dropped.
     """
     from musicgen.models.encodec import EncodecDecoder
     from musicgen.models.encodec_encoder import EncodecEncoder
 
+    tensors = {name: tensors[name] for name in codec_shapes(config)}
     decoder = EncodecDecoder(config)
     decoder.load_state_dict(decoder_state(config, tensors))
     return decoder.eval(), EncodecEncoder(config, tensors)

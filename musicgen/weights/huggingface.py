@@ -19,6 +19,7 @@ from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import TextEncoder, load_tokenizer
 from musicgen.weights import codec
 from musicgen.weights.checkpoint import NameMap, Part, assemble, from_safetensors, read_json, unfilled
+from musicgen.weights.checks import check_parts_fit
 from musicgen.weights.codec_config import codec_config_from_hf
 from musicgen.weights.settings import complete
 
@@ -63,6 +64,7 @@ class HuggingFaceCheckpoint:
         self._text_settings = _section(raw, "text_encoder", folder)
         self._tensors = from_safetensors(folder)
         self.config = _model_config(raw, folder, name, license)
+        check_parts_fit(self.config, str(folder / "config.json"))
 
     def language_model(self) -> tuple[LanguageModel, None]:
         """The language model, in fp32 on the CPU; it is never packed."""

@@ -57,7 +57,7 @@ class XpConfig:
             raise WeightsError(f"{origin}: expected YAML under xp.cfg, got: {error}") from error
         if not isinstance(tree, dict):
             raise WeightsError(f"{origin}: expected a mapping under xp.cfg, got {type(tree).__name__}")
-        self._tree, self._origin = tree, origin
+        self._tree, self.origin = tree, origin
 
     def raw(self, path: str, default: Any = _ABSENT) -> Any:
         """The value at `path`, of any type.
@@ -69,7 +69,7 @@ class XpConfig:
         if value is not _ABSENT:
             return value
         if default is _ABSENT:
-            raise WeightsError(f"{self._origin}: expected {path} in its configuration")
+            raise WeightsError(f"{self.origin}: expected {path} in its configuration")
         return default
 
     def get(self, path: str, kind: type[T], default: T | None = None) -> T:
@@ -88,7 +88,7 @@ class XpConfig:
             return kind(value)
         if kind not in (int, float) and isinstance(value, kind):
             return value
-        raise WeightsError(f"{self._origin}: expected {path} as {_kind(kind)}, got {value!r}")
+        raise WeightsError(f"{self.origin}: expected {path} as {_kind(kind)}, got {value!r}")
 
     def require(self, path: str, expected: Any, default: Any = _ABSENT) -> None:
         """Require the `expected` value at `path`.
@@ -99,13 +99,13 @@ class XpConfig:
         value = self.raw(path, default)
         if value != expected:
             raise WeightsError(
-                f"{self._origin}: expected {path} = {expected!r}, got {value!r}; "
+                f"{self.origin}: expected {path} = {expected!r}, got {value!r}; "
                 "only MusicGen's own architecture is supported"
             )
 
     def _follow(self, path: str, depth: int) -> Any:
         if depth == _MAX_REFERENCES:
-            raise WeightsError(f"{self._origin}: expected a value, got circular references at {path}")
+            raise WeightsError(f"{self.origin}: expected a value, got circular references at {path}")
         value: Any = self._tree
         for key in path.split("."):
             if not isinstance(value, dict) or key not in value:

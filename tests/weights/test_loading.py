@@ -289,6 +289,11 @@ def _changed(cfg: dict[str, Any], path: str, value: object) -> dict[str, Any]:
         ("text", "conditioners.description.t5.normalize_text", True),
         ("text", "lm_model", "transformer_lm_magnet"),
         ("text", "transformer_lm.card", 64),
+        ("text", "transformer_lm.num_heads", 3),
+        ("text", "compression_model_n_q", 5),
+        ("text", "compression_model_n_q", 3),
+        ("text", "sample_rate", 16000),
+        ("text", "channels", 2),
         ("melody", "conditioners.self_wav.model", "style"),
         ("melody", "conditioners.self_wav.chroma_stem.argmax", False),
         ("melody", "conditioners.self_wav.chroma_stem.winhop", 1024),
@@ -300,9 +305,31 @@ def test_audiocraft_options_that_change_the_architecture_are_refused(
     kind: str, path: str, value: object, twins: dict[str, Path], tmp_path: Path
 ) -> None:
     cfg = _changed(_xp_cfg(twins[kind] / "state_dict.bin"), path, value)
-    told = "64" if path.endswith("card") else "per_timestep" if path.startswith("interleave") else path
+    told = {
+        "interleave_stereo_codebooks": "per_timestep",
+        "transformer_lm.card": "got a language model for 4 codebooks of 64 at 32000 Hz",
+        "transformer_lm.num_heads": "divisible by 3 heads, got 64",
+        "sample_rate": "16000",
+    }.get(path, "3 codebooks" if value == 3 else path)
     with pytest.raises(WeightsError, match=told):
         open_checkpoint(_with_xp_cfg(twins[kind], tmp_path / "twin", cfg))
+
+
+def test_a_codec_is_used_as_far_as_the_language_model_goes(twins: dict[str, Path], tmp_path: Path) -> None:
+    """`compression_model_n_q`: the first codebooks of a codec that has more."""
+    cfg = _xp_cfg(twins["text"] / "state_dict.bin")
+    for path, value in (
+        ("compression_model_n_q", 3),
+        ("transformer_lm.n_q", 3),
+        ("codebooks_pattern.delay.delays", [0, 1, 2]),
+    ):
+        cfg = _changed(cfg, path, value)
+    limited = open_checkpoint(_with_xp_cfg(twins["text"], tmp_path / "twin", cfg))
+    assert limited.config.codec.num_codebooks == 3
+    (decoder, encoder), (whole_decoder, whole_encoder) = limited.codec(), open_checkpoint(str(twins["text"])).codec()
+    assert torch.equal(decoder.codebooks, whole_decoder.codebooks[:3])
+    wav = tiny.tune(0.2)
+    assert torch.equal(encoder.encode(wav), whole_encoder.encode(wav)[:3])
 
 
 def _without(section: str, *names: str) -> dict[str, object]:

@@ -298,11 +298,11 @@ def test_what_a_configuration_leaves_out_is_as_in_transformers(
     for section, names in {
         "decoder": ("num_hidden_layers", "hidden_size", "ffn_dim", "num_attention_heads", "vocab_size"),
         "text_encoder": ("d_model",),
-        "audio_encoder": ("codebook_dim", "num_filters", "upsampling_ratios", "codebook_size"),
+        "audio_encoder": ("codebook_dim", "num_filters", "upsampling_ratios"),
     }.items():
         for name in names:
             del raw[section][name]
-    raw["audio_encoder"]["target_bandwidths"] = [7.5]
+    raw["audio_encoder"] |= {"target_bandwidths": [5.0], "codebook_size": 2048}  # 4 codebooks at 100 Hz
     raw.pop("num_chroma", None)
     (folder / "config.json").write_text(json.dumps(raw))
     theirs, ours = AutoConfig.from_pretrained(str(folder)), open_checkpoint(str(folder)).config
@@ -349,6 +349,31 @@ def test_settings_that_cannot_be_are_named(
     del raw[section]
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(WeightsError, match=section):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "told"),
+    [
+        ("decoder", {"num_codebooks": 8}, "got a language model for 8 codebooks of 128"),
+        ("decoder", {"audio_channels": 2}, "expected 8 codebooks of 128 at 32000 Hz, which the codec has, one set per"),
+        ("decoder", {"audio_channels": 4, "num_codebooks": 16}, "1 or 2 audio channels, got 4"),
+        ("decoder", {"num_attention_heads": 3}, "divisible by 3 heads, got 64"),
+        ("decoder", {"vocab_size": 64}, "got a language model for 4 codebooks of 64"),
+        ("audio_encoder", {"target_bandwidths": [2.1]}, "expected 6 codebooks of 128"),
+        ("audio_encoder", {"codebook_size": 256}, "expected 3 codebooks of 256"),
+        ("audio_encoder", {"upsampling_ratios": [8, 5, 4, 2]}, "expected 2 codebooks of 128"),
+        ("audio_encoder", {"audio_channels": 2}, "audio_channels"),
+    ],
+)
+def test_a_codec_must_fit_its_language_model(
+    section: str, changes: dict[str, object], told: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["text"], tmp_path / "model"))
+    raw = json.loads((folder / "config.json").read_text())
+    raw[section] |= changes
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(WeightsError, match=told):
         open_checkpoint(str(folder))
 
 
