@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from musicgen.config import ChromaConfig, DecoderConfig, ModelConfig
 from musicgen.errors import WeightsError
 from musicgen.models.encodec import EncodecDecoder
@@ -86,13 +84,14 @@ class HuggingFaceCheckpoint:
 
         source = self._tensors.under(TEXT)
         with unfilled():
-            model: nn.Module = T5EncoderModel(T5Config.from_dict(self._text_settings))
+            model = T5EncoderModel(T5Config.from_dict(self._text_settings))
         shared, tied = "shared.weight", "encoder.embed_tokens.weight"
-        embedding = shared if shared in source else tied
-        names = {name: (Part(embedding if name in (shared, tied) else name),) for name in model.state_dict()}
+        names = {name: (Part(f"encoder.{name}"),) for name in model.encoder.state_dict()}
+        names["embed_tokens.weight"] = (Part(shared if shared in source else tied),)
         # Some files contain the whole T5; its decoder is not used.
         unused = {n for n in source if n in (shared, tied) or n.startswith(("decoder.", "lm_head."))}
-        assemble(model, source, names, ignored=unused)
+        assemble(model.encoder, source, names, ignored=unused)
+        model.set_input_embeddings(model.encoder.embed_tokens)
         return TextEncoder(model, load_tokenizer(self._folder))
 
     def codec(self) -> tuple[EncodecDecoder, EncodecEncoder]:

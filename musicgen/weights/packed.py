@@ -161,8 +161,9 @@ def _text_encoder(raw: dict[str, Any], source: TensorSource, folder: Path) -> Te
 
     with unfilled():
         model = T5EncoderModel(T5Config(**raw))
+    model.set_input_embeddings(model.shared)  # also the encoder's
     shared = source["shared.weight"]
-    model.load_state_dict(dict(source) | {"shared.weight": shared, "encoder.embed_tokens.weight": shared}, assign=True)
+    model.load_state_dict(dict(source) | {"encoder.embed_tokens.weight": shared}, assign=True)
     return TextEncoder(model.requires_grad_(False), load_tokenizer(folder))
 
 

@@ -128,6 +128,14 @@ def test_only_a_parts_own_tensors_are_read(
     assert read - tied == own - tied
 
 
+@pytest.mark.parametrize("layout", ["hugging face", "audiocraft", "packed"])
+def test_t5s_embeddings_are_held_once(layout: str, folders: dict[str, Path], packed: Path) -> None:
+    """They are a fifth of T5-base. Moved to a device, one parameter stays one."""
+    folder = {"hugging face": folders["melody"], "audiocraft": GOLDEN, "packed": packed}[layout]
+    model = open_checkpoint(str(folder)).text_encoder().model
+    assert model.shared.weight is model.encoder.embed_tokens.weight
+
+
 def test_shards_of_other_parts_need_not_be_there(
     folders: dict[str, Path], models: dict[str, Model], tmp_path: Path
 ) -> None:
