@@ -216,8 +216,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="",
         metavar="NAME",
-        help="a name from `musicgen models`, a Hugging Face repository or a local folder (default: the bundled demo "
-        "model; with --server, the first model of the service)",
+        help="a name from `musicgen models`, a Hugging Face repository or a local folder; NAME@REVISION selects a "
+        "branch, tag or commit (default: the bundled demo model; with --server, the first model of the service)",
     )
     add("--device", metavar="NAME", help="torch device, e.g. cpu or cuda (default: the GPU if available)")
     add("--dtype", choices=DTYPES, help="decoder weight type (default: bfloat16 on a GPU, float32 on the CPU)")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from musicgen.errors import WeightsError
+from musicgen.weights.formats import found_instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,9 @@ def from_safetensors(folder: Path, file: str = "model.safetensors") -> TensorSou
     """
     index = folder / f"{file}.index.json"
     if not index.is_file():
+        if not (folder / file).is_file():
+            found = found_instead(entry.name for entry in folder.iterdir())
+            raise WeightsError(f"{folder}: expected {file}, or its shards with {index.name}, {found}")
         only = _SafetensorsFile(folder / file)
         return TensorSource({name: partial(only.read, name) for name in only.names()}, str(folder))
     shard_of = read_json(index).get("weight_map")

@@ -17,6 +17,7 @@ from musicgen.models.encodec_encoder import EncodecEncoder
 from musicgen.models.language_model import LanguageModel
 from musicgen.models.t5 import TextEncoder
 from musicgen.weights import audiocraft, hub, huggingface, packed, registry
+from musicgen.weights.formats import found_instead
 
 UNKNOWN_LICENSE = "unknown; see the model card"
 
@@ -112,7 +113,7 @@ def load_model(name: str, device: str | torch.device | None = None, dtype: torch
 
     Args:
         name: a short name (`musicgen models` lists them), a Hugging Face repository id, or a local folder in
-            Hugging Face or audiocraft layout.
+            Hugging Face or audiocraft layout. The first two may end in a revision, as in `small@main`.
         device: default: the GPU if available, else the CPU.
         dtype: of the decoder's matrices, to run the language model itself on the device. By default its layers stay in
             host memory in fp32, from where the engine packs them onto the device one by one.
@@ -131,8 +132,9 @@ def _load(folder: Path, name: str, license: str, device: torch.device) -> Layout
         return audiocraft.AudiocraftCheckpoint(folder, name, license)
     if (folder / "config.json").is_file():
         return huggingface.HuggingFaceCheckpoint(folder, name, license)
+    found = found_instead(entry.name for entry in folder.iterdir())
     raise WeightsError(
-        f"{folder}: expected config.json (Hugging Face layout) or {audiocraft.LM_FILE} (audiocraft layout), got neither"
+        f"{folder}: expected config.json (Hugging Face layout) or {audiocraft.LM_FILE} (audiocraft layout), {found}"
     )
 
 

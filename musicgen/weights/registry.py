@@ -42,8 +42,16 @@ MODELS: dict[str, ModelCard] = {
 }
 
 
+UNSUPPORTED = {"facebook/musicgen-style": "its style conditioner is not supported"}
+"""Repositories that look like supported ones, and why they are not. They are refused before a download."""
+
+
 def find(name: str) -> ModelCard | None:
-    """The card of a short name (`melody`), a repository id (`facebook/musicgen-melody`), or None."""
+    """The card of a short name (`melody`) or a repository id (`facebook/musicgen-melody`), or None.
+
+    A revision after the name (`melody@main`) is ignored.
+    """
+    name = name.partition("@")[0]
     for card in MODELS.values():
         if name == card.name or (card.repo_id and name == card.repo_id):
             return card

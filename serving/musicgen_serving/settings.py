@@ -84,7 +84,9 @@ class ModelSettings(_Section):
 
     name: str = Field("demo", description="name used in requests")
     source: str | None = Field(
-        None, description="checkpoint: short name, repository id or local folder; default: `name`"
+        None,
+        description="checkpoint: short name or repository id, each with an optional `@revision`, or local folder; "
+        "default: `name`",
     )
     device: str | None = Field(
         None, description="torch device: cpu or cuda; default: the GPU that the replica books, else the CPU"

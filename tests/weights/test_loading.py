@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy as copying
+import fnmatch
 import functools
 import json
 import shutil
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.model import Model
-from musicgen.weights import checkpoint, load_model, open_checkpoint
+from musicgen.weights import checkpoint, load_model, open_checkpoint, registry
 from musicgen.weights.registry import MODELS
 
 MELODY_CONDITIONS: dict[str, Any] = {
@@ -414,8 +415,121 @@ def test_known_model_offline_says_what_to_do() -> None:
 
 
 def test_an_invalid_repository_id_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="repository id"):
-        load_model("facebook/musicgen-small@main")
+    for name in ("facebook/musicgen-small:main", "demo@main"):
+        with pytest.raises(InvalidRequestError, match="repository id"):
+            load_model(name)
+
+
+class _Hub:
+    """Stands for huggingface_hub: a repository with these files, of which `snapshot_download` fetches what is asked."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, *files: str) -> None:
+        self._root, self._files = root, files
+        self.asked: list[tuple[str, str | None]] = []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo_id, revision: list(files))
+
+    def snapshot_download(self, repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append((repo_id, revision))
+        for name in self._files:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (self._root / name).write_text('{"model_type": "musicgen", "text_encoder": {}}')
+        return str(self._root)
+
+
+UNREADABLE = {
+    "pickled": (["config.json", "pytorch_model.bin"], r"got pytorch_model\.bin; pickled .* load and save them with"),
+    "a variant": (["config.json", "model.fp16.safetensors"], r"got model\.fp16\.safetensors; .* variant='fp16'"),
+    "no index": (["config.json", "model-00001-of-00002.safetensors"], r"got model-00001-of-00002.*download it again"),
+    "of other libraries": (["config.json", "model.onnx"], r"got model\.onnx"),
+    "none": (["config.json", "README.md"], "got no weights"),
+    "without a configuration": (["model.safetensors"], r"expected config\.json .*got model\.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize("local", [True, False])
+def test_weights_that_are_not_read_are_named(
+    case: str, local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, told = UNREADABLE[case]
+    hub = _Hub(tmp_path, monkeypatch, *files)
+    if local:
+        hub.snapshot_download("", revision=None, allow_patterns=["*"])
+    with pytest.raises(WeightsError, match=told):
+        load_model(str(tmp_path) if local else "someone/some-model")
+
+
+def _refusal(kind: type[Exception], status: int) -> Exception:
+    request = httpx2.Request("GET", "https://huggingface.co/api/models/someone/some-model")
+    error: Exception = kind("refused", response=httpx2.Response(status, request=request))
+    return error
+
+
+def _unreachable(cause: Exception) -> Exception:
+    error = huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (_refusal(huggingface_hub.errors.GatedRepoError, 403), WeightsError, "gated.*accept its terms .*hf auth login"),
+        (_refusal(huggingface_hub.errors.RepositoryNotFoundError, 401), InvalidRequestError, "private, log in with"),
+        (_refusal(huggingface_hub.errors.HfHubHTTPError, 401), WeightsError, "status 401: the access token"),
+        (_unreachable(_refusal(huggingface_hub.errors.HfHubHTTPError, 403)), WeightsError, "status 403.*HF_TOKEN"),
+        (_unreachable(_refusal(huggingface_hub.errors.HfHubHTTPError, 503)), WeightsError, "check the network"),
+        (_refusal(huggingface_hub.errors.RevisionNotFoundError, 404), InvalidRequestError, "commit of someone.*'v9'"),
+    ],
+)
+def test_a_refusal_of_the_hub_says_what_to_do(
+    error: Exception, kind: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(kind, match=told):
+        load_model("someone/some-model@v9")
+
+
+def test_the_style_model_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequestError, match=r"musicgen-style: its style conditioner .*choose one of demo, small"):
+        load_model("facebook/musicgen-style")
+
+
+def test_a_folder_with_a_checkpoint_precedes_a_repository(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "facebook/musicgen-small"
+    Path(name).mkdir(parents=True)
+    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
+        open_checkpoint(name)
+    shutil.copytree(folders["melody"], name, dirs_exist_ok=True)
+    assert open_checkpoint(name).config.chroma is not None
+    shutil.copytree(folders["melody"], "small")
+    with pytest.raises(WeightsError, match="HF_HUB_OFFLINE"):
+        open_checkpoint("small")  # a short name is never a folder
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("small", ("facebook/musicgen-small", None)),
+        ("small@v1", ("facebook/musicgen-small", "v1")),
+        ("someone/model@refs/pr/3", ("someone/model", "refs/pr/3")),
+    ],
+)
+def test_a_revision_follows_the_name(
+    name: str, asked: tuple[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = _Hub(tmp_path, monkeypatch, "config.json", "model.safetensors")
+    with pytest.raises(WeightsError):  # the files are not those of a model
+        open_checkpoint(name)
+    assert hub.asked == [asked]
+    assert registry.find("small@v1") is MODELS["small"]
 
 
 def test_an_interrupted_download_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
