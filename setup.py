@@ -1,6 +1,6 @@
 """Builds the CPU kernels: one extension an instruction-set level, and the probe that chooses between them. With
-MUSICGEN_KERNELS_CUDA=1 and nvcc on PATH also the CUDA kernels (MUSICGEN_KERNELS_CUDA_ARCHS="80 90" for some
-architectures only).
+MUSICGEN_KERNELS_CUDA=1 and nvcc on PATH also the CUDA kernels (MUSICGEN_KERNELS_CUDA_ARCHS="80 90a" for some
+architectures only); whoever asks for them gets them or an error.
 
 The levels share their sources and differ in flags; each gets object files of its own and exports only its
 module's entry point, so that no function of one level can be linked into another. Nothing is compiled for
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CCompilerError, ExecError, PlatformError
+from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformError
 
 SOURCES = [*sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")), "csrc/bindings/cpu_module.cpp"]
 HEADERS = [str(path) for path in sorted(Path("csrc/include").rglob("*.h"))]
@@ -37,8 +38,10 @@ COMMON = [
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # g++ 12 warns of its own AVX-512 headers
 ]
 LINK = ["-Wl,--version-script=csrc/bindings/exports.map", "-Wl,--as-needed", "-pthread"]
+CUDA_EXTENSION = "musicgen_kernels._cuda"
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 CUDA_HEADERS = [*sorted(str(path) for path in Path("csrc/cuda").glob("*.h")), "csrc/bindings/cuda_calls.h"]
+CUDA = os.environ.get("MUSICGEN_KERNELS_CUDA") == "1"
 CUDA_ARCHITECTURES = os.environ.get("MUSICGEN_KERNELS_CUDA_ARCHS", "80 86 89 90 100 120").split()
 # -fmad=false: results must not depend on what a compiler contracts; the kernels say fmaf where they mean it.
 NVCC = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc/cuda", "-Icsrc/include"]
@@ -57,21 +60,35 @@ def extension(name: str, sources: list[str], flags: list[str]) -> Extension:
     )
 
 
+def cuda_targets() -> list[str]:
+    """nvcc's arguments for every architecture, and for PTX that later GPUs can compile."""
+    for name in CUDA_ARCHITECTURES or [""]:
+        if re.fullmatch(r"\d+[af]?", name) is None:
+            raise SystemExit(f"MUSICGEN_KERNELS_CUDA_ARCHS: expected names such as 80 or 90a, got {name!r}")
+    targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in CUDA_ARCHITECTURES]
+    # PTX of an architecture with a suffix runs on no other one.
+    last = max(int(name.rstrip("af")) for name in CUDA_ARCHITECTURES)
+    return [*targets, f"-gencode=arch=compute_{last},code=compute_{last}"]
+
+
 def cuda_libraries() -> Path:
     """Where the toolkit keeps its libraries, told by nvcc itself: the one on PATH may be a wrapper."""
     if shutil.which("nvcc") is None:
         raise SystemExit("MUSICGEN_KERNELS_CUDA=1: nvcc is not on PATH; install NVIDIA's toolkit or unset it")
     dry_run = ["nvcc", "--dryrun", "-c", CUDA_SOURCES[0]]
-    told = subprocess.run(dry_run, capture_output=True, text=True, check=True).stderr
-    top = next(line.partition("TOP=")[2] for line in told.splitlines() if "TOP=" in line)
-    return Path(top) / "lib64"
+    told = subprocess.run(dry_run, capture_output=True, text=True)
+    top = re.search(r"TOP=(.+)", told.stderr)
+    if told.returncode or top is None:
+        raise SystemExit(f"MUSICGEN_KERNELS_CUDA=1: {' '.join(dry_run)} failed:\n{told.stderr}")
+    return Path(top[1]) / "lib64"
 
 
 def cuda_extension() -> Extension:
+    cuda_targets()  # a wrong name is told before anything is compiled
     return Extension(
-        "musicgen_kernels._cuda",
+        CUDA_EXTENSION,
         ["csrc/bindings/cuda_module.cpp", *CUDA_SOURCES],
-        depends=[*HEADERS, *CUDA_HEADERS, "setup.py", "csrc/bindings/exports.map"],
+        depends=[*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES, "setup.py", "csrc/bindings/exports.map"],
         include_dirs=["csrc/cuda", "csrc/include", pybind11.get_include()],
         extra_compile_args=[*COMMON, *EXTRA],
         extra_link_args=[*LINK, f"-L{cuda_libraries()}", "-lcudart_static", "-ldl", "-lrt"],
@@ -83,13 +100,15 @@ def extensions() -> list[Extension]:
     if os.environ.get("MUSICGEN_KERNELS_BUILD") == "0":
         return []
     if platform.machine().lower() not in ("x86_64", "amd64") or sys.platform != "linux":
+        if CUDA:
+            raise SystemExit("MUSICGEN_KERNELS_CUDA=1: the CUDA kernels are built on x86-64 Linux only; unset it")
         print("musicgen_kernels: no native kernels for this platform; the PyTorch reference will be used")
         return []
     built = [extension("_cpuid", ["csrc/bindings/cpuid_module.cpp"], [])]
     for level, flags in LEVELS.items():
         name = f"_cpu_{level}"
         built.append(extension(name, SOURCES, [*flags, f"-DMGK_MODULE={name}"]))
-    if os.environ.get("MUSICGEN_KERNELS_CUDA") == "1":
+    if CUDA:
         built.append(cuda_extension())
     return built
 
@@ -104,6 +123,12 @@ class BuildPerLevel(build_ext):
             separate._compile_cuda(ext)
             build_ext.build_extension(separate, ext)
         except (CCompilerError, ExecError, PlatformError, OSError) as error:
+            if ext.name == CUDA_EXTENSION:  # only where it was asked for
+                raise CompileError(
+                    f"MUSICGEN_KERNELS_CUDA=1: {ext.name} was not built ({error}). If nvcc does not know an "
+                    f"architecture, set MUSICGEN_KERNELS_CUDA_ARCHS to those that it knows and you have "
+                    f'(now "{" ".join(CUDA_ARCHITECTURES)}"; nvcc --list-gpu-arch shows them).'
+                ) from error
             if os.environ.get("MUSICGEN_KERNELS_BUILD") == "1":
                 raise
             print(
@@ -116,13 +141,10 @@ class BuildPerLevel(build_ext):
 
     def _compile_cuda(self, ext: Extension) -> None:
         """Hand an extension's .cu files to nvcc, one object with code for every architecture each."""
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        last = max(CUDA_ARCHITECTURES, key=int)
-        targets.append(f"-gencode=arch=compute_{last},code=compute_{last}")  # for what comes after it
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
         for source in [name for name in ext.sources if name.endswith(".cu")]:
             target = str(Path(self.build_temp) / f"{Path(source).stem}.o")
-            self.spawn(["nvcc", *NVCC, *targets, "-c", source, "-o", target])
+            self.spawn(["nvcc", *NVCC, *cuda_targets(), "-c", source, "-o", target])
             ext.extra_objects.append(target)
         ext.sources = [name for name in ext.sources if not name.endswith(".cu")]
 
