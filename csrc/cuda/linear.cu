@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kRows = 4;
+constexpr int kMaxInFeatures = 1 << 30;  // an int, and still one after a lane's last stride
 
 template <WeightKind kKind>
 struct Weight;
@@ -66,23 +67,22 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) multiply(const LinearArgume
     const int64_t output = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
     const int64_t first_row = int64_t(blockIdx.y) * kRows;
     if (output >= a.out_features) return;  // a whole warp
+    // 32 bits suffice for a row, and a GPU divides 64-bit integers in a subroutine.
+    const int in_features = int(a.in_features), group_len = int(a.group_len);
     const T* x = static_cast<const T*>(a.x);
+    const uint16_t* scales = a.scales ? a.scales + output * (in_features / group_len) : nullptr;
     float total[kRows] = {};
-    for (int64_t i = lane * kVector; i < a.in_features; i += kWarp * kVector) {
+    for (int i = lane * kVector; i < in_features; i += kWarp * kVector) {
         float w[kVector];
-        load_weights<kKind>(a.codes, output * a.in_features + i, w);
-        float scale = 1;
-        if (a.scales) {
-            const int64_t groups = a.in_features / a.group_len;
-            scale = to_float(BFloat16{a.scales[output * groups + i / a.group_len]});
-        }
+        load_weights<kKind>(a.codes, output * in_features + i, w);
+        const float scale = scales ? to_float(BFloat16{scales[i / group_len]}) : 1.0f;
         MGK_UNROLL
         for (int r = 0; r < kRows; ++r) {
             if (first_row + r >= a.num_rows) break;
             float sum = 0, chunk[kChunk];
             MGK_UNROLL
             for (int j = 0; j < kVector; ++j) {
-                if (j % kChunk == 0) load<kChunk>(x + (first_row + r) * a.in_features + i + j, chunk);
+                if (j % kChunk == 0) load<kChunk>(x + (first_row + r) * in_features + i + j, chunk);
                 sum = fmaf(w[j], chunk[j % kChunk], sum);
             }
             total[r] = fmaf(sum, scale, total[r]);
@@ -120,6 +120,7 @@ void linear(const LinearArguments& a, void* stream) {
     if (a.in_features % 32 || !aligned16(a.x) || !aligned16(a.codes)) {
         throw LaunchError("linear: in_features is no multiple of 32, or x or the weight is not aligned to 16 bytes");
     }
+    if (a.in_features > kMaxInFeatures) throw LaunchError("linear: over 2^30 inputs");
     with_float_type(a.type, [&](auto x) { run<decltype(x)>(a, stream); });
 }
 

@@ -34,6 +34,13 @@ def read(cubin: Path) -> dict[str, dict[str, int]]:
     return result
 
 
+def wide_divisions(cubin: Path) -> list[str]:
+    """The (mangled) names of the kernels that divide 64-bit integers: a subroutine of some hundred instructions."""
+    functions = _functions(_run("nvdisasm", "-c", str(cubin)))
+    return [name for name, body in functions.items() if _WIDE_DIVISION.search(body)]
+
+
+_WIDE_DIVISION = re.compile(r"\bCALL\b.*_(?:div|rem)_[su]64\b")
 _LOADS = re.compile(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)")
 
 

@@ -41,7 +41,7 @@ def variants(quick: bool) -> list[str]:
 
 
 def compile_variant(name: str, architecture: int) -> dict[str, dict[str, int]]:
-    """Figures of the kernels of one source. Warnings are errors."""
+    """Figures of the kernels of one source. Warnings are errors, and so is a division of 64-bit integers."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{name}.cubin"
         target = [f"-arch=sm_{architecture}", "-cubin", "-Werror", "all-warnings"]
@@ -49,6 +49,8 @@ def compile_variant(name: str, architecture: int) -> dict[str, dict[str, int]]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        if wide := gpu_cubin.wide_divisions(cubin):
+            raise RuntimeError(f"{name}.cu divides 64-bit integers in {', '.join(map(_plain, wide))}")
         rows = gpu_cubin.read(cubin)
     return {f"{name}: {_plain(mangled)}": row for mangled, row in rows.items()}
 

@@ -226,6 +226,12 @@ def test_a_refused_launch_is_a_kernel_error(backend: ModuleType, monkeypatch: py
         backend.paged_attention(case.query, *case.arguments, 1.0, torch.empty_like(case.query))
 
 
+def test_a_weight_row_beyond_32_bits_is_refused(host: ModuleType) -> None:
+    sizes = [0, 16, 2**31, 0, 0, 0, 0, 0]
+    with pytest.raises(host.LaunchError, match="inputs"):
+        host.run("linear", [0] * 6, sizes, [], 0)
+
+
 def test_an_extension_that_is_not_built_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "native", lambda: "not built")
     assert cuda.unavailable("linear", "cuda", F32) == "not built"
