@@ -51,7 +51,7 @@ def append_paged_kv(
     """
     _check_metadata(keys, "keys", cache, page_table, query_offsets, kv_lens)
     check_tensor("values", values, keys.shape, (keys.dtype,), device=keys.device, contiguous=False)
-    run = implementation("append_paged_kv", keys.device, cache.k.dtype, backend)
+    run = implementation("append_paged_kv", keys.device, cache.k.dtype, backend, keys.shape[-1])
     run(keys, values, cache, page_table, query_offsets, kv_lens)
 
 
@@ -90,7 +90,7 @@ def paged_attention(
     """
     _check_metadata(query, "query", cache, page_table, query_offsets, kv_lens)
     out = _output(query, out)
-    run = implementation("paged_attention", query.device, cache.k.dtype, backend)
+    run = implementation("paged_attention", query.device, cache.k.dtype, backend, query.shape[-1])
     run(query, cache, page_table, query_offsets, kv_lens, _scale(query, scale), out)
     return out
 
@@ -113,7 +113,7 @@ def cross_attention(
     """
     _check_metadata(query, "query", cache, page_table, query_offsets, kv_lens)
     out = _output(query, out)
-    run = implementation("cross_attention", query.device, cache.k.dtype, backend)
+    run = implementation("cross_attention", query.device, cache.k.dtype, backend, query.shape[-1])
     run(query, cache, page_table, query_offsets, kv_lens, _scale(query, scale), out)
     return out
 

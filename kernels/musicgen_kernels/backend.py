@@ -1,4 +1,4 @@
-"""Backend selection: decided once per (operation, device, dtype), and reported by `report`.
+"""Backend selection: decided once per (operation, device, dtype, head dim), and reported by `report`.
 
 Backend names are `reference`, `cpu`, `cuda` and `triton`; `cpu:avx2` (baseline, avx2, avx512) selects one
 instruction-set level. Precedence: the `backend` argument, then the environment variable MUSICGEN_KERNELS_BACKEND
@@ -67,14 +67,18 @@ def _load(backend: str) -> object:
         return str(error)
 
 
-def unavailable(backend: str, operation: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot run the operation on that device ("cuda:1") and dtype; None when it can."""
+def unavailable(
+    backend: str, operation: str, device: str, dtype: torch.dtype, head_dim: int | None = None
+) -> str | None:
+    """Why `backend` cannot run the operation on that device ("cuda:1"), dtype and head dim (None: any that it
+    supports); None when it can.
+    """
     module = _load(backend)
     if isinstance(module, str):
         return module
     if not hasattr(module, operation):
         return f"does not implement {operation}"
-    reason: str | None = getattr(module, "unavailable")(operation, device, dtype)  # noqa: B009
+    reason: str | None = getattr(module, "unavailable")(operation, device, dtype, head_dim)  # noqa: B009
     return reason
 
 
@@ -85,20 +89,20 @@ def preference(operation: str, device: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def choose(operation: str, device: str, dtype: torch.dtype, wanted: str | None) -> Choice:
+def choose(operation: str, device: str, dtype: torch.dtype, wanted: str | None, head_dim: int | None = None) -> Choice:
     """Choose a backend: `wanted`, or by preference if None. The result may differ between GPUs of one machine.
 
     Raises:
         BackendUnavailableError: the requested backend cannot run this case.
     """
     if wanted is not None:
-        reason = unavailable(wanted, operation, device, dtype)
+        reason = unavailable(wanted, operation, device, dtype, head_dim)
         if reason is not None:
             raise BackendUnavailableError(wanted, f"{operation} on {device} {dtype}: {reason}")
         return Choice(operation, wanted, "requested")
     refused: list[str] = []
     for name in preference(operation, device):
-        reason = unavailable(name, operation, device, dtype)
+        reason = unavailable(name, operation, device, dtype, head_dim)
         if reason is None:
             return Choice(operation, name, "; ".join(refused) or "default for this device")
         refused.append(f"not {name}: {reason}")
@@ -124,13 +128,15 @@ def from_environment(operation: str) -> str | None:
     return found
 
 
-def implementation(operation: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> Callable[..., Any]:
+def implementation(
+    operation: str, device: torch.device, dtype: torch.dtype, backend: str | None, head_dim: int | None = None
+) -> Callable[..., Any]:
     """The function that runs the operation.
 
     Raises:
         BackendUnavailableError: the backend requested by argument or environment cannot run this case.
     """
-    function: Callable[..., Any] = getattr(_chosen(operation, device, dtype, backend), operation)
+    function: Callable[..., Any] = getattr(_chosen(operation, device, dtype, backend, head_dim), operation)
     return function
 
 
@@ -149,11 +155,13 @@ def prepared(
     return functools.partial(getattr(chosen, operation), *arguments) if prepare is None else prepare(*arguments)
 
 
-def _chosen(operation: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> Any:
-    return _load(choose(operation, str(device), dtype, backend or from_environment(operation)).backend)
+def _chosen(
+    operation: str, device: torch.device, dtype: torch.dtype, backend: str | None, head_dim: int | None = None
+) -> Any:
+    return _load(choose(operation, str(device), dtype, backend or from_environment(operation), head_dim).backend)
 
 
-def report(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Choice]:
-    """The backend of each operation on that device and dtype, and why. Logits are float32 whatever the dtype."""
+def report(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int | None = None) -> list[Choice]:
+    """The backend of each operation on that device, dtype and head dim, and why. Logits are float32 whatever the dtype."""
     dtypes = {name: torch.float32 if name == "delayed_sample_step" else dtype for name in OPERATIONS}
-    return [choose(name, device, dtypes[name], from_environment(name)) for name in OPERATIONS]
+    return [choose(name, device, dtypes[name], from_environment(name), head_dim) for name in OPERATIONS]

@@ -21,6 +21,7 @@ from .pages import KV_DTYPES, KVStore, PagedKV
 from .sampling import SampleBatch
 
 HEAD_DIMS = (32, 64)
+_PAGED = ("append_paged_kv", "paged_attention", "cross_attention")
 TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT = (torch.float32,)
 
@@ -36,12 +37,16 @@ class CpuBackend:
     def __init__(self, level: str, native: CpuModule) -> None:
         self.level, self.native = level, native
 
-    def unavailable(self, operation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    def unavailable(
+        self, operation: str, device_type: str, dtype: torch.dtype, head_dim: int | None = None
+    ) -> str | None:
         """Why this backend cannot run the operation; None if it can."""
         if device_type != "cpu":
             return "runs on the CPU only"
         if dtype == torch.float64:
             return "computes in float32; only the reference supports float64"
+        if operation in _PAGED and head_dim not in (None, *HEAD_DIMS):
+            return f"has no kernel for head_dim {head_dim}, only for {HEAD_DIMS}"
         return None
 
     def delayed_sample_step(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)  # the order of `Type` in csrc/cuda/launch.h
 _FLOATS = _TYPES[:3]
 _DTYPES = {"append_paged_kv": _TYPES, "paged_attention": _TYPES, "cross_attention": _TYPES}
+_ATTENTION = ("paged_attention", "cross_attention")
 HEAD_DIMS = (32, 64, 128)
 MAX_CODES = MAX_DIM = 12000
 
@@ -43,8 +44,8 @@ def native() -> Any:
         return f"the CUDA kernels are not built ({error}); install with MUSICGEN_KERNELS_CUDA=1 and nvcc on PATH"
 
 
-def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the operation on that device and dtype; None if it can."""
+def unavailable(operation: str, device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """Why this backend cannot run the operation on that device, dtype and head dim; None if it can."""
     module = native()
     if isinstance(module, str):
         return module
@@ -53,6 +54,8 @@ def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
         return f"runs on {module.device_type} tensors only"
     if dtype not in _DTYPES.get(operation, _FLOATS if operation != "delayed_sample_step" else _FLOATS[:1]):
         return f"has no kernel for {dtype}"
+    if operation in _ATTENTION and head_dim not in (None, *HEAD_DIMS):
+        return f"has no kernel for head_dim {head_dim}, only for {HEAD_DIMS}"
     return too_old(device) if device_type == "cuda" else None
 
 

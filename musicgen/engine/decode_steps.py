@@ -42,11 +42,11 @@ def graph_sizes(max_rows: int) -> list[int]:
     return [*(size for size in sizes if size < max_rows), max_rows]
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why decode steps cannot be captured on a device; None if they can, or need no capture."""
+def why_not(device: torch.device, head_dim: int) -> str | None:
+    """Why decode steps of a model cannot be captured on a device; None if they can, or need no capture."""
     if device.type != "cuda":
         return None
-    slow = [choice.operation for choice in report(str(device)) if choice.backend == "reference"]
+    slow = [choice.operation for choice in report(str(device), head_dim=head_dim) if choice.backend == "reference"]
     return f"{', '.join(slow)} on the reference backend, which reads values on the host" if slow else None
 
 

@@ -144,7 +144,7 @@ class ModelRunner:
         """Batch sizes of decode steps to capture as graphs; None: no graphs."""
         if not self.config.cuda_graphs:
             return None
-        if reason := why_not(self.device):
+        if reason := why_not(self.device, self.model_config.decoder.head_dim):
             logger.warning("running decode steps without CUDA graphs: %s", reason)
             return None
         return graph_sizes(min(self.config.scheduler.max_step_rows, self.config.scheduler.num_rows))

@@ -370,10 +370,10 @@ def test_all_captures_share_one_pool_on_one_stream(cuda: mock.Mock) -> None:
 
 
 def test_the_reference_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert why_not(CPU) is None
-    assert why_not(torch.device("cuda")) is None
+    assert why_not(CPU, 64) is None
+    assert why_not(torch.device("cuda"), 64) is None
     monkeypatch.setenv(ENVIRONMENT, "linear=reference")
-    assert "linear on the reference" in str(why_not(torch.device("cuda")))
+    assert "linear on the reference" in str(why_not(torch.device("cuda"), 64))
     assert EngineConfig().resolved("cuda").cuda_graphs is True
     assert EngineConfig().resolved("cpu").cuda_graphs is False
     assert EngineConfig(cuda_graphs=False).resolved("cuda").cuda_graphs is False

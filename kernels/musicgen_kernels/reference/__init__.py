@@ -27,6 +27,6 @@ __all__ = [
 ]
 
 
-def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
+def unavailable(operation: str, device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
     """None: the reference supports everything on all devices."""
     return None

@@ -38,8 +38,8 @@ _DTYPES = {
 }
 
 
-def unavailable(operation: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the operation on that device and dtype; None if it can."""
+def unavailable(operation: str, device: str, dtype: torch.dtype, head_dim: int | None = None) -> str | None:
+    """Why this backend cannot run the operation on that device and dtype; None if it can. Supports all head dims."""
     wanted = "cpu" if interpreted() else "cuda"
     if device.partition(":")[0] != wanted:
         reason = "in Triton's interpreter" if interpreted() else "outside Triton's interpreter"
