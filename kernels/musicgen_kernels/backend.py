@@ -162,6 +162,12 @@ def _chosen(
 
 
 def report(device: str = "cpu", dtype: torch.dtype = torch.float32, head_dim: int | None = None) -> list[Choice]:
-    """The backend of each operation on that device, dtype and head dim, and why. Logits are float32 whatever the dtype."""
-    dtypes = {name: torch.float32 if name == "delayed_sample_step" else dtype for name in OPERATIONS}
-    return [choose(name, device, dtypes[name], from_environment(name), head_dim) for name in OPERATIONS]
+    """The backend of each operation on that device, dtype and head dim, and why."""
+    dtypes = {"delayed_sample_step": torch.float32}  # of the logits, in every model
+    return [choose(name, device, dtypes.get(name, dtype), from_environment(name), head_dim) for name in OPERATIONS]
+
+
+def fallbacks(device: str, head_dim: int) -> list[Choice]:
+    """The operations on a device for which the slow reference was chosen without being requested."""
+    slow = [choice for choice in report(device, head_dim=head_dim) if choice.backend == "reference"]
+    return [choice for choice in slow if from_environment(choice.operation) is None]

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from musicgen_kernels import KVStore, SampleBatch, delayed_sample_step, prepare_sample_step
+from musicgen_kernels.backend import fallbacks
 from musicgen_kernels.cpu_step import CpuStep
 from musicgen_kernels.step import DecoderWeights, StepBatch
 from musicgen_kernels.whole_step import whole_step
@@ -72,6 +73,7 @@ class ModelRunner:
         )
         self.weights = self._step.weights
         return_freed_memory()  # counts as free from here on
+        self._warn_if_slow()
         self.num_pages = num_pages(lm.config, config, self.device)
         self.pages = new_pages(lm.config, config, self.num_pages, self.device)
         num_slots = config.scheduler.num_slots
@@ -85,6 +87,13 @@ class ModelRunner:
         if self.device.type == "cuda":
             self._decode_steps.capture_all()
         self._decode = DecodePath(self._decode_steps, self.text_pages, lm.config.decoder.codebook_size)
+
+    def _warn_if_slow(self) -> None:
+        """Without kernels everything still works, only many times slower, which looks like a slow machine."""
+        if slow := fallbacks(str(self.device), self.model_config.decoder.head_dim):
+            names = ", ".join(choice.operation for choice in slow)
+            message = "no kernel for %s on %s, so the slow PyTorch reference is used: %s"
+            logger.warning(message, names, self.device, slow[0].reason)
 
     # --- sequences ---
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from engine.fakes import Listener, run_all
 from engine.test_exactness import PROMPTS, Crowd, each_alone, equal, mixed_requests, new_request
-from musicgen_kernels import PackedLinear, delayed_sample_step, page_bytes
+from musicgen_kernels import PackedLinear, backend, delayed_sample_step, page_bytes
 from musicgen_kernels.backend import ENVIRONMENT, choose
 from musicgen_kernels.pages import KVStore
 from musicgen_kernels.whole_step import StepByOperations
@@ -377,6 +377,25 @@ def test_the_reference_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert EngineConfig().resolved("cuda").cuda_graphs is True
     assert EngineConfig().resolved("cpu").cuda_graphs is False
     assert EngineConfig(cuda_graphs=False).resolved("cuda").cuda_graphs is False
+
+
+def test_an_engine_without_kernels_warns(
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here the CPU is offered what a GPU is, of which nothing can run."""
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setitem(backend._PREFERENCE, "cpu", ("triton", "reference"))
+    choose.cache_clear()
+    try:
+        new_core(models["text"], num_pages=100)
+        assert "no kernel for append_paged_kv, paged_attention, " in caplog.text
+        assert "so the slow PyTorch reference is used: not triton: " in caplog.text
+        caplog.clear()
+        monkeypatch.setenv(ENVIRONMENT, "reference")
+        new_core(models["text"], num_pages=100)
+        assert not caplog.text
+    finally:
+        choose.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing is captured here")

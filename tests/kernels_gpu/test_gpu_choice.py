@@ -136,3 +136,16 @@ def test_attention_of_such_a_head_dim_runs(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(paged_attention(case.query, *case.arguments), expected)
     reference.cross_attention(case.query, *case.arguments, 48**-0.5, expected)
     assert torch.equal(cross_attention(case.query, *case.arguments), expected)
+
+
+def test_a_gpu_without_kernels_is_a_fallback_unless_it_was_asked_for(
+    offered: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered.update(reference=_everything())
+    monkeypatch.setenv(backend.ENVIRONMENT, "layer_norm=reference")
+    choices = {choice.operation: choice.reason for choice in backend.fallbacks("cuda", 64)}
+    assert set(choices) == set(backend.OPERATIONS) - {"layer_norm"}
+    assert choices["paged_attention"] == "not cuda: not built; not triton: not built"
+    offered.update(triton=_everything())
+    backend.choose.cache_clear()
+    assert not backend.fallbacks("cuda", 64)
