@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from musicgen_serving import register
+from musicgen_serving import running_requests
 from musicgen_serving.admission import AdmissionRequest, Settlement, Ticket
 from musicgen_serving.components import BrokenError, Components, LostError
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
@@ -289,7 +289,7 @@ def test_what_was_made_ahead_of_a_caller_that_leaves_is_billed(service: InProces
 def test_the_end_does_not_wait_for_a_gatekeeper_that_is_away(
     service: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(register, "SETTLE_WAIT_S", 0.1)
+    monkeypatch.setattr(running_requests, "SETTLE_WAIT_S", 0.1)
     settle, back = service.gatekeeper.settle, asyncio.Event()
     told: list[Settlement] = []
 
