@@ -120,14 +120,14 @@ class Gatekeeper(Protocol):
         """Settle an ended request: quota, slot, ledger entry. It may have been admitted by an earlier gatekeeper."""
 
     async def report(self, edge: str, running: list[Progress]) -> list[str]:
-        """Report the progress of an ingress's requests, about once a second; returns the ids of cancelled ones.
+        """Report the progress of an ingress's requests, about once a second; returns the serials of cancelled ones.
 
         Requests of an ingress that stops reporting are settled as cancelled. Unknown requests are adopted: the
         gatekeeper may have been replaced.
         """
 
     async def wait_cancelled(self, edge: str) -> list[str]:
-        """Long-poll, for a few seconds at most, for cancelled requests of this ingress; returns their ids."""
+        """Long-poll, for a few seconds at most, for cancelled requests of this ingress; returns their serials."""
 
     async def cancel(self, tenant: str, request_id: str) -> GenerationStatus:
         """Cancel a request, wherever it runs. No effect if it has already ended.

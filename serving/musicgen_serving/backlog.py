@@ -190,9 +190,9 @@ class Backlog:
             ahead.append(work)
         return self._wait_s(running, ahead)
 
-    def end_s(self, request_id: str) -> float:
+    def end_s(self, serial: str) -> float:
         """Estimated seconds until a request ends, if it is running and advances like the others."""
-        work = self._works[request_id]
+        work = self._works[serial]
         num_moving = max(work.num_pieces, min(self._num_pieces, self._slots))
         return work.left_s / work.num_pieces * num_moving / self.speed if self.speed > 0 else math.inf
 
@@ -206,36 +206,34 @@ class Backlog:
             num_requests=len(self._works),
         )
 
-    def add(
-        self, request_id: str, tenant: str, weight: float, priority: int, audio_s: float, num_pieces: int = 1
-    ) -> None:
+    def add(self, serial: str, tenant: str, weight: float, priority: int, audio_s: float, num_pieces: int = 1) -> None:
         """A request is admitted."""
-        assert request_id not in self._works
+        assert serial not in self._works
         self._pass_time()
-        self._works[request_id] = _Work(tenant, weight, priority, audio_s, num_pieces)
+        self._works[serial] = _Work(tenant, weight, priority, audio_s, num_pieces)
         self._num_pieces += num_pieces
 
-    def progress(self, request_id: str, done_s: float, counts: bool = True) -> None:
+    def progress(self, serial: str, done_s: float, counts: bool = True) -> None:
         """A request has delivered `done_s` seconds of audio so far.
 
         Args:
             counts: whether to use it for the throughput estimate; False for audio delivered at unknown times.
         """
-        work = self._works[request_id]
+        work = self._works[serial]
         made_s = done_s - work.done_s
         if made_s > 0:
             work.done_s = done_s
             self._pass_time(made_s if counts else 0.0)
 
-    def remove(self, request_id: str, done_s: float) -> None:
+    def remove(self, serial: str, done_s: float) -> None:
         """A request has ended after `done_s` seconds of audio."""
-        self.progress(request_id, done_s)
+        self.progress(serial, done_s)
         self._pass_time()
-        self._num_pieces -= self._works.pop(request_id).num_pieces
+        self._num_pieces -= self._works.pop(serial).num_pieces
 
-    def withdraw(self, request_id: str) -> None:
+    def withdraw(self, serial: str) -> None:
         """A request was not admitted after all."""
-        self.remove(request_id, 0.0)
+        self.remove(serial, 0.0)
 
     @property
     def _slots(self) -> int:

@@ -18,6 +18,8 @@ from musicgen_serving.quotas import Charge
 from musicgen_serving.types import GenerationStatus
 
 V = TypeVar("V")
+RequestKey = tuple[str, str]
+"""Tenant and request id: ids are chosen by clients, so each tenant has its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +53,10 @@ class Record:
     @property
     def request_id(self) -> str:
         return self.ticket.request_id
+
+    @property
+    def request_key(self) -> RequestKey:
+        return self.ticket.tenant, self.ticket.request_id
 
     @property
     def key(self) -> tuple[str, str] | None:
@@ -105,8 +111,8 @@ class Registry:
 
     def __init__(self, remember_s: float, max_remembered: int) -> None:
         self._remember_s, self._max_remembered = remember_s, max_remembered
-        self._running: dict[str, Record] = {}
-        self._ended: dict[str, Record] = {}
+        self._running: dict[RequestKey, Record] = {}
+        self._ended: dict[RequestKey, Record] = {}
         """Ordered by end time."""
         self._keys: dict[tuple[str, str], Record] = {}
         """The latest request of each idempotency key."""
@@ -120,8 +126,9 @@ class Registry:
         """Running requests in admission order; a snapshot, so the registry may change during iteration."""
         return iter(list(self._running.values()))
 
-    def running(self, request_id: str) -> Record | None:
-        return self._running.get(request_id)
+    def running(self, ticket: Ticket) -> Record | None:
+        """The running request with the ticket's tenant and id; its serial may be another one."""
+        return self._running.get((ticket.tenant, ticket.request_id))
 
     def ended_here(self, serial: str) -> bool | None:
         """For an ended request: whether the gatekeeper ended it, so that its ingress may not know. None: it has not
@@ -139,10 +146,10 @@ class Registry:
         """A tenant's request.
 
         Raises:
-            NotFoundError: no such request, or another tenant's; the two are indistinguishable.
+            NotFoundError: no such request.
         """
-        record = self._running.get(request_id) or self._ended.get(request_id)
-        if record is None or record.ticket.tenant != tenant:
+        record = self._running.get((tenant, request_id)) or self._ended.get((tenant, request_id))
+        if record is None:
             raise NotFoundError("no running or recently finished request has this id")
         return record
 
@@ -153,15 +160,11 @@ class Registry:
             ConflictError: the id is in use, or the key was used, for a different request; or the original is just being
                 admitted.
         """
-        same_id = self._running.get(request_id) or self._ended.get(request_id)
-        if same_id is not None and same_id.ticket.tenant != tenant:
-            raise ConflictError("the request id is already in use; choose another")
+        same_id = self._running.get((tenant, request_id))
         same_key = None if key is None else self._keys.get((tenant, key))
         if same_key is not None and same_key.ticket.fingerprint != fingerprint:
             raise ConflictError("the idempotency key was used for a different request; use a new key")
-        if same_id is None or same_id.reason is not None:
-            same_id = None
-        elif not fingerprint or same_id.ticket.fingerprint != fingerprint:
+        if same_id is not None and (not fingerprint or same_id.ticket.fingerprint != fingerprint):
             raise ConflictError("the request id is in use by a different running request; choose another")
         found = same_id or (same_key if same_key is not None and same_key.reason is None else None)
         if found is not None and not found.admitted:
@@ -170,9 +173,9 @@ class Registry:
 
     def add(self, record: Record) -> None:
         """Add a running request. Its id must not be running; an ended request with the same id is forgotten."""
-        assert record.request_id not in self._running
-        self._forget_ended(record.request_id)
-        self._running[record.request_id] = record
+        assert record.request_key not in self._running
+        self._forget_ended(record.request_key)
+        self._running[record.request_key] = record
         self._num_running[record.ticket.tenant] += 1
         if record.key is not None:
             holder = self._keys.get(record.key)
@@ -190,7 +193,7 @@ class Registry:
         Args:
             here: ended by the gatekeeper, not by its ingress.
         """
-        ticket, running = record.ticket, self._running.get(record.request_id)
+        ticket, running = record.ticket, self.running(record.ticket)
         if running is record:
             self._stop(record)
         record.done_s = max(record.done_s, settlement.progress.done_s)
@@ -201,8 +204,8 @@ class Registry:
             same = (ticket.tenant, ticket.idempotency_key, ticket.fingerprint)
             self._paid.note(same, max(paid_s, self.paid_s(*same)), now)
         if running is None or running is record:
-            self._forget_ended(record.request_id)
-            self._ended[record.request_id] = record
+            self._forget_ended(record.request_key)
+            self._ended[record.request_key] = record
             if record.key is not None:
                 self._keys.setdefault(record.key, record)
         record.ended.set()
@@ -216,17 +219,17 @@ class Registry:
             oldest = next(iter(self._ended.values()))
             if len(self._ended) <= self._max_remembered and now - oldest.ended_at <= self._remember_s:
                 return
-            del self._ended[oldest.request_id]
+            del self._ended[oldest.request_key]
             self._drop_key(oldest)
 
     def _stop(self, record: Record) -> None:
-        del self._running[record.request_id]
+        del self._running[record.request_key]
         self._num_running[record.ticket.tenant] -= 1
         if not self._num_running[record.ticket.tenant]:
             del self._num_running[record.ticket.tenant]
 
-    def _forget_ended(self, request_id: str) -> None:
-        former = self._ended.pop(request_id, None)
+    def _forget_ended(self, request_key: RequestKey) -> None:
+        former = self._ended.pop(request_key, None)
         if former is not None:
             self._drop_key(former)
 

@@ -108,10 +108,13 @@ class RunningRequests:
                     await asyncio.wait([*self._tasks, asyncio.create_task(asyncio.sleep(0.05))])
         await asyncio.gather(*self._loops, return_exceptions=True)
 
-    def stop(self, request_id: str, tenant: str | None = None) -> None:
-        """Stop a request, if it runs here and belongs to this tenant (None: any tenant)."""
+    def stop(self, tenant: str, request_id: str) -> None:
+        """Stop a tenant's request, if it runs here."""
+        self._stop(lambda ticket: (ticket.tenant, ticket.request_id) == (tenant, request_id))
+
+    def _stop(self, is_meant: Callable[[Ticket], bool]) -> None:
         for running in self._running:
-            if running.request.request_id == request_id and tenant in (None, running.ticket.tenant):
+            if is_meant(running.ticket):
                 running.task.stop(RequestCancelledError("the request was cancelled"))
 
     async def admit(self, request: AdmissionRequest) -> Ticket:
@@ -188,8 +191,8 @@ class RunningRequests:
         async def report() -> None:
             # Requests being settled are not reported: a new gatekeeper would consider them running.
             progress = [running.progress() for running in self._running if not running.settled]
-            for request_id in await self._gatekeeper.report(self._edge, progress):
-                self.stop(request_id)
+            unwanted = await self._gatekeeper.report(self._edge, progress)
+            self._stop(lambda ticket: ticket.serial in unwanted)
 
         while True:
             await _outlived(report)
@@ -197,8 +200,8 @@ class RunningRequests:
 
     async def _listen_forever(self) -> None:
         async def listen() -> None:
-            for request_id in await self._gatekeeper.wait_cancelled(self._edge):
-                self.stop(request_id)
+            cancelled = await self._gatekeeper.wait_cancelled(self._edge)
+            self._stop(lambda ticket: ticket.serial in cancelled)
 
         while True:
             if not await _outlived(listen):

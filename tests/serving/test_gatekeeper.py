@@ -226,11 +226,22 @@ def test_other_tenants_see_nothing() -> None:
                 with pytest.raises(NotFoundError) as nothing:
                     await call("b", "no such request")
                 assert str(other.value) == str(nothing.value)
-            with pytest.raises(ConflictError):
-                await s.admit("r", "b", key="k", fingerprint="f")
             await s.settle("r")
         assert (await s.keeper.status("a", "r")).state == "finished"
-        await s.admit("r2", "b", key="k", fingerprint="other")  # keys are each tenant's own
+
+
+def test_ids_and_keys_are_each_tenants_own() -> None:
+    async def body() -> None:
+        s = Setting()
+        first = await s.admit("r", "a", key="k", fingerprint="f")
+        other = await s.admit("r", "b", key="k", fingerprint="other")
+        assert (await s.keeper.cancel("b", "r")).state == "running"
+        assert await s.report("edge", first, other) == [other.serial]
+        await s.settle(other, 1.0, FinishReason.CANCELLED)
+        assert [(await s.keeper.status(tenant, "r")).state for tenant in "ab"] == ["running", "cancelled"]
+        await s.settle(first)
+        assert [(await s.keeper.status(tenant, "r")).state for tenant in "ab"] == ["finished", "cancelled"]
+        await s.keeper.check()
 
     run(body)
 
@@ -267,7 +278,7 @@ def test_cancel_reaches_a_waiting_edge_at_once_and_answers_with_the_end() -> Non
         other = asyncio.create_task(s.keeper.wait_cancelled("other edge"))
 
         async def edge() -> None:
-            assert await s.keeper.wait_cancelled("edge") == ["r"]
+            assert await s.keeper.wait_cancelled("edge") == [ticket.serial]
             await s.settle("r", 3.0, FinishReason.CANCELLED)
 
         task = asyncio.create_task(edge())
@@ -288,11 +299,11 @@ def test_cancel_reaches_an_edge_that_comes_later_and_one_that_missed_the_answer(
         ticket = await s.admit("r")
         assert await s.keeper.wait_cancelled("edge") == []
         assert (await s.keeper.cancel("a", "r")).state == "running"
-        assert await s.keeper.wait_cancelled("edge") == ["r"]  # nobody has reported it: all are told
-        assert await s.keeper.wait_cancelled("other") == ["r"]
+        assert await s.keeper.wait_cancelled("edge") == [ticket.serial]  # nobody has reported it: all are told
+        assert await s.keeper.wait_cancelled("other") == [ticket.serial]
         assert await s.keeper.wait_cancelled("edge") == []  # once
-        assert await s.report("edge", ticket) == ["r"]  # but every report says it again
-        assert await s.report("edge", ticket) == ["r"]
+        assert await s.report("edge", ticket) == [ticket.serial]  # but every report says it again
+        assert await s.report("edge", ticket) == [ticket.serial]
         assert await s.keeper.wait_cancelled("third") == []
         await s.settle("r", 0.0, FinishReason.CANCELLED)
         assert await s.report("edge", ticket) == []  # a report that was under way when it settled
@@ -323,7 +334,7 @@ def test_requests_of_an_edge_that_died_are_settled_as_cancelled(tmp_path: Path) 
         assert (await s.keeper.status("a", "alive")).state == "running"
         (line,) = lines(tmp_path / "usage")
         assert (line["request_id"], line["billed_s"], line["error_code"]) == ("dead", 4.5, "edge_lost")
-        assert await s.report("edge 1", dead, done_s=9.0) == ["dead"]  # it was only slow: told to stop
+        assert await s.report("edge 1", dead, done_s=9.0) == [dead.serial]  # it was only slow: told to stop
         await s.settle("dead", 9.0)
         assert len(lines(tmp_path / "usage")) == 1
         await s.admit("next", "small", 25.0)  # what it had not made was given back
@@ -398,7 +409,7 @@ async def repeat_with_living_edge(s: Setting, request_id: str, key: str | None) 
     task = asyncio.create_task(edge())
     again = await s.admit(request_id, "one", key=key, fingerprint="f")
     await task
-    assert seen == ["first"]
+    assert seen == [ticket.serial]
     assert again.request_id == request_id
     assert (await s.keeper.status("one", request_id)).state == "running"
     assert await s.report("edge", again) == []
@@ -422,10 +433,10 @@ def test_a_repeat_need_not_wait_for_an_edge_that_died(tmp_path: Path, silent_s: 
         again = await asyncio.wait_for(s.admit("r", key="k", fingerprint="f"), 0.5)
         (line,) = lines(tmp_path / "usage")
         assert (line["reason"], line["billed_s"], line["error_code"]) == ("cancelled", 5.0, "superseded")
-        # The dead edge was only slow, and speaks before the one that runs the repeat.
-        assert await s.report("dead edge", ticket, done_s=6.0) == []
+        # The dead edge was only slow.
+        assert await s.report("dead edge", ticket, done_s=6.0) == [ticket.serial]
         assert await s.report("new edge", again, done_s=0.0) == []
-        assert await s.report("dead edge", ticket, done_s=6.0) == ["r"]
+        assert await s.report("dead edge", ticket, done_s=6.0) == [ticket.serial]
         assert await s.report("new edge", again, done_s=7.0) == []
         await s.settle(ticket, 6.0, FinishReason.CANCELLED, total_s=silent_s + 2.0)  # the first one's end, late
         assert (await s.keeper.status("a", "r")).state == "running"
@@ -598,9 +609,9 @@ def test_the_late_end_of_an_earlier_request_is_not_that_of_its_repeat(tmp_path: 
         first = await s.admit("r", key="k", fingerprint="f")
         s.keeper = s.new()
         repeat = await s.admit("r", key="k", fingerprint="f")
-        assert await s.report("edge", first, done_s=3.0) == []  # it may run the repeat too
+        assert await s.report("edge", first, done_s=3.0) == [first.serial]
         assert await s.report("new edge", repeat, done_s=1.0) == []
-        assert await s.report("edge", first, done_s=4.0) == ["r"]
+        assert await s.report("edge", first, done_s=4.0) == [first.serial]
         await s.settle(first, 4.0, FinishReason.CANCELLED)
         assert (await s.keeper.status("a", "r")).state == "running"
         await s.settle(repeat, 10.0)
@@ -669,7 +680,7 @@ def test_a_tenant_that_is_taken_away_ends_what_it_has_begun(tmp_path: Path) -> N
         assert (await s.keeper.status("gone", "1")).done_s == 2.0
         await s.settle("1", 10.0)
         assert (await s.keeper.cancel("gone", "2")).state == "running"
-        assert await s.report("edge", *tickets[1:], done_s=3.0) == ["2"]
+        assert await s.report("edge", *tickets[1:], done_s=3.0) == [tickets[1].serial]
         await s.settle("2", 3.0, FinishReason.CANCELLED)
         former, s.keeper = s.keeper, s.new()  # and one that never knew the tenant
         assert await s.report("edge", tickets[2], done_s=4.0) == []

@@ -106,7 +106,7 @@ class Life:
             self.num_admitted += 1
             self.names.append((tenant, request_id))
             place = self.edges[list(self.edges)[edge]]
-            place[request_id] = Running(ticket, audio_s, self.now)
+            place[ticket.serial] = Running(ticket, audio_s, self.now)
         self.balanced()
 
     def live(self, seconds: float, dead: int | None) -> None:
@@ -134,13 +134,13 @@ class Life:
         place = self.edges[list(self.edges)[edge]]
         if not place:
             return
-        request_id = next(iter(place))
-        running = place[request_id]
+        serial = next(iter(place))
+        running = place[serial]
         if reason is FinishReason.FINISHED:
             running.done_s = running.audio_s
-        self.settle(place, request_id, reason)
+        self.settle(place, serial, reason)
         if twice:
-            self.settle({request_id: running}, request_id, FinishReason.FAILED)
+            self.settle({serial: running}, serial, FinishReason.FAILED)
         self.balanced()
 
     def cancel(self, which: int, stranger: bool) -> None:
@@ -150,9 +150,9 @@ class Life:
         try:
             status = self.wait(self.keeper.cancel(tenant, request_id))
         except NotFoundError:
-            assert stranger
+            assert (tenant, request_id) not in self.names
         else:
-            assert not stranger
+            assert (tenant, request_id) in self.names
             assert status.state in {"running", "finished", "cancelled", "failed"}
         self.balanced()
 
@@ -168,11 +168,11 @@ class Life:
         for _ in range(2):
             self.live(SILENCE_S + SWEEP_S, None)
             self.live(GRACE_S, None)
-        running = {record.request_id for record in self.keeper._registry}
-        assert running == {request_id for place in self.edges.values() for request_id in place}
+        running = {record.ticket.serial for record in self.keeper._registry}
+        assert running == {serial for place in self.edges.values() for serial in place}
 
-    def settle(self, place: dict[str, Running], request_id: str, reason: FinishReason) -> None:
-        running = place.pop(request_id, None)
+    def settle(self, place: dict[str, Running], serial: str, reason: FinishReason) -> None:
+        running = place.pop(serial, None)
         if running is not None:
             total_s = self.now - running.admitted_at
             self.wait(self.keeper.settle(Settlement(running.progress(), reason, None, total_s, 0)))

@@ -166,12 +166,12 @@ class LocalGatekeeper:
         record = Record(ticket, request.model, request.audio_s, called_at, self._clock())
         # Registered before its quota is charged: concurrent admissions must see it.
         self._registry.add(record)
-        backlog.add(ticket.request_id, tenant.name, tenant.weight, tenant.priority, request.audio_s, request.num_pieces)
+        backlog.add(ticket.serial, tenant.name, tenant.weight, tenant.priority, request.audio_s, request.num_pieces)
         try:
             record.charge = await self._quotas.take(tenant, request.audio_s - ticket.paid_s)
         except BaseException:
             self._registry.withdraw(record)
-            backlog.withdraw(ticket.request_id)
+            backlog.withdraw(ticket.serial)
             raise
         record.admitted, record.seen_at = True, self._clock()
         self._ledger.admit(tenant.tenant_class, request.model)
@@ -183,7 +183,7 @@ class LocalGatekeeper:
         if limit is None or self._registry.num_running(tenant.name) < limit:
             return
         ends = (
-            self._backlogs[record.model].end_s(record.request_id)
+            self._backlogs[record.model].end_s(record.ticket.serial)
             for record in self._registry
             if record.ticket.tenant == tenant.name
         )
@@ -204,7 +204,7 @@ class LocalGatekeeper:
     async def settle(self, settlement: Settlement) -> None:
         """See `admission.Gatekeeper`."""
         progress = settlement.progress
-        ticket, record = progress.ticket, self._registry.running(settlement.request_id)
+        ticket, record = progress.ticket, self._registry.running(progress.ticket)
         if self._registry.ended_here(ticket.serial) is not None:
             return
         if record is not None and record.ticket.serial == ticket.serial:
@@ -219,19 +219,18 @@ class LocalGatekeeper:
     async def report(self, edge: str, running: list[Progress]) -> list[str]:
         """See `admission.Gatekeeper`."""
         now = self._clock()
-        unwanted = [progress.ticket.request_id for progress in running if not self._note(edge, progress, now)]
+        unwanted = [progress.ticket.serial for progress in running if not self._note(edge, progress, now)]
         await self._sweep()
         return unwanted
 
     def _note(self, edge: str, progress: Progress, now: float) -> bool:
         """Record the progress of one request; returns whether it should continue."""
         ticket = progress.ticket
-        record, ended_here = self._registry.running(ticket.request_id), self._registry.ended_here(ticket.serial)
+        record, ended_here = self._registry.running(ticket), self._registry.ended_here(ticket.serial)
         if ended_here is False:
             return True  # a stale report
         if ended_here or (record is not None and record.ticket.serial != ticket.serial):
-            # It should stop. But ingresses stop requests by id, and this one may already be running its retry.
-            return record is not None and record.edge in (None, edge)
+            return False
         if record is None:
             record = self._adopt(edge, progress, now)
             if record is None:
@@ -239,7 +238,7 @@ class LocalGatekeeper:
         record.edge, record.seen_at, record.suspect_since = edge, now, None
         record.done_s = max(record.done_s, progress.done_s)
         record.made_s = max(record.made_s, progress.made_s)
-        self._backlogs[record.model].progress(ticket.request_id, record.done_s)
+        self._backlogs[record.model].progress(ticket.serial, record.done_s)
         return not record.cancelled
 
     def _adopt(self, edge: str, progress: Progress, now: float) -> Record | None:
@@ -250,10 +249,8 @@ class LocalGatekeeper:
             return None
         record = Record(ticket, progress.model, progress.audio_s, now, now, admitted=True, edge=edge)
         self._registry.add(record)
-        backlog.add(
-            ticket.request_id, ticket.tenant, ticket.weight, ticket.priority, progress.audio_s, progress.num_pieces
-        )
-        backlog.progress(ticket.request_id, progress.done_s, counts=False)
+        backlog.add(ticket.serial, ticket.tenant, ticket.weight, ticket.priority, progress.audio_s, progress.num_pieces)
+        backlog.progress(ticket.serial, progress.done_s, counts=False)
         self._ledger.admit(ticket.tenant_class, progress.model)
         return record
 
@@ -266,7 +263,7 @@ class LocalGatekeeper:
             if found or left_s <= 0:
                 for record in found:
                     record.told.add(edge)
-                return [record.request_id for record in found]
+                return [record.ticket.serial for record in found]
             if not await _wait(self._news, left_s):
                 return []
 
@@ -334,7 +331,7 @@ class LocalGatekeeper:
     async def _end(self, record: Record, settlement: Settlement, *, here: bool = False) -> None:
         """End a request that was admitted or adopted here, exactly once."""
         self._note_end(record, settlement, here=here)
-        self._backlogs[record.model].remove(record.request_id, record.done_s)
+        self._backlogs[record.model].remove(record.ticket.serial, record.done_s)
         taken_s = math.ceil(record.audio_s - record.ticket.paid_s)
         await self._quotas.give_back(record.charge, taken_s - math.ceil(settlement.progress.billed_s))
 
