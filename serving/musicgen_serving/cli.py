@@ -45,12 +45,13 @@ class ServeCommand:
         add = parser.add_argument
         add("--config", type=Path, metavar="FILE", help="YAML settings file")
         add("--model", action="append", metavar="NAME", help="model to serve; repeatable (default: demo)")
-        add("--weights", choices=("float32", "bfloat16", "int8", "int4"), help="weight data type of the --model models")
-        add("--device", metavar="NAME", help="torch device of the --model models, e.g. cpu or cuda")
+        add("--weights", choices=("float32", "bfloat16", "int8", "int4"), help="weight data type of all models")
+        add("--device", metavar="NAME", help="cpu or cuda, for all models (default: cuda on a machine with a GPU)")
         add("--host", metavar="ADDRESS", help="listen address of both protocols (default: 127.0.0.1)")
         add("--http-port", type=int, metavar="PORT", help="HTTP port (default: 8000)")
         add("--grpc-port", type=int, metavar="PORT", help="gRPC port (default: 9000); 0 disables gRPC")
         add("--ray-address", metavar="ADDRESS", help="existing Ray cluster (default: start a local one)")
+        add("--check-config", action="store_true", help="check the settings and the files that they name, and exit")
         add("--print-config", action="store_true", help="print the settings as YAML and exit")
         add("--print-serve-config", action="store_true", help="print a `serve deploy` config and exit")
 
@@ -68,6 +69,12 @@ class ServeCommand:
         settings = load_settings(_merged(values))
         if values["print_config"]:
             print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        if values["check_config"]:
+            from musicgen_serving.cluster import check
+
+            check(settings)
+            print("the settings are valid, the ports free, and tenants, certificates and usage file usable")
             return 0
         if values["print_serve_config"]:
             from musicgen_serving.serve_config import to_serve_config, to_yaml
@@ -109,9 +116,10 @@ def _merged(values: dict[str, Any]) -> dict[str, Any]:
     path = values["config"]
     merged: dict[str, Any] = {"access": {"open": True}} if path is None else read_settings(path)
     if values["model"]:
-        typed = {"weights": values["weights"], "device": values["device"]}
-        extra = {name: value for name, value in typed.items() if value is not None}
-        merged["models"] = [{"name": _served_name(name), "source": name, **extra} for name in values["model"]]
+        merged["models"] = [{"name": _served_name(name), "source": name} for name in values["model"]]
+    typed = {name: values[name] for name in ("weights", "device") if values[name] is not None}
+    if typed:
+        merged["models"] = [{**model, **typed} for model in merged.get("models", [{}])]
     for section, names in {"http": ("host", "http_port"), "grpc": ("host", "grpc_port")}.items():
         for name in names:
             if values[name] is not None:

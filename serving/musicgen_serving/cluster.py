@@ -22,7 +22,9 @@ from ray import serve
 from ray._private import ray_constants
 from ray.serve.config import ProxyLocation
 
-from musicgen.errors import MusicGenError
+from musicgen.errors import InvalidRequestError, MusicGenError
+from musicgen_serving.certificates import certificates_of
+from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.gpus import with_gpus
 from musicgen_serving.inner_ports import ask_for_a_token
 from musicgen_serving.process import APP_NAME
@@ -52,9 +54,10 @@ def start(settings: ServeSettings, on_state: OnState | None = None, timeout_s: f
 
     Raises:
         StartError: a port is in use, or a component failed to start or timed out. What was started is stopped.
+        InvalidRequestError, MissingDependencyError: see `check`.
     """
     if settings.ray_address is None:
-        check_ports(settings)
+        check(settings)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(importlib.import_module, "torch")  # takes seconds; overlap it with Ray's startup
         _start_ray(settings)
@@ -107,6 +110,20 @@ def stop(*, joined: bool = False) -> None:
         ray.shutdown()
 
 
+def check(settings: ServeSettings) -> None:
+    """Check what the components would only find out after most of the startup.
+
+    Raises:
+        StartError: a port is unavailable.
+        InvalidRequestError: unusable tenants, quota storage, usage file or certificates.
+        MissingDependencyError: the client of the quota storage is not installed.
+    """
+    check_ports(settings)
+    certificates_of("http", settings.http)
+    certificates_of("grpc", settings.grpc, settings.grpc.client_ca)
+    LocalGatekeeper(settings).close()
+
+
 def check_ports(settings: ServeSettings) -> None:
     """Check that both ports are free. The ingresses use SO_REUSEPORT: without this check, a second service of the same
     user would silently take every other connection of the first.
@@ -125,6 +142,9 @@ def check_ports(settings: ServeSettings) -> None:
 def _check_port(name: str, host: str, port: int) -> None:
     try:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise InvalidRequestError("an address of this machine, such as 0.0.0.0", host, param=f"{name}.host") from error
+    try:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections in TIME_WAIT
             probe.bind(address)

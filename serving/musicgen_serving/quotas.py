@@ -86,7 +86,8 @@ class Quotas:
 
         Raises:
             QuotaExceededError: a quota is exhausted; `retry_after_s` is when this request would fit without further
-                usage, None if it exceeds the whole quota.
+                usage.
+            InvalidRequestError: the request exceeds a whole quota, so that it would never fit.
             OverloadedError: the storage does not respond.
         """
         allowances = _allowances(tenant)
@@ -156,7 +157,7 @@ def retry_after_s(limit: int, cost: int, previous: int, current: int, share: flo
 def _judge(allowance: _Allowance, cost: int, previous: int, current: int, share: float) -> None:
     wait_s = retry_after_s(allowance.limit, cost, max(0, previous), max(0, current), share, allowance.period_s)
     if wait_s is None:
-        raise QuotaExceededError(f"the request needs {cost}, more than the quota of {allowance}; request less audio")
+        raise InvalidRequestError(f"at most the quota of {allowance}", f"{cost}", "request less", param="duration_s")
     if wait_s > _TOLERANCE_S:
         raise QuotaExceededError(f"quota of {allowance} exceeded; retry in {math.ceil(wait_s)} s", retry_after_s=wait_s)
 

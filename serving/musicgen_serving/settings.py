@@ -126,12 +126,10 @@ class ModelSettings(_Section):
 
     @field_validator("device")
     @classmethod
-    def _unnumbered(cls, device: str | None) -> str | None:
-        if device is not None and device.startswith("cuda:"):
-            raise ValueError(
-                f"expected cuda, without a number, got {device!r}: Ray assigns GPUs by num_gpus, from those in "
-                "CUDA_VISIBLE_DEVICES"
-            )
+    def _known_device(cls, device: str | None) -> str | None:
+        if device not in (None, "cpu", "cuda"):
+            hint = ": Ray assigns GPUs by num_gpus, from those in CUDA_VISIBLE_DEVICES" if ":" in device else ""
+            raise ValueError(f"expected cpu or cuda, got {device!r}{hint}")
         return device
 
     def device_of(self, part: ReplicaSettings) -> str | None:
@@ -321,6 +319,12 @@ class ServeSettings(BaseSettings):
             raise ValueError(f"expected different names of models, got {sorted(names)}")
         return self
 
+    @model_validator(mode="after")
+    def _own_ports(self) -> ServeSettings:
+        if self.http.port == self.grpc.port:  # the ingresses share ports between replicas, so both could open it
+            raise ValueError(f"expected different ports for http and grpc, got {self.http.port} for both")
+        return self
+
     @property
     def drain_s(self) -> float:
         """Seconds that a replica may take to finish what it has: the longest piece at a tenth of real time's speed."""
@@ -339,18 +343,32 @@ class ServeSettings(BaseSettings):
         return env_settings, init_settings
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML's loaders keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """What a YAML file says, unchecked.
 
     Raises:
-        InvalidRequestError: no such file, not YAML, or no mapping.
+        InvalidRequestError: no such file, not YAML, a key twice in a mapping, or no mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.load(path.read_text(), _UniqueKeys) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         # From None, and the place only: YAML's own words show the lines around the problem, and what stands there.
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "strerror", None) or (f"line {mark.line + 1}" if mark else type(error).__name__)
+        if isinstance(error, yaml.constructor.ConstructorError) and str(error.problem).startswith("duplicate key"):
+            reason += f": {error.problem}"
         raise InvalidRequestError("a readable YAML file", f"{path} ({reason})", param="config") from None
     if not isinstance(values, dict):
         raise InvalidRequestError("a mapping of settings", type(values).__name__, param="config")
@@ -369,8 +387,8 @@ def load_settings(source: Path | dict[str, Any] | None = None) -> ServeSettings:
         return ServeSettings(**values)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-    except SettingsError as error:  # a variable that is to hold JSON and does not
-        problems = str(error)
+    except SettingsError as error:
+        problems = f'{error}: in variables, lists and sections are JSON, such as ["a", "b"]'
     # Outside of the handlers, without a cause: it would print the values, and someone may have pasted a key.
     raise InvalidRequestError("valid settings", problems, "see `musicgen serve --print-config`", param="config")
 

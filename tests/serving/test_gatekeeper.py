@@ -17,7 +17,7 @@ from musicgen_serving.deployments.gatekeeper import GRACE_S, LocalGatekeeper
 from musicgen_serving.errors import ConflictError, NotFoundError, UnauthenticatedError
 from musicgen_serving.settings import ServeSettings, load_settings
 
-from musicgen.errors import OverloadedError, QuotaExceededError
+from musicgen.errors import InvalidRequestError, OverloadedError, QuotaExceededError
 from musicgen.types import FinishReason
 
 START = 1_700_000_040.0 // 86400 * 86400
@@ -152,9 +152,9 @@ def test_refusals_are_typed_timed_and_counted() -> None:
         with pytest.raises(QuotaExceededError) as concurrent:
             await s.admit("2", "one")
         assert concurrent.value.retry_after_s == pytest.approx(30.0)
-        with pytest.raises(QuotaExceededError) as quota:
+        with pytest.raises(InvalidRequestError) as quota:
             await s.admit("2", "small", 31.0)
-        assert quota.value.retry_after_s is None
+        assert quota.value.param == "duration_s"
         await s.admit("3", "small", 30.0)
         with pytest.raises(OverloadedError) as overloaded:
             await s.admit("4", "a")
@@ -164,7 +164,8 @@ def test_refusals_are_typed_timed_and_counted() -> None:
         with pytest.raises(UnauthenticatedError):
             await s.admit("6", "nobody")
         assert (await s.keeper.counts()).rejected == {
-            ("default", "demo", "rate_limit_exceeded"): 2,
+            ("default", "demo", "rate_limit_exceeded"): 1,
+            ("default", "demo", "invalid_request"): 1,
             ("paid", "demo", "overloaded"): 1,
             ("paid", "", "not_found"): 1,
         }

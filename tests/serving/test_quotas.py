@@ -84,7 +84,8 @@ def test_a_request_above_the_whole_allowance_is_told_so() -> None:
     async def body() -> None:
         quotas = Quotas("memory://", Clock())
         tenant = TenantSettings(name="a", audio_s_per_minute=10)
-        assert await refused(quotas, tenant, 10.5) is None
+        with pytest.raises(InvalidRequestError, match="10 seconds of audio per minute, got 11"):
+            await quotas.take(tenant, 10.5)
         await quotas.take(tenant, 10.0)
 
     run(body())
@@ -146,7 +147,6 @@ def test_what_was_not_made_comes_back_to_the_window_it_was_taken_from() -> None:
         await quotas.take(tenant, 25.0)
         clock.now += 200.0
         await quotas.give_back(second, 20)  # long over: changes nothing
-        await refused(quotas, tenant, 31.0)
         await quotas.take(tenant, 30.0)
         await refused(quotas, tenant, 1.0)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from musicgen_serving.cli import ServeCommand
 from musicgen_serving.settings import AccessSettings, ServeSettings, load_settings
 
@@ -45,7 +46,9 @@ def test_a_service_that_nobody_could_use_is_refused() -> None:
         ({"models": [{"name": "a/b"}]}, "models.0.name"),
         ({"models": [{"weights": "int2"}]}, "models.0.weights"),
         ({"models": [{"language_model": {"min_replicas": 3, "max_replicas": 2}}]}, "max_replicas"),
+        ({"models": [{"device": "gpu"}]}, "models.0.device"),
         ({"http": {"port": 70000}}, "http.port"),
+        ({"http": {"port": 9000}}, "9000 for both"),
         ({"grpc": {"tls_key": "key.pem"}}, "tls_certificate"),
         ({"access": {"tenants": [{"name": "a", "key_sha256": ["mg-secret"]}]}}, "hash-key"),
         ({"access": {"tenants": [{"name": "a"}, {"name": "a"}]}}, "different names"),
@@ -126,6 +129,13 @@ def test_settings_survive_the_way_to_the_replicas() -> None:
     assert load_settings(settings.model_dump(mode="json")) == settings
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    path.write_text("http: {port: 8000}\nhttp: {port: 8001}\n")
+    with pytest.raises(InvalidRequestError, match="line 2: duplicate key 'http'"):
+        load_settings(path)
+
+
 @pytest.mark.parametrize("text", ["- a list", "limits: [", ""])
 def test_a_file_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     path = tmp_path / "service.yaml"
@@ -142,16 +152,26 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_settings(tmp_path / "none.yaml")
 
 
+def printed_settings(capsys: pytest.CaptureFixture[str], **typed: object) -> ServeSettings:
+    """The settings of `musicgen serve --print-config` with these options."""
+    names = ("config", "model", "weights", "device", "host", "http_port", "grpc_port", "ray_address", "check_config")
+    values = {**dict.fromkeys(names), "print_config": True, "print_serve_config": False, **typed}
+    assert ServeCommand.run(values) == 0
+    return load_settings(yaml.safe_load(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("model", [None, ["demo", "small"]])
+def test_weights_and_device_are_those_of_all_models(
+    model: list[str] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = printed_settings(capsys, model=model, weights="int8", device="cpu").models
+    assert [each.name for each in models] == (model or ["demo"])
+    assert {(each.weights, each.device) for each in models} == {("int8", "cpu")}
+
+
 def test_what_is_typed_goes_before_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "service.yaml"
     path.write_text("access: {open: true}\nhttp: {port: 1234, host: 0.0.0.0}\n")
-    typed = dict.fromkeys(
-        ("config", "model", "weights", "device", "host", "http_port", "grpc_port", "ray_address"), None
-    )
-    values: dict[str, Any] = {**typed, "config": path, "model": ["facebook/musicgen-small"], "grpc_port": 0}
-    assert ServeCommand.run({**values, "print_config": True, "print_serve_config": False}) == 0
-    printed = tmp_path / "printed.yaml"
-    printed.write_text(capsys.readouterr().out)
-    settings = load_settings(printed)
+    settings = printed_settings(capsys, config=path, model=["facebook/musicgen-small"], grpc_port=0)
     assert (settings.http.port, settings.http.host, settings.grpc.port) == (1234, "0.0.0.0", 0)
     assert (settings.models[0].name, settings.models[0].source) == ("musicgen-small", "facebook/musicgen-small")

@@ -6,8 +6,10 @@ import socket
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
+from musicgen_serving.free_ports import free_ports
 from musicgen_serving.settings import ServeSettings
 
 from musicgen.errors import InvalidRequestError
@@ -78,6 +80,26 @@ def test_the_part_that_failed_and_why_is_what_is_told(last: str, told: str, monk
     deployed.set_exception(RuntimeError("failed: ['GrpcIngress']"))
     with pytest.raises(cluster.StartError, match=rf"could not be started: {told}$"):
         cluster._watch(deployed, lambda _: None, timeout_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"access": {"tenants_file": "/no/such/file.yaml"}}, "access.tenants_file"),
+        ({"access": {"open": True, "limits_storage": "foo://x"}}, "access.limits_storage"),
+        ({"access": {"open": True, "usage_file": "/no/such/folder/usage"}}, "access.usage_file"),
+        ({"http": {"tls_certificate": "/no/cert.pem", "tls_key": "/no/key.pem"}}, "http.tls_certificate"),
+        ({"http": {"host": "no such host"}}, "http.host"),
+    ],
+)
+def test_what_a_component_could_not_use_is_found_before_anything_starts(
+    settings: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_start_ray", lambda _: pytest.fail("expected no Ray, got one"))
+    http_port, grpc_port = free_ports(2)
+    ports = {"http": {"port": http_port} | settings.get("http", {}), "grpc": {"port": grpc_port}}
+    with pytest.raises(InvalidRequestError, match=named):
+        cluster.start(ServeSettings(**(settings | ports)))
 
 
 def test_a_gpu_that_is_not_booked_is_asked_for_before_anything_is_deployed() -> None:
