@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from musicgen.arguments import checked_bool, checked_float, checked_int
 from musicgen.errors import InvalidRequestError
 
 if TYPE_CHECKING:  # the service's gatekeeper and `--help` do not import torch
@@ -20,9 +21,13 @@ MIN_TEMPERATURE = 1e-4
 """Below this, scaled logits overflow or sampling is effectively greedy."""
 
 
+def checked_seed(seed: object) -> int:
+    return checked_int(seed, "an integer in [0, 2^63)", param="seed", low=0, high=MAX_SEED)
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters of one request. Validated on construction.
+    """Sampling parameters of one request. Validated on construction, and stored as plain int, float and bool.
 
     Defaults are MusicGen's. Source of the semantics: audiocraft `LMModel._sample_next_token`.
     """
@@ -42,19 +47,29 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf):
-            expected = f"0, or a finite number ≥ {MIN_TEMPERATURE:g}"
-            raise InvalidRequestError(expected, repr(self.temperature), "0 is greedy", param="temperature")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise InvalidRequestError("an integer ≥ 0", repr(self.top_k), "0 turns it off", param="top_k")
-        if not 0.0 <= self.top_p <= 1.0:
-            raise InvalidRequestError("a number in [0, 1]", repr(self.top_p), "0 turns it off", param="top_p")
-        for name in ("guidance_scale", "melody_guidance"):
-            value = getattr(self, name)
-            if value is not None and not abs(value) < 1e4:
-                raise InvalidRequestError("a finite number below 10000", repr(value), param=name)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
-            raise InvalidRequestError("an integer in [0, 2^63)", repr(self.seed), param="seed")
+        def checked_guidance(name: str) -> float:
+            scale = getattr(self, name)
+            return checked_float(scale, lambda x: abs(x) < 1e4, "a finite number below 10000", param=name)
+
+        plain = {
+            "greedy": checked_bool(self.greedy, param="greedy"),
+            "temperature": checked_float(
+                self.temperature,
+                lambda x: x == 0 or MIN_TEMPERATURE <= x < math.inf,
+                f"0, or a finite number ≥ {MIN_TEMPERATURE:g}",
+                "0 is greedy",
+                param="temperature",
+            ),
+            "top_k": checked_int(self.top_k, "an integer ≥ 0", "0 turns it off", param="top_k", low=0),
+            "top_p": checked_float(
+                self.top_p, lambda x: 0 <= x <= 1, "a number in [0, 1]", "0 turns it off", param="top_p"
+            ),
+            "guidance_scale": checked_guidance("guidance_scale"),
+            "melody_guidance": None if self.melody_guidance is None else checked_guidance("melody_guidance"),
+            "seed": checked_seed(self.seed),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,8 +135,14 @@ class ChunkPolicy:
     growth: float = 1.5
 
     def __post_init__(self) -> None:
-        if not (1 <= self.first_frames <= self.max_frames and self.growth >= 1):
-            raise InvalidRequestError("1 ≤ first_frames ≤ max_frames and growth ≥ 1", str(self), param="chunks")
+        expected = "1 ≤ first_frames ≤ max_frames and growth ≥ 1"
+        for name in ("first_frames", "max_frames"):
+            frames = checked_int(getattr(self, name), f"{expected}, with an integer {name}", param="chunks", low=1)
+            object.__setattr__(self, name, frames)
+        growth = checked_float(self.growth, lambda x: 1 <= x < math.inf, expected, param="chunks")
+        object.__setattr__(self, "growth", growth)
+        if self.first_frames > self.max_frames:
+            raise InvalidRequestError(expected, str(self), param="chunks")
 
     def next_frames(self, last_frames: int) -> int:
         """Length of the chunk after one of `last_frames` frames (0: the first)."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from musicgen.arguments import checked_int
 from musicgen.errors import InvalidRequestError
+
+Array = np.ndarray[Any, Any]
+Waveform = Tensor | Array
+"""`[C, N]`, as supplied by a caller; see `validate_waveform`."""
 
 MAX_CHANNELS = 8
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 768_000
@@ -22,14 +29,14 @@ _MAX_TERM = 2000
 with terms up to this approximate any other to within 1e-6, which is inaudible."""
 _ZERO_CROSSINGS = 24
 _ROLLOFF = 0.945
+_EXPECTED_DTYPE = "float samples, or 16- or 32-bit PCM"
+LOAD_IT_FIRST = "read a file with `musicgen.audio.load_audio` first"
 
 
-def check_sample_rate(sample_rate: int, param: str = "sample_rate") -> None:
-    """Raises: InvalidRequestError: not an integer, or outside the supported range."""
-    is_int = isinstance(sample_rate, int) and not isinstance(sample_rate, bool)
-    if not is_int or not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
-        expected = f"an integer rate in Hz, {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
-        raise InvalidRequestError(expected, repr(sample_rate), param=param)
+def check_sample_rate(sample_rate: object, param: str = "sample_rate") -> int:
+    """The rate as a plain integer. Raises: InvalidRequestError: not an integer, or outside the supported range."""
+    expected = f"an integer rate in Hz, {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
+    return checked_int(sample_rate, expected, param=param, low=MIN_SAMPLE_RATE, high=MAX_SAMPLE_RATE)
 
 
 def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
@@ -60,9 +67,7 @@ def resampled_len(num_samples: int, from_rate: int, to_rate: int) -> int:
 
 def _ratio(from_rate: int, to_rate: int) -> Fraction:
     """Output samples per input sample, with terms up to `_MAX_TERM`. Raises: InvalidRequestError: invalid rate."""
-    check_sample_rate(from_rate)
-    check_sample_rate(to_rate)
-    ratio = Fraction(to_rate, from_rate)
+    ratio = Fraction(check_sample_rate(to_rate), check_sample_rate(from_rate))
     if max(ratio.numerator, ratio.denominator) <= _MAX_TERM:
         return ratio
     small = Fraction(min(ratio, 1 / ratio)).limit_denominator(_MAX_TERM)
@@ -116,15 +121,19 @@ def validate_waveform(wav: Any, param: str = "wav", *, name: str = "a waveform")
     """Validate audio supplied by a caller.
 
     Args:
-        wav: `[N]` or `[C, N]` tensor: floats, or 16- or 32-bit PCM.
+        wav: `[N]` or `[C, N]` tensor or NumPy array: floats, or 16- or 32-bit PCM.
         param, name: names for it in error messages.
     Returns:
         `[C, N]` float32; shares the input's memory where possible.
     Raises:
         InvalidRequestError: not a tensor, of another shape, empty, longer than 30 minutes at 768 kHz, NaN or infinite.
     """
+    wav = to_tensor(wav, param)
     if not isinstance(wav, Tensor):
-        raise InvalidRequestError("a tensor [C, N]", f"{name} of type {type(wav).__name__}", param=param)
+        hint = LOAD_IT_FIRST if isinstance(wav, str | os.PathLike) else ""
+        raise InvalidRequestError(
+            "a tensor or NumPy array [C, N]", f"{name} of type {type(wav).__name__}", hint, param=param
+        )
     shape = list(wav.shape)
     samples: Tensor = wav[None] if wav.ndim == 1 else wav
     if samples.ndim != 2 or not 1 <= samples.shape[0] <= MAX_CHANNELS:
@@ -135,12 +144,26 @@ def validate_waveform(wav: Any, param: str = "wav", *, name: str = "a waveform")
     if samples.dtype in (torch.int16, torch.int32):
         samples = samples.float() / (-torch.iinfo(samples.dtype).min)
     if not samples.is_floating_point():
-        raise InvalidRequestError("float samples, or 16- or 32-bit PCM", str(samples.dtype), param=param)
+        raise InvalidRequestError(_EXPECTED_DTYPE, str(samples.dtype), param=param)
     samples = samples.float()
     # In blocks: checking a whole recording at once would double its memory.
     if not all(bool(part.isfinite().all()) for part in torch.split(samples, _CHECKED_SAMPLES, dim=-1)):
         raise InvalidRequestError("finite samples", f"{name} with NaN or infinite samples", param=param)
     return samples
+
+
+def to_tensor(wav: Any, param: str) -> Any:
+    """A NumPy array as a tensor, sharing its memory where possible; anything else unchanged.
+
+    Raises:
+        InvalidRequestError: an array of values that are not numbers.
+    """
+    if not isinstance(wav, np.ndarray):
+        return wav
+    try:
+        return torch.from_numpy(np.require(wav, requirements=["C", "W"]))  # torch warns of read-only memory
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(_EXPECTED_DTYPE, str(wav.dtype), param=param) from error
 
 
 def to_mono(wav: Tensor) -> Tensor:

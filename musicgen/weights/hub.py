@@ -18,6 +18,7 @@ AUDIOCRAFT_FILES = ["state_dict.bin", "compression_state_dict.bin"]
 CONFIG_FILES = ("config.json", "musicgen.json", "state_dict.bin")
 """A folder with one of them holds a checkpoint: in Hugging Face layout, packed, or in audiocraft layout."""
 
+EXPECTED_NAME = "a short name, a Hugging Face repository id or a local folder"
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -46,7 +47,7 @@ def resolve(name: str) -> Path:
         repo_id = card.repo_id
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise InvalidRequestError(
-            "a short name, a Hugging Face repository id or a local folder",
+            EXPECTED_NAME,
             repr(name),
             f"short names: {', '.join(MODELS)}",
             param="model",

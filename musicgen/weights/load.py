@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from musicgen_kernels.step import DecoderWeights
 
+from musicgen.arguments import checked_path
 from musicgen.config import ModelConfig
 from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.model import Model
@@ -96,9 +98,10 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    name: str | os.PathLike[str], device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> Checkpoint:
     """Resolve a model and read its configuration, to load only some components; otherwise like `load_model`."""
+    name = checked_path(name, hub.EXPECTED_NAME, param="model")
     target = _device(device)
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise InvalidRequestError("float32, float16 or bfloat16", str(dtype), param="dtype")
@@ -108,7 +111,9 @@ def open_checkpoint(
     return Checkpoint(_load(folder, card.name if card else folder.name, license, target), target, dtype)
 
 
-def load_model(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
+def load_model(
+    name: str | os.PathLike[str], device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Model:
     """Load a model.
 
     Args:
@@ -144,7 +149,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         target = torch.device(device)
         torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         got = f"{device!r} ({reason})"
         raise InvalidRequestError("an available device, such as cpu", got, param="device") from error
