@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,14 @@ import soundfile
 import torch
 from torch import Tensor
 
+from musicgen.arguments import checked_path
 from musicgen.audio_encode import FORMATS, checked_format, encode_audio, generation_metadata
 from musicgen.errors import InvalidRequestError
 from musicgen.loudness import STRATEGIES, Strategy, check_strategy, measure_loudness, normalize_audio
 from musicgen.waveform import (
     MAX_CHANNELS,
     MAX_SAMPLES_PER_S,
+    Waveform,
     check_sample_rate,
     convert_audio,
     convert_channels,
@@ -64,24 +66,39 @@ def load_audio(source: str | os.PathLike[str] | bytes, *, max_duration_s: float 
     Raises:
         InvalidRequestError: no such file, not audio, empty, too long, too many channels, NaN or infinite samples.
     """
-    name = "audio data" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
+    name = "audio data" if isinstance(source, bytes) else checked_path(source, param="audio")
+    if not isinstance(source, bytes) and not Path(name).is_file():
         raise InvalidRequestError(
             "an existing audio file", f"{name}, which does not exist or is not a file", param="audio"
         )
     try:
-        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else os.fsencode(source)) as file:
+        with _decoder(source if isinstance(source, bytes) else name) as file:
             rate, channels = int(file.samplerate), int(file.channels)
             _check_size(name, file.frames, rate, channels, max_duration_s)
             check_sample_rate(rate)
             samples = _read(file)
     except (soundfile.LibsndfileError, OSError) as error:
-        reason = str(getattr(error, "error_string", error)).rstrip(".")  # libsndfile's message without the path
-        if "does not exist" in reason:  # libsndfile's message for unrecognised content of an existing file
+        message = error.strerror if isinstance(error, OSError) else error.error_string  # both without the path
+        reason = str(message).rstrip(".")
+        if "does not exist" in reason:  # libsndfile's message for what only begins like an mp3 file
             reason = "unrecognised format"
         hint = "supported formats include wav, flac, mp3, ogg, opus and aiff"
         raise InvalidRequestError("a readable audio file", f"{name} ({reason})", hint, param="audio") from error
     return validate_waveform(samples, "audio", name=name), rate
+
+
+@contextlib.contextmanager
+def _decoder(source: str | bytes) -> Iterator[soundfile.SoundFile]:
+    """The audio file at a path or of these contents.
+
+    A path is opened here, because libsndfile would trust its suffix: the mp3 decoder prints what it makes of a text.
+    """
+    if isinstance(source, bytes):
+        with soundfile.SoundFile(io.BytesIO(source)) as file:
+            yield file
+    else:
+        with open(source, "rb") as content, soundfile.SoundFile(content.fileno(), closefd=False) as file:
+            yield file
 
 
 def _read(file: soundfile.SoundFile) -> Tensor:
@@ -112,7 +129,7 @@ def _check_size(name: str, num_samples: int, rate: int, channels: int, max_durat
 
 def audio_write(
     stem_name: str | os.PathLike[str],
-    wav: Tensor,
+    wav: Waveform,
     sample_rate: int,
     format: str = "wav",
     mp3_rate: int = 320,
@@ -132,21 +149,25 @@ def audio_write(
     """Normalise audio and write it to a file atomically. Names and defaults follow audiocraft.
 
     Args:
-        stem_name: the path without its suffix, which is added unless `add_suffix` is false.
+        stem_name: the path. The format's suffix is appended unless it is there already or `add_suffix` is false.
+        wav: `[N]` or `[C, N]` float tensor or NumPy array.
         make_parent_dir: create the folder if it does not exist.
         normalize, strategy, ..., log_clipping: see `normalize_audio`; the others: see `encode_audio`.
     Returns:
         The path of the file.
     Raises:
-        InvalidRequestError: bad audio, rate, format, strategy or tag, or a folder that cannot be written to.
+        InvalidRequestError: bad audio, rate, format, strategy, tag or path, or a folder that cannot be written to.
     """
+    stem = checked_path(stem_name, param="stem_name")
     check_strategy(strategy)
     wav = validate_waveform(wav)
     checked_format(format, wav.shape[0])
-    path = Path(f"{os.fspath(stem_name)}.{format}" if add_suffix else stem_name)
+    if add_suffix and Path(stem).suffix.lower() != f".{format}":
+        stem += f".{format}"
+    path = Path(stem)
     levelled = normalize_audio(
         wav, normalize, strategy, peak_clip_headroom_db, rms_headroom_db, loudness_headroom_db, loudness_compressor,
-        log_clipping, sample_rate, str(stem_name),
+        log_clipping, sample_rate, stem,
     )  # fmt: skip
     content = encode_audio(levelled, sample_rate, format, mp3_rate=mp3_rate, ogg_rate=ogg_rate, metadata=metadata)
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")

@@ -6,6 +6,7 @@ Defines the limits of each format and the metadata of generated files. Paths and
 from __future__ import annotations
 
 import io
+import math
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import numpy as np
 import soundfile
 from torch import Tensor
 
+from musicgen.arguments import checked_float
 from musicgen.errors import InvalidRequestError
-from musicgen.waveform import MAX_CHANNELS, check_sample_rate, resample, validate_waveform
+from musicgen.waveform import MAX_CHANNELS, Waveform, check_sample_rate, resample, validate_waveform
 
 SOFTWARE = "musicgen-serve"
 MACHINE_MADE = "Machine-made music"
@@ -64,7 +66,7 @@ def generation_metadata(model: str, seed: int, *, license: str = "", prompt: str
 
 
 def encode_audio(
-    wav: Tensor,
+    wav: Waveform,
     sample_rate: int,
     format: str = "wav",
     *,
@@ -75,20 +77,21 @@ def encode_audio(
     """The contents of an audio file.
 
     Args:
-        wav: `[N]` or `[C, N]` float; clipped to [−1, 1] (see `normalize_audio`).
+        wav: `[N]` or `[C, N]` float tensor or NumPy array; clipped to [−1, 1] (see `normalize_audio`).
         sample_rate: in Hz; resampled if the format does not support it (opus: 48 kHz).
         format: a name in `FORMATS`; wav and flac have 16 bits.
-        mp3_rate: kbit/s of mp3. ogg_rate: approximate kbit/s of ogg; the default leaves it to the encoder.
+        mp3_rate: kbit/s of mp3. ogg_rate: approximate kbit/s of ogg; the default leaves it to the encoder. Both: the
+            nearest that the encoder supports.
         metadata: tags (title, artist, album, date, genre, copyright, license, comment, software), as far as the
             format supports them; None only marks the file as generated; empty writes none.
     Raises:
-        InvalidRequestError: invalid audio, rate, format or tag.
+        InvalidRequestError: invalid audio, sample rate, bit rate, format or tag.
     """
-    wav = validate_waveform(wav).detach().cpu()
-    check_sample_rate(sample_rate)
+    wav = validate_waveform(wav)
+    sample_rate = check_sample_rate(sample_rate)
     target = checked_format(format, wav.shape[0])
     file_rate = target.rate_for(sample_rate)
-    samples = to_frames(resample(wav, sample_rate, file_rate), target.subtype)
+    samples = to_frames(resample(wav.detach().cpu(), sample_rate, file_rate), target.subtype)
     buffer = io.BytesIO()
     with open_encoder(
         buffer, file_rate, wav.shape[0], format, mp3_rate=mp3_rate, ogg_rate=ogg_rate, metadata=metadata
@@ -114,7 +117,7 @@ def open_encoder(
         sink: a binary file, or an object with its `write`, `seek`, `tell` and `read`.
         sample_rate: one that the format supports. For the others see `encode_audio`.
     Raises:
-        InvalidRequestError: invalid format or tag.
+        InvalidRequestError: invalid bit rate, format or tag.
     """
     target = checked_format(format, channels)
     tags = _checked_tags(metadata, ascii_only=format == "mp3")
@@ -165,9 +168,15 @@ def _quality(format: str, sample_rate: int, mp3_rate: int, ogg_rate: int | None)
     """
     if format == "mp3":
         high, low = (320, 32) if sample_rate >= 32000 else (160, 8)
-        level = (high - min(max(mp3_rate, low), high)) / (high - low)
-        return {"bitrate_mode": "CONSTANT", "compression_level": level}
+        rate = _checked_bit_rate(mp3_rate, "mp3_rate")
+        level = (high - min(max(rate, low), high)) / (high - low)
+        return {"bitrate_mode": "CONSTANT", "compression_level": min(level, 0.999)}  # libsndfile refuses 1
     if format == "ogg" and ogg_rate is not None:
         nominal = (64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 500)
-        return {"compression_level": 1 - float(np.interp(ogg_rate, nominal, np.linspace(0, 1, len(nominal))))}
+        rate = _checked_bit_rate(ogg_rate, "ogg_rate")
+        return {"compression_level": 1 - float(np.interp(rate, nominal, np.linspace(0, 1, len(nominal))))}
     return {}
+
+
+def _checked_bit_rate(rate: object, param: str) -> float:
+    return checked_float(rate, lambda x: 0 < x < math.inf, "a positive number of kbit/s", param=param)

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -72,6 +73,19 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
             audio.load_audio(tmp_path / name, max_duration_s=1.0)
     with pytest.raises(InvalidRequestError, match="readable"):
         audio.load_audio(b"RIFF....")
+    with pytest.raises(InvalidRequestError, match="a path, got None"):
+        audio.load_audio(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "raw"])
+def test_files_are_known_by_their_content(tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """By its suffix, a text would go to the mp3 decoder, which prints to the process's standard error."""
+    (tmp_path / f"text.{suffix}").write_text("not audio\n" * 1000)
+    with pytest.raises(InvalidRequestError, match="readable"):
+        audio.load_audio(tmp_path / f"text.{suffix}")
+    soundfile.write(tmp_path / "wav.wav", torch.zeros(10, 1).numpy(), 32000)
+    assert audio.load_audio((tmp_path / "wav.wav").rename(tmp_path / f"wav.{suffix}"))[0].shape == (1, 10)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_recording_is_refused_for_the_memory_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +110,7 @@ def test_reading_in_blocks_changes_nothing(num_frames: int) -> None:
     ("wav", "reason"),
     [(None, "a tensor"), ([0.0], "a tensor"), (torch.zeros(0), "one sample"), (torch.zeros(1, 0), "one sample"),
      (torch.zeros(32000, 2), "transpose"), (torch.zeros(1, 1, 5), "shape"), (torch.tensor(1.0), "shape"),
+     (np.zeros(5, dtype=">f4"), "float"), (np.zeros((5, 5, 5)), "shape"), ("a.wav", "load_audio"),
      (torch.zeros(5, dtype=torch.int64), "float"), (torch.zeros(5, dtype=torch.complex64), "float"),
      (torch.tensor([0.0, math.nan]), "finite"), (torch.tensor([0.0, -math.inf]), "finite")],
 )  # fmt: skip
@@ -110,6 +125,12 @@ def test_good_waveforms_become_float_channels() -> None:
     assert audio.validate_waveform(torch.ones(2, 7, dtype=torch.float64)).dtype == torch.float32
     pcm = torch.tensor([[-32768, 0, 16384]], dtype=torch.int16)
     assert audio.validate_waveform(pcm).tolist() == [[-1.0, 0.0, 0.5]]
+    array = pcm.numpy().copy()
+    array.setflags(write=False)
+    for given in (array, array[:, ::-1][:, ::-1], np.asfortranarray(array), array[0]):
+        assert audio.validate_waveform(given).tolist() == [[-1.0, 0.0, 0.5]]
+    shared = np.zeros((1, 3), dtype=np.float32)
+    assert audio.validate_waveform(shared).data_ptr() == shared.ctypes.data
 
 
 # Rates and channels
@@ -284,11 +305,16 @@ def test_the_default_metadata_says_it_too_and_none_can_be_asked_for(tmp_path: Pa
 
 def test_names_and_folders(tmp_path: Path) -> None:
     assert audio.audio_write(tmp_path / "new/er/v1.0", sine(0.5), 32000).name == "v1.0.wav"
+    assert audio.audio_write(tmp_path / "new/a.WAV", sine(0.5), 32000).name == "a.WAV"
+    assert audio.audio_write(tmp_path / "new/a.wav", sine(0.5).numpy(), 32000, "mp3").name == "a.wav.mp3"
     bare = audio.audio_write(str(tmp_path / "bare"), sine(0.5)[0], 32000, "flac", add_suffix=False)
     assert bare == tmp_path / "bare"
     assert audio.load_audio(bare)[1] == 32000
     with pytest.raises(InvalidRequestError, match="writable path"):
         audio.audio_write(tmp_path / "absent/a", sine(0.5), 32000, make_parent_dir=False)
+    for stem in (None, 3, "a\0b"):
+        with pytest.raises(InvalidRequestError, match="stem_name: expected a path"):
+            audio.audio_write(stem, sine(0.5), 32000)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequestError, match="writable path"):
         audio.audio_write(bare / "a", sine(0.5), 32000)
     for wav in (torch.tensor([math.nan]), torch.zeros(1, 0)):
@@ -322,6 +348,11 @@ def test_bit_rates_change_the_size() -> None:
     sizes = [len(audio.encode_audio(noise, 32000, "mp3", mp3_rate=rate)) for rate in (320, 128, 64)]
     for size, rate in zip(sizes, (320, 128, 64), strict=True):
         assert size == pytest.approx(rate * 1000 / 8 * 3, rel=0.1)
+    assert len(audio.encode_audio(noise, 32000, "mp3", mp3_rate=8)) == pytest.approx(32 * 1000 / 8 * 3, rel=0.1)
+    for format, option in (("mp3", "mp3_rate"), ("ogg", "ogg_rate")):
+        for rate in (-1, 0, "64"):
+            with pytest.raises(InvalidRequestError, match=option):
+                audio.encode_audio(noise, 32000, format, **{option: rate})  # type: ignore[arg-type]
     ogg = [len(audio.encode_audio(noise, 32000, "ogg", ogg_rate=rate)) for rate in (320, 64)]
     assert ogg[0] > 1.5 * ogg[1]
 
