@@ -12,23 +12,26 @@ The names follow audiocraft. They are imported on first use, so that `musicgen -
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from musicgen.api import MusicGen
+    from musicgen.api import GenerationParams, MusicGen
     from musicgen.audio import audio_write
+    from musicgen.types import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["MusicGen", "__version__", "audio_write"]
+__all__ = ["GenerationParams", "MusicGen", "SamplingParams", "__version__", "audio_write"]
+
+_MODULES = {
+    "GenerationParams": "musicgen.api",
+    "MusicGen": "musicgen.api",
+    "SamplingParams": "musicgen.types",
+    "audio_write": "musicgen.audio",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "MusicGen":
-        from musicgen.api import MusicGen
-
-        return MusicGen
-    if name == "audio_write":
-        from musicgen.audio import audio_write
-
-        return audio_write
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,13 +5,17 @@ Orchestrates a call: validate, condition, generate codes, decode. Independent of
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from musicgen.arguments import checked_bool, checked_float, checked_int, checked_path, shown
 from musicgen.codec_stream import GridBuffer, StreamingCodec, decode_audio, decode_on_grid
 from musicgen.conditioning import Melody, condition
 from musicgen.config import EngineConfig, WeightDtype
@@ -32,6 +36,7 @@ from musicgen.local_engine import LocalEngine
 from musicgen.model import Model
 from musicgen.progress import Progress, ProgressCallback
 from musicgen.types import AudioChunk, ChunkPolicy, CodesRequest, SamplingParams
+from musicgen.waveform import Waveform
 from musicgen.weights import load_model, packed
 
 MAX_DURATION_S = 3600.0
@@ -40,17 +45,28 @@ DEFAULT_DURATION_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
-    """Parameters set by `set_generation_params`. Validated on construction."""
+    """Parameters of pieces: those that `set_generation_params` sets, or those of one call. Validated on construction.
+
+    What depends on the model is validated when they are used.
+    """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    """Its seed is ignored: calls take their own."""
     duration_s: float = DEFAULT_DURATION_S
+    """Including an audio prompt."""
     extend_stride_s: float = 18.0
+    """Between window starts in pieces longer than the model's window."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.duration_s <= MAX_DURATION_S:
-            raise InvalidRequestError(
-                f"a number of seconds in (0, {MAX_DURATION_S:g}]", repr(self.duration_s), param="duration"
-            )
+        if not isinstance(self.sampling, SamplingParams):
+            raise InvalidRequestError("SamplingParams", shown(self.sampling), param="sampling")
+        expected = f"a number of seconds in (0, {MAX_DURATION_S:g}]"
+        duration_s = checked_float(self.duration_s, lambda x: 0 < x <= MAX_DURATION_S, expected, param="duration")
+        stride_s = checked_float(
+            self.extend_stride_s, lambda x: 0 < x < math.inf, "a positive number of seconds", param="extend_stride"
+        )
+        object.__setattr__(self, "duration_s", duration_s)
+        object.__setattr__(self, "extend_stride_s", stride_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +80,7 @@ class _Item:
 
 
 class MusicGen:
-    """Music generation from text and melodies. Thread-safe.
+    """Music generation from text and melodies. Thread-safe. As a context manager, it closes itself.
 
     Args:
         model: a loaded model; see `get_pretrained`.
@@ -80,7 +96,7 @@ class MusicGen:
 
     @staticmethod
     def get_pretrained(
-        name: str = "facebook/musicgen-melody",
+        name: str | os.PathLike[str] = "facebook/musicgen-melody",
         device: str | torch.device | None = None,
         weights: WeightDtype | None = None,
         *,
@@ -100,10 +116,22 @@ class MusicGen:
         model = load_model(name, device)
         if model.packed is not None and wanted is not None and KINDS[wanted] != model.packed.heads.kind:
             raise InvalidRequestError(
-                f"{model.packed.heads.kind}, as packed in {name!r}", wanted, "load the original", param="weights"
+                f"{model.packed.heads.kind}, as packed in '{os.fspath(name)}'",
+                wanted,
+                "load the original",
+                param="weights",
             )
         config = engine or EngineConfig()
         return MusicGen(model, replace(config, weights=wanted or config.weights), release_weights=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"MusicGen(name={self.name!r}, device='{self.device}', weights={self._engine.weights!r})"
 
     def start(self, progress: bool = False) -> None:
         """Start the engine now (pack the weights, allocate memory) rather than in the first call."""
@@ -114,13 +142,19 @@ class MusicGen:
     def save_packed(self, folder: str | Path, weights: WeightDtype, progress: bool = False) -> Path:
         """Write a self-contained checkpoint with the matrices packed as `weights`; load it by the folder's path.
 
+        To be called before the first piece is generated and before `start`: the engine frees the original weights as
+        it packs its own.
+
         Raises:
-            InvalidRequestError: unknown weight type.
-            WeightsError: this model was loaded packed, or its layers have been freed.
+            InvalidRequestError: unknown weight type, or not a path.
+            WeightsError: this model was loaded packed, or its original weights have been freed.
         """
-        lm, target = self.model.lm, Path(folder)
+        lm, target = self.model.lm, Path(checked_path(folder, param="folder"))
         if any(parameter.is_meta for parameter in lm.decoder.parameters()):
-            raise WeightsError(f"{self.name}: expected the original weights, got packed ones; load the original again")
+            got, hint = "freed ones", "load the model again and save it before the first generate() or start()"
+            if self.model.packed is not None:
+                got, hint = "packed ones", "load the original checkpoint instead"
+            raise WeightsError(f"{self.name}: expected the original weights, got {got}; {hint}")
         with Progress(lm.config.decoder.num_layers, progress, None, unit="layer") as report:
             packed_weights = pack_decoder(
                 lm.decoder,
@@ -167,6 +201,11 @@ class MusicGen:
         """Length of generated pieces in seconds."""
         return self._params.duration_s
 
+    @property
+    def generation_params(self) -> GenerationParams:
+        """The parameters of calls that are not given their own; immutable, see `dataclasses.replace`."""
+        return self._params
+
     def set_generation_params(
         self,
         use_sampling: bool = True,
@@ -179,7 +218,7 @@ class MusicGen:
         two_step_cfg: bool = False,
         extend_stride: float = 18,
     ) -> None:
-        """Set the parameters of subsequent calls.
+        """Set the parameters of subsequent calls, of all threads; `params` of the calls themselves overrides them.
 
         Args:
             use_sampling: False: greedy decoding.
@@ -195,28 +234,41 @@ class MusicGen:
             InvalidRequestError: a value is out of range; no parameter is changed.
         """
         sampling = SamplingParams(
-            greedy=not use_sampling,
+            greedy=not checked_bool(use_sampling, param="use_sampling"),
             top_k=top_k,
             top_p=top_p,
             temperature=temperature,
             guidance_scale=cfg_coef,
             melody_guidance=cfg_coef_beta,
         )
-        params = GenerationParams(sampling, duration, extend_stride)
-        if cfg_coef_beta is not None and self.model.chroma is None:
+        self._params = self._checked_params(GenerationParams(sampling, duration, extend_stride))
+
+    def _checked_params(self, params: GenerationParams | None) -> GenerationParams:
+        """The parameters of one call: those given to it, or else the current ones.
+
+        Raises:
+            InvalidRequestError: this model cannot generate with them.
+        """
+        if params is None:
+            return self._params
+        if not isinstance(params, GenerationParams):
+            raise InvalidRequestError("GenerationParams or None", shown(params), param="params")
+        config, beta = self.model.config, params.sampling.melody_guidance
+        if beta is not None and self.model.chroma is None:
             raise InvalidRequestError(
                 f"no double guidance for model {self.name!r}, which does not support melodies",
-                repr(cfg_coef_beta),
+                repr(beta),
                 "omit it, or choose a melody model",
                 param="cfg_coef_beta",
             )
-        frame_s = 1 / self.frame_rate
-        if not 0 < extend_stride < self.max_duration or self.model.config.num_frames(extend_stride) < 1:
-            expected = f"at least one frame ({frame_s:g} s) and less than {self.max_duration:g} s"
-            raise InvalidRequestError(expected, repr(extend_stride), param="extend_stride")
-        if self.model.config.num_frames(duration) < 1:
-            raise InvalidRequestError(f"at least one frame ({frame_s:g} s)", repr(duration), param="duration")
-        self._params = params
+        one_frame = f"at least one frame ({1 / self.frame_rate:g} s)"
+        stride_s, duration_s = params.extend_stride_s, params.duration_s
+        if stride_s >= self.max_duration or config.num_frames(stride_s) < 1:
+            expected = f"{one_frame} and less than {self.max_duration:g} s"
+            raise InvalidRequestError(expected, repr(stride_s), param="extend_stride")
+        if config.num_frames(duration_s) < 1:
+            raise InvalidRequestError(one_frame, repr(duration_s), param="duration")
+        return params
 
     def set_custom_progress_callback(self, progress_callback: ProgressCallback | None = None) -> None:
         """Report progress to `progress_callback(generated, total)`, in frames, instead of a progress bar."""
@@ -230,6 +282,7 @@ class MusicGen:
         *,
         seed: int | Sequence[int] | None = None,
         num_samples: int = 1,
+        params: GenerationParams | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Generate from text.
 
@@ -240,13 +293,14 @@ class MusicGen:
             seed: an integer: piece i (counting samples) uses seed + i; a list: one per piece; None: random, drawn from
                 torch's generator. A piece depends only on its own seed, not on the rest of the batch.
             num_samples: pieces per description, consecutive in the result.
+            params: the parameters of this call; default: `generation_params`.
         Returns:
             `[B, C, N]` samples, which may slightly exceed [-1, 1]; with `return_tokens` also `[B, K, T]` codes.
         Raises:
             InvalidRequestError: invalid arguments; raised before any work is done.
         """
         items = [_Item(text) for text in checked_descriptions(descriptions)]
-        return self._generate(items, progress, return_tokens, seed, num_samples)
+        return self._generate(items, progress, return_tokens, seed, num_samples, self._checked_params(params))
 
     def generate_unconditional(
         self,
@@ -255,9 +309,10 @@ class MusicGen:
         return_tokens: bool = False,
         *,
         seed: int | Sequence[int] | None = None,
+        params: GenerationParams | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Generate `num_samples` unconditional pieces; otherwise like `generate`."""
-        return self._generate([_Item(None)], progress, return_tokens, seed, num_samples)
+        return self._generate([_Item(None)], progress, return_tokens, seed, num_samples, self._checked_params(params))
 
     def generate_with_chroma(
         self,
@@ -269,6 +324,7 @@ class MusicGen:
         *,
         seed: int | Sequence[int] | None = None,
         num_samples: int = 1,
+        params: GenerationParams | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Generate from text and melodies; otherwise like `generate`.
 
@@ -279,7 +335,7 @@ class MusicGen:
         texts = checked_descriptions(descriptions)
         melodies = checked_melodies(melody_wavs, melody_sample_rate, len(texts))
         items = [_Item(text, melody) for text, melody in zip(texts, melodies, strict=True)]
-        return self._generate(items, progress, return_tokens, seed, num_samples)
+        return self._generate(items, progress, return_tokens, seed, num_samples, self._checked_params(params))
 
     def generate_continuation(
         self,
@@ -293,6 +349,7 @@ class MusicGen:
         melody_sample_rate: int | None = None,
         seed: int | Sequence[int] | None = None,
         num_samples: int = 1,
+        params: GenerationParams | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Continue recordings, each independently; otherwise like `generate`.
 
@@ -303,6 +360,7 @@ class MusicGen:
             melody_wavs: melodies to condition on as well, as in `generate_with_chroma`.
             melody_sample_rate: sample rate of the melodies in Hz.
         """
+        chosen = self._checked_params(params)
         wavs = as_list(prompt, "prompt")
         texts = [None] * len(wavs) if descriptions is None else checked_descriptions(descriptions)
         if len(texts) != len(wavs):
@@ -313,21 +371,22 @@ class MusicGen:
         if melody_wavs is not None:
             melodies = checked_melodies(melody_wavs, melody_sample_rate, len(wavs))
         self._check_melodies_fit(melodies)
-        checked = [checked_prompt(wav, prompt_sample_rate, self.model.config, self.duration) for wav in wavs]
+        checked = [checked_prompt(wav, prompt_sample_rate, self.model.config, chosen.duration_s) for wav in wavs]
         codes = [self.model.codec_encoder.encode(wav) for wav in checked]
         items = [_Item(*item) for item in zip(texts, melodies, codes, strict=True)]
-        return self._generate(items, progress, return_tokens, seed, num_samples)
+        return self._generate(items, progress, return_tokens, seed, num_samples, chosen)
 
     def stream(
         self,
         description: str | None = None,
         *,
-        melody_wav: Tensor | None = None,
+        melody_wav: Waveform | None = None,
         melody_sample_rate: int | None = None,
-        prompt: Tensor | None = None,
+        prompt: Waveform | None = None,
         prompt_sample_rate: int | None = None,
         seed: int | None = None,
         chunks: ChunkPolicy | None = None,
+        params: GenerationParams | None = None,
     ) -> Iterator[AudioChunk]:
         """Generate one piece and yield its audio as it is generated: a small first chunk, then larger ones.
 
@@ -337,9 +396,14 @@ class MusicGen:
         Args:
             melody_wav, prompt: `[C, N]`.
             chunks: chunk sizes, subject to the codec's grid (`codec_stream.GRID`).
+            params: as in `generate`.
         Raises:
             InvalidRequestError: raised by the call itself (not by the iterator), before any work is done.
         """
+        chosen = self._checked_params(params)
+        policy = ChunkPolicy() if chunks is None else chunks
+        if not isinstance(policy, ChunkPolicy):
+            raise InvalidRequestError("a musicgen.types.ChunkPolicy or None", shown(chunks), param="chunks")
         (text,) = checked_descriptions([description])
         melody = None
         if melody_wav is not None:
@@ -349,11 +413,10 @@ class MusicGen:
         codes = None
         if prompt is not None:
             codes = self.model.codec_encoder.encode(
-                checked_prompt(prompt, prompt_sample_rate, self.model.config, self.duration)
+                checked_prompt(prompt, prompt_sample_rate, self.model.config, chosen.duration_s)
             )
-        num_frames = self.model.config.num_frames(self.duration)
-        request = self._request(_Item(text, melody, codes), num_frames).with_seed(value)
-        return self._stream(request, chunks or ChunkPolicy())
+        request = self._request(_Item(text, melody, codes), chosen).with_seed(value)
+        return self._stream(request, policy)
 
     def _stream(self, request: CodesRequest, chunks: ChunkPolicy) -> Iterator[AudioChunk]:
         codec = StreamingCodec(self.model.codec, self.audio_channels)
@@ -381,14 +444,13 @@ class MusicGen:
         return_tokens: bool,
         seed: int | Sequence[int] | None,
         num_samples: int,
+        params: GenerationParams,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Generate the codes of all pieces as one batch of requests, then decode them one by one."""
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise InvalidRequestError("an integer ≥ 1", repr(num_samples), param="num_samples")
+        num_samples = checked_int(num_samples, "an integer ≥ 1", param="num_samples", low=1)
         self._check_melodies_fit([item.melody for item in items])
         seeds = resolve_seeds(seed, len(items) * num_samples)
-        num_frames = self.model.config.num_frames(self.duration)
-        prepared = [self._request(item, num_frames) for item in items]
+        prepared = [self._request(item, params) for item in items]
         repeated = [request for request in prepared for _ in range(num_samples)]
         requests = [request.with_seed(value) for request, value in zip(repeated, seeds, strict=True)]
         num_new = sum(request.num_frames - request.num_known_frames for request in requests)
@@ -398,11 +460,11 @@ class MusicGen:
         wav = decode_audio(self.model.codec, tokens, self.audio_channels)
         return (wav, tokens.long()) if return_tokens else wav
 
-    def _request(self, item: _Item, num_frames: int) -> CodesRequest:
-        config, params = self.model.config, self._params
+    def _request(self, item: _Item, params: GenerationParams) -> CodesRequest:
+        config = self.model.config
         num_prompt_frames = 0 if item.prompt_codes is None else item.prompt_codes.shape[-1]
         windows = plan_windows(
-            num_frames,
+            config.num_frames(params.duration_s),
             num_prompt_frames,
             config.num_frames(config.max_duration_s),
             config.num_frames(params.extend_stride_s),

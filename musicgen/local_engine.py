@@ -15,9 +15,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from musicgen.config import EngineConfig
+from musicgen.config import EngineConfig, WeightDtype
 from musicgen.engine.core import EngineCore
-from musicgen.engine.packing import OnLayer
+from musicgen.engine.packing import OnLayer, kind_of
 from musicgen.engine.runner import ModelRunner
 from musicgen.engine.thread import EngineStream, EngineThread
 from musicgen.errors import EngineDeadError, InternalError, RequestCancelledError
@@ -42,6 +42,13 @@ class LocalEngine:
         self._lock = threading.Lock()
         self._thread: EngineThread | None = None
         self._ids = itertools.count()
+
+    @property
+    def weights(self) -> WeightDtype:
+        """The weight type that the engine runs with."""
+        packed, config = self._model.packed, self._config.resolved(self._model.lm.device.type)
+        assert config.weights is not None
+        return config.weights if packed is None else kind_of(packed)
 
     def generate(self, requests: Sequence[CodesRequest], on_frame: OnFrame | None = None) -> list[Tensor]:
         """The codes `[K, T]` of each request, including known ones.

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from musicgen_kernels.errors import KernelArgumentError
 from tiny import tune
 
-from musicgen import MusicGen
+from musicgen import GenerationParams, MusicGen, SamplingParams
 from musicgen.config import WeightDtype
 from musicgen.engine.packing import kind_of
 from musicgen.engine.runner import ModelRunner
@@ -162,6 +163,24 @@ def test_stereo_continuation_from_a_mono_prompt(models: dict[str, Model]) -> Non
     assert torch.equal(tokens[0, ::2, :10], tokens[0, 1::2, :10])
 
 
+def test_params_of_one_call(melody: MusicGen) -> None:
+    own = GenerationParams(SamplingParams(greedy=True), duration_s=0.3)
+    before = melody.generation_params
+    calls: list[Callable[[GenerationParams | None], torch.Tensor | tuple[torch.Tensor, torch.Tensor]]] = [
+        lambda p: melody.generate(["rock"], params=p, seed=1),
+        lambda p: melody.generate_unconditional(1, params=p, seed=1),
+        lambda p: melody.generate_with_chroma(["rock"], tune(1.0), 32000, params=p, seed=1),
+        lambda p: melody.generate_continuation(tune(0.1), 32000, params=p, seed=1),
+        lambda p: torch.cat([piece.samples for piece in melody.stream("rock", params=p, seed=1)], -1)[None],
+    ]
+    got = [_wav(call(own)) for call in calls]
+    assert melody.generation_params is before
+    melody.set_generation_params(use_sampling=False, duration=0.3)
+    for call, wav in zip(calls, got, strict=True):
+        assert wav.shape[-1] == 9600
+        assert torch.equal(_wav(call(None)), wav)
+
+
 def test_longer_than_the_model_sees(models: dict[str, Model]) -> None:
     model = MusicGen(models["text"])
     model.set_generation_params(duration=31.0, extend_stride=18)
@@ -198,21 +217,45 @@ def test_threads_do_not_disturb_each_other(text: MusicGen) -> None:
     assert all(torch.equal(got[i], expected[i]) for i in range(4))
 
 
-BAD_PARAMS = {
-    "duration": [0, -1, float("nan"), 1e9, 0.001],
-    "top_k": [-1, 2.5, True],
-    "top_p": [-0.1, 1.1, float("nan")],
-    "temperature": [-1.0, float("nan"), float("inf"), 1e-300, 9e-5],
-    "cfg_coef": [float("nan"), float("inf")],
-    "extend_stride": [0, 0.01, 30, -2, float("nan")],
+BAD_PARAMS: dict[str, list[object]] = {
+    "duration": [0, -1, float("nan"), 1e9, 0.001, "8", None, True, torch.tensor(8.0), 10**400],
+    "top_k": [-1, 2.5, True, "50", None],
+    "top_p": [-0.1, 1.1, float("nan"), None],
+    "temperature": [-1.0, float("nan"), float("inf"), 1e-300, 9e-5, "hot"],
+    "cfg_coef": [float("nan"), float("inf"), "3", None],
+    "cfg_coef_beta": ["5"],
+    "extend_stride": [0, 0.01, 30, -2, float("nan"), "x", None],
+    "use_sampling": ["no", None, 1],
 }
 
 
 @pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD_PARAMS.items() for v in values])
-def test_bad_params_are_refused_and_change_nothing(text: MusicGen, name: str, value: float) -> None:
+def test_bad_params_are_refused_and_change_nothing(text: MusicGen, name: str, value: object) -> None:
     with pytest.raises(InvalidRequestError, match=r"expected .*, got "):
         text.set_generation_params(**{name: value})  # type: ignore[arg-type]
     assert text.duration == 0.4
+
+
+def test_numbers_of_numpy_are_plain_numbers(text: MusicGen) -> None:
+    text.set_generation_params(duration=np.float32(0.5), top_k=np.int64(50), cfg_coef=np.float64(2.0))  # type: ignore[arg-type]
+    params = text.generation_params
+    assert (params.duration_s, params.sampling.top_k, params.sampling.guidance_scale) == (0.5, 50, 2.0)
+    assert {type(params.duration_s), type(params.sampling.guidance_scale)} == {float}
+    assert type(params.sampling.top_k) is int
+    wav = _wav(text.generate(["rock"], seed=np.int64(3), num_samples=np.int64(2)))  # type: ignore[arg-type]
+    assert torch.equal(wav, _wav(text.generate(["rock"], seed=[3, 4], num_samples=2)))
+    assert torch.equal(wav, _wav(text.generate(["rock"], seed=np.array([3, 4]), num_samples=2)))  # type: ignore[arg-type]
+
+
+def test_arrays_of_numpy_are_waveforms(melody: MusicGen) -> None:
+    wav, prompt = tune(1.0), tune(0.1)
+    expected = _wav(melody.generate_with_chroma(["rock"], wav, 32000, seed=0))
+    for given in (wav.numpy(), wav[None].numpy(), [wav.numpy()], np.asfortranarray(wav.double().numpy())):
+        assert torch.equal(_wav(melody.generate_with_chroma(["rock"], given, 32000, seed=0)), expected)
+    expected = _wav(melody.generate_continuation(prompt, 32000, seed=0))
+    assert torch.equal(_wav(melody.generate_continuation(prompt.numpy(), 32000, seed=0)), expected)
+    pieces = [p.samples for p in melody.stream(prompt=prompt.numpy(), prompt_sample_rate=32000, seed=0)]
+    torch.testing.assert_close(torch.cat(pieces, -1), expected[0], atol=1e-5, rtol=0)
 
 
 NAN = torch.full((1, 3200), float("nan"))
@@ -225,6 +268,19 @@ BAD_CALLS: dict[str, Callable[[MusicGen], object]] = {
     "negative seed": lambda m: m.generate(["rock"], seed=-1),
     "too few seeds": lambda m: m.generate(["rock", "jazz"], seed=[1]),
     "seed not a number": lambda m: m.generate(["rock"], seed=[1.5]),  # type: ignore[list-item]
+    "one seed not a number": lambda m: m.generate(["rock"], seed=1.5),  # type: ignore[arg-type]
+    "seed not of a kind": lambda m: m.generate(["rock"], seed=torch.Generator()),  # type: ignore[arg-type]
+    "no list": lambda m: m.generate(None),  # type: ignore[arg-type]
+    "a number for a list": lambda m: m.generate(3),  # type: ignore[arg-type]
+    "a path for a melody": lambda m: m.generate_with_chroma(["rock"], "tune.wav", 32000),  # type: ignore[arg-type]
+    "a list of paths": lambda m: m.generate_with_chroma(["rock"], [Path("tune.wav")], 32000),  # type: ignore[list-item]
+    "no melodies": lambda m: m.generate_with_chroma(["rock"], None, 32000),  # type: ignore[arg-type]
+    "an array of texts": lambda m: m.generate_with_chroma(["rock"], np.array([["a"]]), 32000),
+    "chunks not a policy": lambda m: m.stream("rock", chunks=5),  # type: ignore[arg-type]
+    "chunks of no size": lambda m: ChunkPolicy("a"),  # type: ignore[arg-type]
+    "params not of the kind": lambda m: m.generate(["rock"], params={}),  # type: ignore[arg-type]
+    "params that the model has not": lambda m: m.generate(["rock"], params=GenerationParams(extend_stride_s=30)),
+    "sampling not of the kind": lambda m: GenerationParams({}),  # type: ignore[arg-type]
     "half a surrogate pair": lambda m: m.generate(["rock \ud83c"]),
     "too long a text": lambda m: m.generate(["rock " * 600]),
     "too few melodies": lambda m: m.generate_with_chroma(["rock", "jazz"], [tune(1.0)], 32000),
@@ -249,6 +305,12 @@ def test_bad_calls_are_refused_before_any_work(melody: MusicGen, case: str, monk
     monkeypatch.setattr("musicgen.local_engine.LocalEngine.generate", no_work)
     with pytest.raises(InvalidRequestError, match=r"expected .*, got "):
         BAD_CALLS[case](melody)
+
+
+def test_a_file_for_a_melody_is_answered_with_how_to_read_it(melody: MusicGen) -> None:
+    for given in ("tune.wav", ["tune.wav"], Path("tune.wav")):
+        with pytest.raises(InvalidRequestError, match="load_audio"):
+            melody.generate_with_chroma(["rock"], given, 32000)  # type: ignore[arg-type]
 
 
 def test_text_models_take_no_melody(text: MusicGen) -> None:
@@ -312,6 +374,20 @@ def test_a_closed_model_refuses(models: dict[str, Model]) -> None:
     model.close()
     with pytest.raises(EngineDeadError, match="closed"):
         model.generate(["rock"])
+
+
+def test_as_a_context_manager(folders: dict[str, Path]) -> None:
+    with MusicGen.get_pretrained(folders["text"], "cpu", "int8") as model:
+        assert repr(model) == "MusicGen(name='text', device='cpu', weights='int8')"
+        _short(model).generate(["rock"])
+    with pytest.raises(EngineDeadError, match="closed"):
+        model.generate(["rock"])
+
+
+@pytest.mark.parametrize("name", [None, 3, Path("/absent"), "a\0b"])
+def test_names_that_are_none(name: object) -> None:
+    with pytest.raises(InvalidRequestError, match=r"model: expected a short name.*got"):
+        MusicGen.get_pretrained(name)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4", torch.bfloat16])
