@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from musicgen.aio import iterate_in_threads
 from musicgen.arguments import checked_bool, checked_float, checked_int, checked_path, shown
 from musicgen.codec_stream import GridBuffer, StreamingCodec, decode_audio, decode_on_grid
 from musicgen.conditioning import Melody, condition
@@ -387,7 +388,7 @@ class MusicGen:
         seed: int | None = None,
         chunks: ChunkPolicy | None = None,
         params: GenerationParams | None = None,
-    ) -> Iterator[AudioChunk]:
+    ) -> Generator[AudioChunk, None, None]:
         """Generate one piece and yield its audio as it is generated: a small first chunk, then larger ones.
 
         The concatenated chunks equal the result of `generate`, `generate_with_chroma` or `generate_continuation` for
@@ -418,7 +419,33 @@ class MusicGen:
         request = self._request(_Item(text, melody, codes), chosen).with_seed(value)
         return self._stream(request, policy)
 
-    def _stream(self, request: CodesRequest, chunks: ChunkPolicy) -> Iterator[AudioChunk]:
+    def astream(
+        self,
+        description: str | None = None,
+        *,
+        melody_wav: Waveform | None = None,
+        melody_sample_rate: int | None = None,
+        prompt: Waveform | None = None,
+        prompt_sample_rate: int | None = None,
+        seed: int | None = None,
+        chunks: ChunkPolicy | None = None,
+        params: GenerationParams | None = None,
+    ) -> AsyncGenerator[AudioChunk, None]:
+        """`stream` for asyncio: the event loop is never blocked. Errors are raised by the first iteration."""
+        return iterate_in_threads(
+            lambda: self.stream(
+                description,
+                melody_wav=melody_wav,
+                melody_sample_rate=melody_sample_rate,
+                prompt=prompt,
+                prompt_sample_rate=prompt_sample_rate,
+                seed=seed,
+                chunks=chunks,
+                params=params,
+            )
+        )
+
+    def _stream(self, request: CodesRequest, chunks: ChunkPolicy) -> Generator[AudioChunk, None, None]:
         codec = StreamingCodec(self.model.codec, self.audio_channels)
         state = codec.initial_state()
         buffer = GridBuffer(self.model.config.decoder.num_codebooks, request.num_frames)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from musicgen import GenerationParams, MusicGen, SamplingParams
 from musicgen.config import WeightDtype
 from musicgen.engine.packing import kind_of
 from musicgen.engine.runner import ModelRunner
+from musicgen.engine.thread import get_stats
 from musicgen.errors import EngineDeadError, InternalError, InvalidRequestError
 from musicgen.model import Model
 from musicgen.types import ChunkPolicy
@@ -351,6 +354,56 @@ def test_leaving_a_stream_cancels_it(melody: MusicGen) -> None:
     stream.close()
     melody.set_generation_params(duration=0.4)
     assert _wav(melody.generate(["rock"])).shape[-1] == 12800
+
+
+def test_asyncio_streams_side_by_side_and_the_loop_goes_on(melody: MusicGen) -> None:
+    params = replace(melody.generation_params, duration_s=0.6)
+
+    async def collect(seed: int) -> torch.Tensor:
+        return torch.cat([chunk.samples async for chunk in melody.astream("rock", seed=seed, params=params)], -1)
+
+    async def main() -> tuple[list[torch.Tensor], int]:
+        streams = asyncio.gather(collect(1), collect(2))
+        num_turns = 0
+        while not streams.done():
+            await asyncio.sleep(0)
+            num_turns += 1
+        return await streams, num_turns
+
+    streamed, num_turns = asyncio.run(main())
+    assert num_turns > 100
+    for seed, samples in zip((1, 2), streamed, strict=True):
+        blocking = torch.cat([chunk.samples for chunk in melody.stream("rock", seed=seed, params=params)], -1)
+        assert torch.equal(samples, blocking)
+
+
+@pytest.mark.parametrize("is_running", [False, True], ids=["between chunks", "within a chunk"])
+def test_leaving_an_asyncio_stream_cancels_it(melody: MusicGen, is_running: bool) -> None:
+    params = replace(melody.generation_params, duration_s=25.0)
+
+    async def main() -> None:
+        stream = melody.astream("rock", seed=0, params=params)
+        await anext(stream)
+        if is_running:
+            task = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await stream.aclose()
+
+    asyncio.run(main())
+    engine = melody._engine._started()
+    assert get_stats(engine).num_running == 0
+
+
+def test_errors_of_an_asyncio_stream_come_with_its_first_chunk(melody: MusicGen) -> None:
+    async def main() -> None:
+        stream = melody.astream("rock", seed=-1)
+        with pytest.raises(InvalidRequestError, match="seed"):
+            await anext(stream)
+
+    asyncio.run(main())
 
 
 def test_a_request_that_cannot_be_computed_fails_alone(
