@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -21,8 +22,8 @@ from musicgen_kernels.whole_step import whole_step
 from tiny import tune
 
 import musicgen
-from musicgen import MusicGen, audio_write
-from musicgen.cli import main
+from musicgen import MusicGen, api, audio_write
+from musicgen.cli import checks, main, output
 from musicgen.cli.plan import Piece, slug
 from musicgen.cli.timing import Stopwatch
 from musicgen.engine.packing import pack_decoder
@@ -161,6 +162,39 @@ def test_nothing_is_overwritten_unless_asked(run: Run, folders: dict[str, Path],
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
+@pytest.mark.parametrize("name", ["song.wav", "new/Song.FLAC", "song.mp3", "song.ogg", "song.opus"])
+def test_one_piece_in_the_file_asked_for(name: str, run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    command = ["generate", "rock", "--duration", 0.1, "--model", folders["text"], "-o", name]
+    code, out, _ = run(*command, "--json")
+    assert code == 0
+    assert _last_json(out)["files"][0]["path"] == name
+    container = {"song.ogg": "OGG", "song.opus": "OGG"}.get(name, Path(name).suffix[1:].upper())
+    assert soundfile.info(tmp_path / name).format == container
+    before = (tmp_path / name).read_bytes()
+    code, out, err = run(*command)
+    assert (code, out) == (2, "")
+    assert "replace it with --overwrite" in err
+    assert (tmp_path / name).read_bytes() == before
+    assert run(*command, "--overwrite", "--seed", 5)[0] == 0
+    assert (tmp_path / name).read_bytes() != before
+
+
+def test_a_folder_with_the_name_of_a_file(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "takes.wav").mkdir()
+    command = ["generate", "rock", "--duration", 0.1, "--model", folders["text"], "--seed", 1, "-o", "takes.wav"]
+    assert run(*command)[0] == 0
+    assert [path.name for path in (tmp_path / "takes.wav").iterdir()] == ["rock_seed1.wav"]
+
+
+def test_audio_on_stdout(folders: dict[str, Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "musicgen", "generate", "rock", "--duration", "0.5", "--model", folders["text"]]
+    done = subprocess.run([*command, "-o", "-", "--format", "flac"], capture_output=True, cwd=tmp_path, check=True)
+    samples, rate = soundfile.read(io.BytesIO(done.stdout))
+    assert (len(samples), rate) == (16000, 32000)
+    assert b"/dev/stdout  0.50 s  seed" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_seed_is_drawn_and_told(run: Run, folders: dict[str, Path]) -> None:
     command = ["generate", "rock", "--duration", 0.1, "--model", folders["text"], "--json"]
     seeds = []
@@ -283,6 +317,7 @@ def _bad_files(folder: Path) -> None:
     soundfile.write(folder / "nan.wav", np.full(32000, np.nan, np.float32), 32000, subtype="FLOAT")
     (folder / "text.mp3").write_text("no audio")
     (folder / "file").touch()
+    (folder / "new.png").touch()
 
 
 BAD_INPUT = {
@@ -321,6 +356,13 @@ BAD_INPUT = {
     "stems without melody": (["rock", "--stems"], "stems"),
     "threads": (["rock", "--threads", "0"], "threads"),
     "out is a file": (["rock", "-o", "file"], "out: expected a writable folder"),
+    "file for several": (["rock", "jazz", "-o", "a.wav"], "a folder for 2 pieces, got the file a.wav"),
+    "file of another format": (["rock", "-o", "a.wav", "--format", "mp3"], "expected --format wav or none"),
+    "existing file": (["rock", "-o", "good.wav"], "expected a new file, got good.wav"),
+    "existing plot": (["rock", "-o", "new.wav", "--plot"], "expected a new file, got new.png"),
+    "stdout for several": (["rock", "--num-samples", "2", "-o", "-"], "a folder for 2 pieces"),
+    "stdout and JSON": (["rock", "-o", "-", "--json"], "expected no --json with -o -"),
+    "stdout and plot": (["rock", "-o", "-", "--plot"], "expected no --plot with -o -"),
     "device": (["rock", "--device", "abacus"], "abacus"),
     "format": (["rock", "--format", "midi"], "midi"),
     "unknown option": (["rock", "--tempo", "3"], "--tempo"),
@@ -343,7 +385,24 @@ def test_bad_input_is_one_line_before_any_work(
     assert err.startswith("musicgen: error: ")
     assert err.count("\n") == 1
     assert words in err
-    assert not list(tmp_path.glob("out/*"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--duration=-1", "--top-k=-1", "--guidance=nan", "--threads=0", "--loudness=3", "--extend-stride=0"]
+)
+def test_numbers_are_checked_before_torch_is_imported(option: str, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom musicgen.cli import main\n"
+        "assert main(['generate', 'rock', sys.argv[1]]) == 2\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, option], cwd=tmp_path, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_piece_is_the_librarys() -> None:
+    assert (checks.MAX_DURATION_S, output.MAX_WRITTEN_S) == (api.MAX_DURATION_S, 2 * api.MAX_DURATION_S)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +434,7 @@ def test_bad_input_that_only_the_model_knows(
     code, out, err = run("generate", *arguments, "--model", folders[kind])
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
-    assert not list(tmp_path.glob("out/*"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_unusable_weights_exit_with_1(run: Run, tmp_path: Path) -> None:

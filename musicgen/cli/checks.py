@@ -1,22 +1,30 @@
-"""Input validation of `musicgen generate`: as much as possible before the model is loaded, the rest before generation.
+"""Input validation of `musicgen generate`: numbers before any import of torch, recordings before the model is loaded,
+the rest before generation.
 
-The limits are the API's; this module applies them early and names the offending option.
+The limits are the API's; this module applies them early.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from musicgen.cli.options import DEFAULT_LOUDNESS_LUFS, GenerateOptions
 from musicgen.errors import InvalidRequestError, MissingDependencyError
+from musicgen.types import SamplingParams
+from musicgen.weights.registry import find
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from musicgen.api import MusicGen
+
+MAX_DURATION_S = 3600.0
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,13 +63,9 @@ def check_loudness(options: GenerateOptions) -> float:
     return options.loudness
 
 
-def check_inputs(options: GenerateOptions) -> Recordings:
-    """Check everything that does not need the model. Returns the recordings, decoded."""
-    from musicgen.api import GenerationParams
-    from musicgen.types import SamplingParams
-    from musicgen.weights.registry import find
-
-    sampling = SamplingParams(
+def sampling_params(options: GenerateOptions) -> SamplingParams:
+    """Raises: InvalidRequestError: a value is out of range."""
+    return SamplingParams(
         greedy=options.greedy,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -69,19 +73,31 @@ def check_inputs(options: GenerateOptions) -> Recordings:
         guidance_scale=options.guidance,
         melody_guidance=options.melody_guidance,
     )
-    GenerationParams(sampling, options.duration, options.extend_stride)
+
+
+def check_options(options: GenerateOptions) -> None:
+    """Check everything that needs neither a file nor the model. Does not import torch."""
+    sampling_params(options)
+    if not 0 < options.duration <= MAX_DURATION_S:
+        raise InvalidRequestError(
+            f"a number of seconds in (0, {MAX_DURATION_S:g}]", f"{options.duration:g}", param="duration"
+        )
+    if not 0 < options.extend_stride < math.inf:
+        raise InvalidRequestError("a number of seconds > 0", f"{options.extend_stride:g}", param="extend-stride")
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        raise InvalidRequestError(f"an integer in [1, {MAX_THREADS}]", str(options.threads), param="threads")
     card = find(options.model)
     if card is not None and not card.melody and (options.melody or options.melody_guidance is not None):
-        raise InvalidRequestError(
-            f"no melody for model {card.name!r}", "", "choose a melody model: see `musicgen models`", param="melody"
-        )
+        raise _no_melody(card.name)
     if options.melody_guidance is not None and not options.melody:
         raise InvalidRequestError("--melody to be given as well", "", param="melody-guidance")
     _check_stems(options)
-    recordings = _read_recordings(options)
-    for path, prompt in recordings.prompts.items():
-        _check_prompt_audio(path, prompt, options.duration)
-    return recordings
+
+
+def _no_melody(model: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"no melody for model {model!r}", "", "choose a melody model: see `musicgen models`", param="melody"
+    )
 
 
 def _check_stems(options: GenerateOptions) -> None:
@@ -93,13 +109,28 @@ def _check_stems(options: GenerateOptions) -> None:
         )
 
 
-def _read_recordings(options: GenerateOptions) -> Recordings:
+def read_recordings(options: GenerateOptions) -> Recordings:
+    """The audio files, decoded and checked."""
+    read: dict[Path, Recording] = {}
+    recordings = Recordings(
+        _read(options.melody, "melody", read),
+        _read(options.prompt_audio, "prompt-audio", read),
+    )
+    for path, prompt in recordings.prompts.items():
+        _check_prompt_audio(path, prompt, options.duration)
+    return recordings
+
+
+def _read(paths: Iterable[Path], option: str, read: dict[Path, Recording]) -> dict[Path, Recording]:
+    """The recordings of one option; adds to `read`, those of all options."""
     from musicgen.audio import load_audio
 
-    read = {path: Recording(*load_audio(path)) for path in dict.fromkeys([*options.melody, *options.prompt_audio])}
-    return Recordings(
-        {path: read[path] for path in options.melody}, {path: read[path] for path in options.prompt_audio}
-    )
+    for path in paths:
+        try:
+            read[path] = read.get(path) or Recording(*load_audio(path))
+        except InvalidRequestError as error:
+            raise InvalidRequestError(error.expected, error.got, error.hint, param=option) from error
+    return {path: read[path] for path in paths}
 
 
 def _check_prompt_audio(path: Path, recording: Recording, duration_s: float, shortest_rest_s: float = 0.0) -> None:
@@ -126,9 +157,7 @@ def check_with_model(options: GenerateOptions, recordings: Recordings, model: Mu
         extend_stride=options.extend_stride,
     )
     if options.melody and model.model.chroma is None:
-        raise InvalidRequestError(
-            f"no melody for model {model.name!r}", "", "choose a melody model: see `musicgen models`", param="melody"
-        )
+        raise _no_melody(model.name)
     for path, prompt in recordings.prompts.items():
         _check_prompt_audio(path, prompt, options.duration, shortest_rest_s=1 / model.frame_rate)
     for text in options.prompts:

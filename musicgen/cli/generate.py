@@ -1,6 +1,6 @@
-"""`musicgen generate`: validates inputs, loads the model, generates in batches, writes and reports each file.
+"""`musicgen generate`: validates inputs, loads the model, generates in batches.
 
-Only orchestrates: sampling and the codec belong to the API, file formats to `audio`.
+Only orchestrates: sampling and the codec belong to the API, files to `output`, what is said to `report`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ import dataclasses
 import functools
 import os
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from musicgen.cli import plugins
-from musicgen.cli.checks import Recording, Recordings, check_inputs, check_loudness, check_with_model
+from musicgen.cli.checks import (
+    Recording,
+    Recordings,
+    check_loudness,
+    check_options,
+    check_with_model,
+    read_recordings,
+)
 from musicgen.cli.options import GenerateOptions
-from musicgen.cli.plan import Piece, free_stem, longest_name, make_folder, plan_pieces
+from musicgen.cli.output import Output
+from musicgen.cli.plan import Piece, plan_pieces
 from musicgen.cli.quiet import quiet_libraries, torch_threads
-from musicgen.cli.report import Bar, Report, Written
+from musicgen.cli.report import Bar, ModelFacts, Report
 from musicgen.cli.timing import Stopwatch
 from musicgen.weights.registry import DEMO_MODEL
 
@@ -40,9 +47,9 @@ def run(values: dict[str, Any]) -> int:
     if options.server is not None:
         return plugins.generate_remote()(options, options.server, os.environ.get(API_KEY))
     options = dataclasses.replace(options, model=options.model or DEMO_MODEL)
+    check_options(options)
     pieces = plan_pieces(options)
-    loudness_lufs = check_loudness(options)
-    make_folder(options.out, longest_name(pieces, options))
+    output = Output(options, pieces, check_loudness(options))
     watch = Stopwatch()
     with ExitStack() as stack:
         with watch.measure("load"):
@@ -50,20 +57,20 @@ def run(values: dict[str, Any]) -> int:
             stack.enter_context(torch_threads(options))
             import musicgen.api  # noqa: F401 - to count its import time here, not under inputs
         with watch.measure("inputs"):
-            recordings = check_inputs(options)
+            recordings = read_recordings(options)
         with watch.measure("load"):
             model = _load(options)
         check_with_model(options, recordings, model)
         if options.stems:
             with watch.measure("inputs"):
                 recordings = _separated(recordings, model)
-        return _make(options, pieces, recordings, model, watch, loudness_lufs)
+        return _make(options, pieces, recordings, model, watch, output)
 
 
 def _load(options: GenerateOptions) -> MusicGen:
     from musicgen.api import MusicGen
 
-    model = MusicGen.get_pretrained(options.model, options.device, options.dtype)
+    model = MusicGen.get_pretrained(options.model, options.device, options.weights)
     model.start()
     return model
 
@@ -86,13 +93,13 @@ def _make(
     recordings: Recordings,
     model: MusicGen,
     watch: Stopwatch,
-    loudness_lufs: float,
+    output: Output,
 ) -> int:
     """Generate, write and report the pieces batch by batch, so that an interrupt loses at most one batch."""
     _watch_parts(model, watch)
-    report = Report(options, model, len(pieces))
-    report.start(pieces[0].seed)
-    with Bar(len(pieces), options.duration) as bar:
+    facts = _facts(model, options)
+    with Report(options, facts, pieces) as report, Bar(len(pieces), options.duration) as bar:
+        report.start()
         model.set_custom_progress_callback(bar.frames)
         for start in range(0, len(pieces), options.batch):
             batch = pieces[start : start + options.batch]
@@ -101,11 +108,21 @@ def _make(
                 wavs = _generate(model, batch, recordings)
             for piece, wav in zip(batch, wavs, strict=True):
                 with watch.measure("write"):
-                    path = write_piece(options, piece, wav, model, loudness_lufs)
-                    written = read_back(path, piece, plot=options.plot)
-                bar.say(report.line(written))
-    report.finish(watch.seconds)
+                    written = output.write(piece, wav, facts)
+                report.add(written)
+        bar.close()
+        report.finish(watch.seconds)
     return 0
+
+
+def _facts(model: MusicGen, options: GenerateOptions) -> ModelFacts:
+    from musicgen.config import EngineConfig
+    from musicgen.engine.packing import kind_of
+
+    config, packed = model.model.config, model.model.packed
+    engine = EngineConfig(weights=options.weights if packed is None else kind_of(packed))
+    weights = engine.resolved(model.device.type).weights
+    return ModelFacts(config.name, config.license, str(weights), str(model.device), model.sample_rate)
 
 
 def _watch_parts(model: MusicGen, watch: Stopwatch) -> None:
@@ -158,41 +175,3 @@ def _at_one_rate(recordings: list[Recording], model_rate: int) -> tuple[list[Ten
     if len(rates) == 1:
         return [recording.wav for recording in recordings], rates.pop()
     return [resample(recording.wav, recording.sample_rate, model_rate) for recording in recordings], model_rate
-
-
-def write_piece(options: GenerateOptions, piece: Piece, wav: Tensor, model: MusicGen, loudness_lufs: float) -> Path:
-    """Write one piece. Returns the path."""
-    from musicgen.audio import audio_write, generation_metadata
-
-    config = model.model.config
-    tags = generation_metadata(config.name, piece.seed, license=config.license, prompt=piece.text or "")
-    suffixes = [f".{options.format}", *([".png"] if options.plot else [])]
-    return audio_write(
-        free_stem(options.out, piece.file_stem, suffixes, overwrite=options.overwrite),
-        wav,
-        model.sample_rate,
-        format=options.format,
-        strategy=options.strategy,
-        loudness_headroom_db=-loudness_lufs,
-        metadata={"title": piece.title, **tags},
-    )
-
-
-def read_back(path: Path, piece: Piece, *, plot: bool) -> Written:
-    """Measure and plot the written file rather than the samples: lossy formats change the peak."""
-    from musicgen.api import MAX_DURATION_S
-    from musicgen.audio import load_audio
-    from musicgen.loudness import measure_loudness
-    from musicgen.plots import plot_audio
-
-    wav, sample_rate = load_audio(path, max_duration_s=2 * MAX_DURATION_S)
-    return Written(
-        path=path,
-        piece=piece,
-        duration_s=wav.shape[-1] / sample_rate,
-        sample_rate=sample_rate,
-        channels=wav.shape[0],
-        peak=float(wav.abs().max()),
-        loudness_lufs=measure_loudness(wav, sample_rate),
-        picture=plot_audio(wav, sample_rate, path.with_suffix(".png"), title=piece.title) if plot else None,
-    )

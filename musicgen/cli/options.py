@@ -11,10 +11,12 @@ from musicgen import __version__
 from musicgen.cli import plugins
 
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus")
+DEFAULT_FORMAT = "wav"
+STDOUT = Path("-")
 STRATEGIES = ("loudness", "peak", "rms", "clip")
 Strategy = Literal["loudness", "peak", "rms", "clip"]
-Dtype = Literal["float32", "bfloat16", "int8", "int4"]
-DTYPES = ("float32", "bfloat16", "int8", "int4")
+Weights = Literal["float32", "bfloat16", "int8", "int4"]
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 DEFAULT_LOUDNESS_LUFS = -14.0
 
 ABOUT = """\
@@ -74,17 +76,22 @@ class GenerateOptions:
     melody_guidance: float | None
     extend_stride: float
     device: str | None
-    dtype: Dtype | None
+    weights: Weights | None
     threads: int | None
     batch: int
     out: Path
-    format: str
+    format: str | None
+    """None: the suffix of `out`, or the default."""
     strategy: Strategy
     loudness: float | None
     overwrite: bool
     plot: bool
     json: bool
     server: str | None
+
+    @property
+    def to_stdout(self) -> bool:
+        return self.out == STDOUT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -220,7 +227,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "branch, tag or commit (default: the bundled demo model; with --server, the first model of the service)",
     )
     add("--device", metavar="NAME", help="torch device, e.g. cpu or cuda (default: the GPU if available)")
-    add("--dtype", choices=DTYPES, help="decoder weight type (default: bfloat16 on a GPU, float32 on the CPU)")
+    add("--weights", choices=WEIGHTS, help="weight type (default: bfloat16 on a GPU, float32 on the CPU)")
+    hidden = argparse.SUPPRESS
+    add("--dtype", dest="weights", choices=WEIGHTS, default=hidden, help=hidden)  # its name in earlier versions
     add("--threads", type=int, metavar="N", help="number of CPU threads (default: one per core)")
     add(
         "--server",
@@ -233,10 +242,21 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_outputs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("-o", "--out", type=Path, default=Path("out"), metavar="FOLDER", help="output folder (default: out)")
-    add("--format", choices=FORMATS, default="wav", help="audio file format (default: wav)")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="PATH",
+        help="output folder; or, for a single piece, a file such as song.mp3, or - for stdout (default: out)",
+    )
+    add("--format", choices=FORMATS, help="audio file format (default: the suffix of -o, or wav)")
     add("--strategy", choices=STRATEGIES, default="loudness", help="level normalisation (default: loudness)")
     add("--loudness", type=float, metavar="LUFS", help="target loudness for --strategy loudness (default: -14)")
-    add("--overwrite", action="store_true", help="overwrite existing files (default: append a number)")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="overwrite existing files (default: append a number in a folder, refuse a file given with -o)",
+    )
     add("--plot", action="store_true", help="also plot the waveform and spectrogram of each file to a PNG")
     add("--json", action="store_true", help="print a JSON summary as the last line")

@@ -1,4 +1,4 @@
-"""Plans the pieces to generate and their file names. Opens no files; only creates and probes the output folder."""
+"""Plans the pieces to generate and their file names. Opens no files."""
 
 from __future__ import annotations
 
@@ -113,36 +113,3 @@ def slug(text: str) -> str:
     words = re.sub(r"[^\w]+|_", "-", text.lower()).strip("-")
     cut = words[:MAX_SLUG_LEN].encode(errors="ignore")[:MAX_SLUG_BYTES].decode(errors="ignore")
     return cut.rstrip("-") or "piece"
-
-
-def longest_name(pieces: Sequence[Piece], options: GenerateOptions) -> int:
-    """Bytes of the longest file name of the pieces, including a number appended to avoid overwriting."""
-    suffix = max(f".{options.format}", ".png" if options.plot else "", key=len)
-    return max(len(f"{piece.file_stem}-{MAX_PIECES}{suffix}".encode()) for piece in pieces)
-
-
-def make_folder(folder: Path, name_bytes: int = 0) -> None:
-    """Create the output folder, so that a bad one is reported before any work.
-
-    Args:
-        name_bytes: the longest file name that must be possible in it.
-    Raises:
-        InvalidRequestError: it cannot be created or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".musicgen-{secrets.token_hex(4)}".ljust(name_bytes, "_")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise InvalidRequestError("a writable folder", f"{folder} ({reason})", param="out") from error
-
-
-def free_stem(folder: Path, stem: str, suffixes: Sequence[str], *, overwrite: bool) -> Path:
-    """The output path without suffix: `stem`, or the first unused one of `stem-2`, `stem-3` …."""
-    path, number = folder / stem, 1
-    while not overwrite and any(path.with_name(f"{path.name}{suffix}").exists() for suffix in suffixes):
-        number += 1
-        path = folder / f"{stem}-{number}"
-    return path

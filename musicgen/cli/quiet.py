@@ -14,10 +14,8 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from musicgen.cli.options import GenerateOptions
-from musicgen.errors import InvalidRequestError
 
 CHATTY_LOGGERS = ("transformers", "huggingface_hub", "torio", "torchaudio", "matplotlib")
-MAX_THREADS = 1024
 
 
 class _OneLine(logging.Handler):
@@ -54,15 +52,9 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def torch_threads(options: GenerateOptions) -> Iterator[None]:
-    """Set the number of torch threads.
-
-    Raises:
-        InvalidRequestError: the number is out of range.
-    """
+    """Set the number of torch threads."""
     import torch
 
-    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
-        raise InvalidRequestError(f"an integer in [1, {MAX_THREADS}]", str(options.threads), param="threads")
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads or before)
     try:

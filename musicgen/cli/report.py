@@ -1,26 +1,37 @@
-"""Output of `musicgen generate`: progress bar on stderr, one line per file, summary, JSON."""
+"""Reports of `musicgen generate`: progress bar on stderr, one line per file, summary, JSON."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
 from musicgen.cli.options import GenerateOptions
 from musicgen.cli.plan import Piece
 from musicgen.cli.timing import PARTS, PartName
-
-if TYPE_CHECKING:
-    from musicgen.api import MusicGen
+from musicgen.weights.registry import DEMO_MODEL
 
 DEMO_NOTE = "bundled demo model (small; not Meta's weights)"
 MAX_TITLE_LEN = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What reports and files say about a model, local or remote."""
+
+    name: str
+    license: str
+    weights: str
+    device: str
+    """Or the URL of the service."""
+    sample_rate: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,7 @@ class Bar:
     """Progress over all pieces, in seconds of music; hidden if stderr is not a terminal."""
 
     def __init__(self, num_pieces: int, duration_s: float) -> None:
-        self._num_pieces, self._duration_s = num_pieces, duration_s
+        self._duration_s = duration_s
         self._num_before = self._num_in_batch = 0
         self._bar = tqdm(
             total=round(num_pieces * duration_s, 2),
@@ -55,6 +66,9 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._bar.close()
 
     def begin(self, titles: list[str]) -> None:
@@ -70,30 +84,39 @@ class Bar:
         done_s = (self._num_before + self._num_in_batch * generated / total) * self._duration_s
         self._bar.update(done_s - self._bar.n)
 
-    def say(self, line: str) -> None:
-        """Print a line on stdout, above the bar."""
-        self._bar.write(line)
-
 
 class Report:
-    """The output of one run, in order: `start`, `line` for each file, `finish`."""
+    """The report of one run, in order: `start`, `add` for each file, `finish`. On stderr if stdout gets the audio."""
 
-    def __init__(self, options: GenerateOptions, model: MusicGen, num_pieces: int) -> None:
-        self._options, self._model, self._num_pieces = options, model, num_pieces
+    def __init__(self, options: GenerateOptions, model: ModelFacts, pieces: Sequence[Piece]) -> None:
+        self._options, self._model, self._pieces = options, model, pieces
+        self._stream = sys.stderr if options.to_stdout else sys.stdout
         self._written: list[Written] = []
+        self._started = False
 
-    def start(self, first_seed: int) -> None:
-        from musicgen.weights.registry import DEMO_MODEL
+    def __enter__(self) -> Report:
+        return self
 
-        config = self._model.model.config
-        what = DEMO_NOTE if self._options.model == DEMO_MODEL else f"model {config.name}"
-        print(f"{what}; licence of the weights: {config.license}; on {self._model.device}")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, KeyboardInterrupt) and self._written:
+            error.add_note("the files listed above are complete")
+
+    def start(self) -> None:
+        """The first lines; printed only once."""
+        if self._started:
+            return
+        self._started = True
+        model, seed, num_pieces = self._model, self._pieces[0].seed, len(self._pieces)
+        what = DEMO_NOTE if self._options.model == DEMO_MODEL else f"model {model.name}"
+        self._print(f"{what}; licence of the weights: {model.license}; on {model.device}")
         drawn = " (random; pass --seed to reproduce)" if self._options.seed is None else ""
-        last = f" to {first_seed + self._num_pieces - 1}" if self._num_pieces > 1 else ""
-        print(f"seed {first_seed}{last}{drawn}", flush=True)
+        last = f" to {seed + num_pieces - 1}" if num_pieces > 1 else ""
+        self._print(f"seed {seed}{last}{drawn}")
 
-    def line(self, written: Written) -> str:
-        """The line for a finished file, which is also recorded for the summary."""
+    def add(self, written: Written) -> None:
+        """Report a finished file."""
         self._written.append(written)
         parts = [
             str(written.path),
@@ -105,7 +128,7 @@ class Report:
             else f"{written.loudness_lufs:.1f} LUFS",
         ]
         picture = f"\n{written.picture}" if written.picture else ""
-        return "  ".join(parts) + picture
+        self._print("  ".join(parts) + picture)
 
     def finish(self, seconds: Mapping[PartName, float]) -> None:
         """The summary; with --json, JSON as the last line.
@@ -116,25 +139,28 @@ class Report:
         audio_s = sum(written.duration_s for written in self._written)
         work_s = sum(spent for part, spent in seconds.items() if part != "load")
         speed = audio_s / work_s
-        print(f"{audio_s:.1f} s of music in {work_s:.1f} s, excluding loading: {speed:.2f} × real time")
-        print("; ".join(f"{label} {seconds[part]:.2f} s" for part, label in PARTS.items()))
+        self._print(f"{audio_s:.1f} s of music in {work_s:.1f} s, excluding loading: {speed:.2f} × real time")
+        self._print("; ".join(f"{label} {seconds[part]:.2f} s" for part, label in PARTS.items()))
         if self._options.json:
             self._print_json(audio_s, work_s, seconds)
-        sys.stdout.flush()
+
+    def _print(self, line: str) -> None:
+        """Print above the bar."""
+        tqdm.write(line, file=self._stream)
+        self._stream.flush()
 
     def _print_json(self, audio_s: float, work_s: float, seconds: Mapping[PartName, float]) -> None:
-        config = self._model.model.config
         summary = {
-            "model": config.name,
-            "license": config.license,
-            "device": str(self._model.device),
+            "model": self._model.name,
+            "license": self._model.license,
+            "device": self._model.device,
             "files": [_as_dict(written) for written in self._written],
             "audio_s": round(audio_s, 3),
             "work_s": round(work_s, 3),
             "real_time_factor": round(work_s / audio_s, 3),
             "parts_s": {part: round(spent, 3) for part, spent in seconds.items()},
         }
-        print(json.dumps(summary, ensure_ascii=False))
+        self._print(json.dumps(summary, ensure_ascii=False))
 
 
 def _as_dict(written: Written) -> dict[str, Any]:

@@ -7,49 +7,25 @@ command.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import torch
 
 from musicgen.cli.checks import check_loudness
-from musicgen.cli.generate import read_back, write_piece
 from musicgen.cli.options import GenerateOptions
-from musicgen.cli.plan import Piece, make_folder, plan_pieces
-from musicgen.cli.report import Bar, Report
+from musicgen.cli.output import Output
+from musicgen.cli.plan import Piece, plan_pieces
+from musicgen.cli.report import Bar, ModelFacts, Report
 from musicgen.cli.timing import Stopwatch
 from musicgen.errors import InvalidRequestError, RequestCancelledError
 from musicgen_serving.client import Client, Generated, connect
 from musicgen_serving.errors import NotFoundError
 
-if TYPE_CHECKING:
-    from musicgen.api import MusicGen
-
 _PERIOD_S = 0.1
 """Refresh interval of the progress bar."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Config:
-    name: str
-    license: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    config: _Config
-
-
-@dataclass(frozen=True, slots=True)
-class _RemoteModel:
-    """What the local command's reports and files need to know about their model, for a remote one."""
-
-    model: _Parts
-    sample_rate: int
-    device: str
 
 
 def generate_remote(options: GenerateOptions, url: str, api_key: str | None) -> int:
@@ -60,30 +36,34 @@ def generate_remote(options: GenerateOptions, url: str, api_key: str | None) -> 
     """
     _check_options(options)
     pieces = plan_pieces(options)
-    loudness_lufs = check_loudness(options)
-    make_folder(options.out)
+    output = Output(options, pieces, check_loudness(options))
     watch = Stopwatch()
     with watch.measure("inputs"):
-        files = {path: _content(path) for path in dict.fromkeys([*options.melody, *options.prompt_audio])}
+        files = {path: _content(path, "prompt-audio") for path in options.prompt_audio}
+        files |= {path: _content(path, "melody") for path in options.melody}
     with connect(url, api_key) as client:
         with watch.measure("load"):
-            found = _find(client, options.model, url)
-        model, options = cast("MusicGen", found), replace(options, model=found.model.config.name)
-        report = Report(options, model, len(pieces))
-        report.start(pieces[0].seed)
-        with Bar(len(pieces), options.duration) as bar:
+            model = _find(client, options.model, url)
+        options = replace(options, model=model.name)
+        with Report(options, model, pieces) as report, Bar(len(pieces), options.duration) as bar:
+
+            def progress(done: float) -> None:
+                if done > 0:  # not before the service has accepted the pieces
+                    report.start()
+                bar.frames(round(1000 * done), 1000)
+
             for start in range(0, len(pieces), options.batch):
                 batch = pieces[start : start + options.batch]
                 bar.begin([piece.title for piece in batch])
                 with watch.measure("codes"):
-                    made = _Batch(client, options, files).make(batch, bar)
+                    made = _Batch(client, options, files).make(batch, progress)
                 for piece, generated in zip(batch, made, strict=True):
                     with watch.measure("write"):
                         wav = torch.from_numpy(generated.samples.copy())
-                        path = write_piece(options, piece, wav, model, loudness_lufs)
-                        written = read_back(path, piece, plot=options.plot)
-                    bar.say(report.line(written))
-        report.finish(watch.seconds)
+                        written = output.write(piece, wav, model)
+                    report.add(written)
+            bar.close()
+            report.finish(watch.seconds)
     return 0
 
 
@@ -95,8 +75,12 @@ class _Batch:
         self._stopped = threading.Event()
         self._done: list[float] = []
 
-    def make(self, pieces: Sequence[Piece], bar: Bar) -> list[Generated]:
-        """All pieces, in order. Raises: the first error; the others are cancelled."""
+    def make(self, pieces: Sequence[Piece], progress: Callable[[float], None]) -> list[Generated]:
+        """All pieces, in order. Raises: the first error; the others are cancelled.
+
+        Args:
+            progress: called with the finished fraction of all pieces.
+        """
         self._done = [0.0] * len(pieces)
         with ThreadPoolExecutor(len(pieces), thread_name_prefix="piece") as pool:
             try:
@@ -108,7 +92,7 @@ class _Batch:
                     finished, waiting = wait(waiting, _PERIOD_S, return_when=FIRST_EXCEPTION)
                     for future in finished:
                         future.result()
-                    bar.frames(round(1000 * sum(self._done)), 1000 * len(pieces))
+                    progress(sum(self._done) / len(pieces))
                 return [future.result() for future in futures]
             except BaseException:  # also on KeyboardInterrupt: cancel the rest
                 self._stopped.set()
@@ -142,25 +126,25 @@ class _Batch:
 
 
 def _check_options(options: GenerateOptions) -> None:
-    for name in ("device", "dtype", "threads"):
+    for name in ("device", "weights", "threads"):
         value = getattr(options, name)
         if value is not None:
             raise InvalidRequestError(f"no --{name} with --server", str(value), "set it on the server", param=name)
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Path, option: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise InvalidRequestError("an audio file", f"{path} ({reason})", param="audio") from error
+        raise InvalidRequestError("an audio file", f"{path} ({reason})", param=option) from error
 
 
-def _find(client: Client, name: str, url: str) -> _RemoteModel:
+def _find(client: Client, name: str, url: str) -> ModelFacts:
     """The model of that name; the first one, if `name` is empty."""
     models = client.models()
     for info in models:
         if name in ("", info.name):
-            return _RemoteModel(_Parts(_Config(info.name, info.license)), info.sample_rate, url)
+            return ModelFacts(info.name, info.license, info.weights, url, info.sample_rate)
     names = ", ".join(info.name for info in models) or "none"
     raise NotFoundError(f"model: expected one of the service's models ({names}), got {name or 'none'!r}")

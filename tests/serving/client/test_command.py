@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,25 @@ def test_a_refusal_ends_the_command(protocol: str, tmp_path: Path) -> None:
     with running(service) as there, pytest.raises(MissingDependencyError, match="stems"):
         generate_remote(options("a", "b", "-o", str(tmp_path)), there.url(protocol), None)
     assert list(tmp_path.iterdir()) == []
+
+
+@BOTH
+def test_nothing_is_said_before_the_service_accepts(
+    protocol: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with running(FakeService()) as there, pytest.raises(InvalidRequestError, match="duration"):
+        generate_remote(options("a", "--duration", "500", "-o", str(tmp_path / "out")), there.url(protocol), None)
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_and_stdout(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    with running(FakeService()) as there:
+        for out in (str(tmp_path / "song.flac"), "-"):
+            assert generate_remote(options("a", "--duration", "0.5", "-o", out), there.http_url, None) == 0
+    assert soundfile.info(tmp_path / "song.flac").frames == 16000
+    audio = capsysbinary.readouterr().out.partition(b"RIFF")
+    assert soundfile.info(io.BytesIO(b"".join(audio[1:]))).frames == 16000
 
 
 @BOTH
