@@ -116,7 +116,7 @@ def _clip(wav: Tensor, log: bool, stem_name: str | None) -> Tensor:
     if log:
         share = float((wav.abs() > 1).float().mean())
         logger.warning(
-            "%s: %.4f %% of samples clipped, peak %.2f; lower the target loudness to avoid this",
+            "%s: %.4f %% of samples clipped, peak %.2f; to avoid this, use the loudness compressor or a lower target",
             stem_name or "audio", 100 * share, peak,
         )  # fmt: skip
     return wav.clamp(-1.0, 1.0)

@@ -139,12 +139,27 @@ def test_a_file_says_what_it_is(run: Run, folders: dict[str, Path], tmp_path: Pa
 def test_formats_and_level(run: Run, folders: dict[str, Path], format: str) -> None:
     code, out, _ = run(
         *("generate", "rock", "--duration", 1, "--seed", 1, "--model", folders["text"], "--format", format),
-        *("--loudness", "-20", "--json"),
+        *("--loudness", "-20", "--no-compressor", "--json"),
     )
     assert code == 0
     (file,) = _last_json(out)["files"]
     assert file["path"] == f"out/rock_seed1.{format}"
     assert file["loudness_lufs"] == pytest.approx(-20.0, abs=0.5)
+
+
+def test_nothing_clips_unless_the_compressor_is_off(
+    run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wav = 0.1 * torch.randn(1, 1, 32000, generator=torch.Generator().manual_seed(0))
+    wav[..., ::1600] = 0.6  # clicks, which the target takes beyond full scale
+    monkeypatch.setattr(MusicGen, "generate", lambda *_, **__: wav)
+    command = ["generate", "rock", "--model", folders["text"], "--loudness", "-12", "--json"]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert _last_json(out)["files"][0]["peak"] < 0.99
+    _, out, err = run(*command, "--no-compressor")
+    assert "to avoid this, use the loudness compressor" in err
+    assert _last_json(out)["files"][0]["peak"] > 0.99
 
 
 def test_nothing_is_overwritten_unless_asked(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:

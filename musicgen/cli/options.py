@@ -84,6 +84,7 @@ class GenerateOptions:
     """None: the suffix of `out`, or the default."""
     strategy: Strategy
     loudness: float | None
+    compressor: bool
     overwrite: bool
     plot: bool
     json: bool
@@ -253,6 +254,12 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=FORMATS, help="audio file format (default: the suffix of -o, or wav)")
     add("--strategy", choices=STRATEGIES, default="loudness", help="level normalisation (default: loudness)")
     add("--loudness", type=float, metavar="LUFS", help="target loudness for --strategy loudness (default: -14)")
+    add(
+        "--no-compressor",
+        dest="compressor",
+        action="store_false",
+        help="with --strategy loudness: clip peaks instead of compressing them (exact loudness, but may distort)",
+    )
     add(
         "--overwrite",
         action="store_true",

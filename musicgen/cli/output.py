@@ -70,6 +70,7 @@ class Output:
             format=self._format,
             strategy=options.strategy,
             loudness_headroom_db=-self._loudness_lufs,
+            loudness_compressor=options.compressor,
             add_suffix=False,
             metadata={"title": piece.title, **tags},
         )
