@@ -210,6 +210,30 @@ def test_audio_on_stdout(folders: dict[str, Path], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_prompts_from_stdin(run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("rock\n\n  sad jazz \n"))
+    command = ["generate", "folk", "-", "--duration", 0.1, "--model", folders["text"], "--json"]
+    _, out, _ = run(*command)
+    assert [file["prompt"] for file in _last_json(out)["files"]] == ["folk", "rock", "sad jazz"]
+    code, _, err = run(*command)
+    assert (code, err) == (2, "musicgen: error: prompt: expected prompts on stdin, one per line, got none\n")
+
+
+def test_quiet(run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    code, out, err = run(
+        "generate", "rock", "--duration", 0.5, "--strategy", "peak", "--model", folders["text"], "--quiet"
+    )
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    assert out.startswith("out/rock_seed")
+
+
+@pytest.mark.parametrize("option", ["--weights", "--dtype"])
+def test_the_type_of_the_weights(option: str, run: Run, folders: dict[str, Path]) -> None:
+    _, out, _ = run("generate", "rock", "--duration", 0.1, "--model", folders["text"], option, "int8", "--json")
+    assert _last_json(out)["weights"] == "int8"
+
+
 def test_a_seed_is_drawn_and_told(run: Run, folders: dict[str, Path]) -> None:
     command = ["generate", "rock", "--duration", 0.1, "--model", folders["text"], "--json"]
     seeds = []
@@ -339,11 +363,16 @@ BAD_INPUT = {
     "nothing to make": ([], "expected a prompt"),
     "empty prompt": (["rock", " "], "expected non-empty prompts"),
     "no such model": (["rock", "--model", "no-such-model"], "no-such-model"),
-    "no such file": (["rock", "--melody", "absent.wav"], "absent.wav"),
+    "misspelt model": (
+        ["rock", "--model", "mello"],
+        "--model: expected a short name, a Hugging Face repository id or a",
+    ),
+    "similar model": (["rock", "--model", "mello"], "did you mean melody?"),
+    "no such file": (["rock", "--melody", "absent.wav"], "--melody: expected an existing audio file, got absent.wav"),
     "unreadable audio": (["rock", "--melody", "text.mp3"], "text.mp3"),
     "zero-length audio": (["rock", "--melody", "empty.wav"], "empty.wav"),
     "NaN audio": (["rock", "--melody", "nan.wav"], "nan.wav"),
-    "NaN prompt audio": (["rock", "--prompt-audio", "nan.wav"], "nan.wav"),
+    "NaN prompt audio": (["rock", "--prompt-audio", "nan.wav"], "--prompt-audio: "),
     "melody, model without": (["rock", "--melody", "good.wav", "--model", "small"], "no melody for model 'small'"),
     "double guidance, model without": (["rock", "--melody-guidance", "2", "--model", "small"], "no melody"),
     "double guidance, no melody": (["rock", "--melody-guidance", "2"], "melody-guidance"),
@@ -355,11 +384,11 @@ BAD_INPUT = {
     "duration absurd": (["rock", "--duration", "1e9"], "duration"),
     "duration no number": (["rock", "--duration", "long"], "duration"),
     "prompt too long": (["rock", "--prompt-audio", "good.wav", "--duration", "1"], "shorter than the duration"),
-    "top_k < 0": (["rock", "--top-k", "-1"], "top_k"),
-    "top_p > 1": (["rock", "--top-p", "1.1"], "top_p"),
-    "top_p < 0": (["rock", "--top-p", "-0.1"], "top_p"),
+    "top_k < 0": (["rock", "--top-k", "-1"], "--top-k: "),
+    "top_p > 1": (["rock", "--top-p", "1.1"], "--top-p: "),
+    "top_p < 0": (["rock", "--top-p", "-0.1"], "--top-p: "),
     "temperature": (["rock", "--temperature", "-1"], "temperature"),
-    "guidance": (["rock", "--guidance", "inf"], "guidance"),
+    "guidance": (["rock", "--guidance", "inf"], "--guidance: "),
     "no samples": (["rock", "--num-samples", "0"], "num-samples"),
     "too many": (["rock", "--num-samples", "1001"], "at most 1000"),
     "batch": (["rock", "--batch", "0"], "batch"),
@@ -380,7 +409,7 @@ BAD_INPUT = {
     "stdout and plot": (["rock", "-o", "-", "--plot"], "expected no --plot with -o -"),
     "device": (["rock", "--device", "abacus"], "abacus"),
     "format": (["rock", "--format", "midi"], "midi"),
-    "unknown option": (["rock", "--tempo", "3"], "--tempo"),
+    "unknown option": (["rock", "--tempo", "3"], "--tempo 3; see `musicgen generate --help`"),
 }
 
 
@@ -425,8 +454,8 @@ def test_the_longest_piece_is_the_librarys() -> None:
     [
         ("text", ["rock", "--melody", "good.wav"], "no melody for model"),
         ("text", ["rock", "fifty " * 600], "at most 512 tokens"),
-        ("text", ["rock", "--extend-stride", "31"], "extend_stride"),
-        ("text", ["rock", "--extend-stride", "0.01"], "extend_stride"),
+        ("text", ["rock", "--extend-stride", "31"], "--extend-stride"),
+        ("text", ["rock", "--extend-stride", "0.01"], "--extend-stride"),
         ("text", ["rock", "\udcff"], "Unicode"),
         ("text", ["rock", "--duration", "0.01"], "at least one frame"),
         ("melody", ["rock", "--prompt-audio", "good.wav", "--duration", "1.01"], "shorter than the duration"),
@@ -509,7 +538,54 @@ def test_interrupted(run: Run, folders: dict[str, Path], monkeypatch: pytest.Mon
     monkeypatch.setattr(MusicGen, "generate", interrupt)
     code, _, err = run("generate", "rock", "--model", folders["text"])
     assert code == 130
-    assert err.strip().startswith("musicgen: interrupted")
+    assert err == "\nmusicgen: interrupted\n"
+
+
+def test_interrupted_after_a_file(run: Run, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = MusicGen.generate
+
+    def once(self: MusicGen, texts: list[str | None], **keywords: Any) -> Any:
+        if texts == ["jazz"]:
+            raise KeyboardInterrupt
+        return generate(self, texts, **keywords)
+
+    monkeypatch.setattr(MusicGen, "generate", once)
+    code, out, err = run(
+        "generate", "rock", "jazz", "--batch", 1, "--duration", 0.1, "--seed", 1, "--model", folders["text"]
+    )
+    assert code == 130
+    assert "out/rock_seed1.wav" in out
+    assert err.endswith("\nmusicgen: interrupted; the files listed above are complete\n")
+
+
+def test_terminated(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "musicgen", "generate", "rock", "--duration", "600"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()  # the header: generation begins
+        process.terminate()
+        assert process.wait(30) == 143
+        assert process.stderr.read() == "\nmusicgen: terminated\n"
+
+
+def test_a_full_disk_behind_stdout(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "musicgen", "models"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "musicgen: error: cannot write to stdout: No space left on device\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [("generat", "try `musicgen generate`"), ("happy rock", "try `musicgen generate 'happy rock'`")]
+)
+def test_a_command_that_does_not_exist(given: str, words: str, run: Run) -> None:
+    code, out, err = run(given)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,18 @@ Subcommand modules are imported lazily, which keeps `--help` fast.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 from collections.abc import Sequence
 
 from musicgen.cli import plugins
-from musicgen.cli.options import build_parser
+from musicgen.cli.interrupt import Terminated
+from musicgen.cli.options import parse
 from musicgen.errors import InvalidRequestError, MusicGenError
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 DEBUG = "MUSICGEN_DEBUG"
 """Environment variable: 1 shows the traceback of errors."""
 MAX_LINE_LEN = 2000
@@ -26,32 +28,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the arguments after `musicgen`; None: `sys.argv[1:]`.
     Returns:
-        The exit code: 0 success, 1 failure, 2 bad input, 130 interrupted.
+        The exit code: 0 success, 1 failure, 2 bad input, 130 interrupted, 143 terminated.
     Raises:
         SystemExit: after `--help` and `--version` (0), and for invalid arguments (2).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # for text that the terminal cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
-    parser = build_parser()
-    namespace = parser.parse_args(arguments)
+    namespace = parse(sys.argv[1:] if arguments is None else arguments)
     if namespace.command is None:
-        parser.print_help()
         return 0
     try:
         code = _run(vars(namespace))
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("\nmusicgen: interrupted; the files listed above are complete", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
+        notes = ["terminated" if terminated else "interrupted", *getattr(interrupt, "__notes__", [])]
+        print(f"\nmusicgen: {'; '.join(notes)}", file=sys.stderr)
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return EXIT_FAILED
     except Exception as error:
         if os.environ.get(DEBUG) == "1":
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _discard_stdout()
+            error = MusicGenError(f"cannot write to stdout: {error.strerror}")
         print(f"musicgen: error: {_one_line(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, InvalidRequestError) else EXIT_FAILED
+
+
+def _discard_stdout() -> None:
+    """Keep Python from failing again when it flushes stdout at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ from musicgen.cli.checks import (
     check_with_model,
     read_recordings,
 )
-from musicgen.cli.options import GenerateOptions
+from musicgen.cli.interrupt import sigterm_interrupts
+from musicgen.cli.options import STDIN, GenerateOptions, by_option
 from musicgen.cli.output import Output
 from musicgen.cli.plan import Piece, plan_pieces
 from musicgen.cli.quiet import quiet_libraries, torch_threads
 from musicgen.cli.report import Bar, ModelFacts, Report
 from musicgen.cli.timing import Stopwatch
+from musicgen.errors import InvalidRequestError
 from musicgen.weights.registry import DEMO_MODEL
 
 API_KEY = "MUSICGEN_API_KEY"
@@ -44,6 +47,27 @@ def run(values: dict[str, Any]) -> int:
         MusicGenError: bad input (before any generation), or a model that cannot be loaded.
     """
     options = GenerateOptions(**values)
+    try:
+        with sigterm_interrupts():
+            return _run(dataclasses.replace(options, prompts=_prompts(options.prompts)))
+    except InvalidRequestError as error:
+        raise by_option(error) from error
+
+
+def _prompts(given: list[str]) -> list[str]:
+    """The prompts, with `-` replaced by the lines of stdin."""
+    if STDIN not in given:
+        return given
+    try:
+        lines = [line.strip() for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"text in {sys.stdin.encoding} on stdin", "other bytes", param="prompt") from error
+    if not lines:
+        raise InvalidRequestError("prompts on stdin, one per line", "none", param="prompt")
+    return [line for prompt in given for line in (lines if prompt == STDIN else [prompt])]
+
+
+def _run(options: GenerateOptions) -> int:
     if options.server is not None:
         return plugins.generate_remote()(options, options.server, os.environ.get(API_KEY))
     options = dataclasses.replace(options, model=options.model or DEMO_MODEL)
@@ -98,7 +122,7 @@ def _make(
     """Generate, write and report the pieces batch by batch, so that an interrupt loses at most one batch."""
     _watch_parts(model, watch)
     facts = _facts(model, options)
-    with Report(options, facts, pieces) as report, Bar(len(pieces), options.duration) as bar:
+    with Report(options, facts, pieces) as report, Bar(len(pieces), options) as bar:
         report.start()
         model.set_custom_progress_callback(bar.frames)
         for start in range(0, len(pieces), options.batch):

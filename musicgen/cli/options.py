@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NoReturn
 
 from musicgen import __version__
 from musicgen.cli import plugins
+from musicgen.errors import InvalidRequestError
 
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus")
 DEFAULT_FORMAT = "wav"
-STDOUT = Path("-")
+STDIN, STDOUT = "-", Path("-")
 STRATEGIES = ("loudness", "peak", "rms", "clip")
 Strategy = Literal["loudness", "peak", "rms", "clip"]
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
@@ -49,6 +53,11 @@ examples:
     musicgen generate "sad jazz" --prompt-audio begin.wav --duration 20
   two unconditional pieces
     musicgen generate --unconditional 2
+  one piece for each line of a file
+    musicgen generate - < prompts.txt
+  one piece in a file of your choice, or on stdout
+    musicgen generate "happy rock" -o rock.mp3
+    musicgen generate "happy rock" -o - | ffplay -
   for scripts: the last line on stdout is JSON
     musicgen generate "happy rock" --json | tail -n 1
 """
@@ -88,11 +97,31 @@ class GenerateOptions:
     overwrite: bool
     plot: bool
     json: bool
+    quiet: bool
     server: str | None
 
     @property
     def to_stdout(self) -> bool:
         return self.out == STDOUT
+
+
+_OPTIONS = {
+    "cfg_coef": "guidance",
+    "cfg_coef_beta": "melody-guidance",
+    "guidance_scale": "guidance",
+    "stem_name": "out",
+    "url": "server",
+}
+"""Options of parameters with another name."""
+
+
+def by_option(error: InvalidRequestError) -> InvalidRequestError:
+    """The error with the option in place of the parameter that the library or the service names, if it has one."""
+    param = error.param or ""
+    option = _OPTIONS.get(param, param.removesuffix("_s").replace("_", "-"))
+    if option.replace("-", "_") not in GenerateOptions.__dataclass_fields__:
+        return error
+    return InvalidRequestError(error.expected, error.got, error.hint, param=f"--{option}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,8 +131,27 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"musicgen: error: {message}; see `{self.prog} --help`\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The top-level parser; the namespace holds `command` and the options of that subcommand."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """`command`, or None, and the options of that subcommand. Exits for `--help`, `--version` and errors."""
+    parser, commands = build_parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        parser.error(_unknown_command(arguments[0], list(commands)))
+    namespace, unknown = parser.parse_known_args(arguments)
+    if namespace.command is None:
+        parser.print_help()
+    elif unknown:
+        commands[namespace.command].error(f"unknown arguments: {' '.join(unknown)}")
+    return namespace
+
+
+def _unknown_command(given: str, commands: list[str]) -> str:
+    similar = get_close_matches(given, commands, n=1)
+    meant = similar[0] if similar else f"generate {shlex.quote(given)}"
+    return f"COMMAND: expected one of {', '.join(commands)}, got {given!r}; try `musicgen {meant}`"
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The top-level parser and those of the subcommands."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="musicgen", description=ABOUT, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"musicgen {__version__}")
@@ -139,13 +187,18 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=plugin.help, description=plugin.description, formatter_class=raw, allow_abbrev=False
         )
         plugin.add_arguments(plugin_parser)
-    return parser
+    return parser, commands.choices
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("inputs")
     add = group.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="text prompt; quote each one")
+    add(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="text prompt; quote each one; - reads prompts from stdin, one per line",
+    )
     add(
         "--melody",
         action="append",
@@ -267,3 +320,4 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
     )
     add("--plot", action="store_true", help="also plot the waveform and spectrogram of each file to a PNG")
     add("--json", action="store_true", help="print a JSON summary as the last line")
+    add("--quiet", action="store_true", help="list only the files: no progress, header or summary")

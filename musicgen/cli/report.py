@@ -51,14 +51,14 @@ class Written:
 
 
 class Bar:
-    """Progress over all pieces, in seconds of music; hidden if stderr is not a terminal."""
+    """Progress over all pieces, in seconds of music; hidden if stderr is not a terminal, and with --quiet."""
 
-    def __init__(self, num_pieces: int, duration_s: float) -> None:
-        self._duration_s = duration_s
+    def __init__(self, num_pieces: int, options: GenerateOptions) -> None:
+        self._duration_s = options.duration
         self._num_before = self._num_in_batch = 0
         self._bar = tqdm(
-            total=round(num_pieces * duration_s, 2),
-            disable=None,
+            total=round(num_pieces * options.duration, 2),
+            disable=options.quiet or None,
             bar_format="{desc} {percentage:3.0f} %|{bar}| {n:.1f}/{total:g} s of music [{elapsed}<{remaining}]",
         )
 
@@ -104,8 +104,8 @@ class Report:
             error.add_note("the files listed above are complete")
 
     def start(self) -> None:
-        """The first lines; printed only once."""
-        if self._started:
+        """The first lines; printed only once, and not with --quiet."""
+        if self._started or self._options.quiet:
             return
         self._started = True
         model, seed, num_pieces = self._model, self._pieces[0].seed, len(self._pieces)
@@ -131,16 +131,17 @@ class Report:
         self._print("  ".join(parts) + picture)
 
     def finish(self, seconds: Mapping[PartName, float]) -> None:
-        """The summary; with --json, JSON as the last line.
+        """The summary, unless --quiet; with --json, JSON as the last line.
 
         Args:
             seconds: time spent in each part of the work.
         """
         audio_s = sum(written.duration_s for written in self._written)
         work_s = sum(spent for part, spent in seconds.items() if part != "load")
-        speed = audio_s / work_s
-        self._print(f"{audio_s:.1f} s of music in {work_s:.1f} s, excluding loading: {speed:.2f} × real time")
-        self._print("; ".join(f"{label} {seconds[part]:.2f} s" for part, label in PARTS.items()))
+        if not self._options.quiet:
+            speed = audio_s / work_s
+            self._print(f"{audio_s:.1f} s of music in {work_s:.1f} s, excluding loading: {speed:.2f} × real time")
+            self._print("; ".join(f"{label} {seconds[part]:.2f} s" for part, label in PARTS.items()))
         if self._options.json:
             self._print_json(audio_s, work_s, seconds)
 
@@ -153,6 +154,7 @@ class Report:
         summary = {
             "model": self._model.name,
             "license": self._model.license,
+            "weights": self._model.weights,
             "device": self._model.device,
             "files": [_as_dict(written) for written in self._written],
             "audio_s": round(audio_s, 3),

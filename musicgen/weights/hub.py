@@ -6,6 +6,7 @@ huggingface_hub is imported only to look up a repository. Independent of the con
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
@@ -49,13 +50,18 @@ def resolve(name: str) -> Path:
         raise InvalidRequestError(
             EXPECTED_NAME,
             repr(name),
-            f"short names: {', '.join(MODELS)}",
+            f"{_did_you_mean(repo_id)}short names: {', '.join(MODELS)}",
             param="model",
         )
     if reason := UNSUPPORTED.get(repo_id):
         got, hint = f"{repo_id}: {reason}", f"choose one of {', '.join(MODELS)}"
         raise InvalidRequestError("a MusicGen model for text or melodies", got, hint, param="model")
     return _download(repo_id, revision or None)
+
+
+def _did_you_mean(name: str) -> str:
+    similar = get_close_matches(name, MODELS, n=1)
+    return f"did you mean {similar[0]}? " if similar else ""
 
 
 def _holds_checkpoint(folder: Path) -> bool:

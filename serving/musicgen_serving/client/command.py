@@ -45,7 +45,7 @@ def generate_remote(options: GenerateOptions, url: str, api_key: str | None) -> 
         with watch.measure("load"):
             model = _find(client, options.model, url)
         options = replace(options, model=model.name)
-        with Report(options, model, pieces) as report, Bar(len(pieces), options.duration) as bar:
+        with Report(options, model, pieces) as report, Bar(len(pieces), options) as bar:
 
             def progress(done: float) -> None:
                 if done > 0:  # not before the service has accepted the pieces

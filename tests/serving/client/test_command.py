@@ -16,7 +16,7 @@ from musicgen_serving.errors import NotFoundError
 from serving.client.running import running
 from serving.fake_service import FakeService, tone
 
-from musicgen.cli.options import GenerateOptions, build_parser
+from musicgen.cli.options import GenerateOptions, parse
 from musicgen.errors import InvalidRequestError, MissingDependencyError
 from serving import fake_service
 
@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize("protocol", ["http", "grpc"])
 
 
 def options(*words: str, **changes: Any) -> GenerateOptions:
-    values = vars(build_parser().parse_args(["generate", *words]))
+    values = vars(parse(["generate", *words]))
     fields = GenerateOptions.__dataclass_fields__
     return GenerateOptions(**{name: values[name] for name in values if name in fields} | changes)
 
