@@ -12,6 +12,7 @@ from musicgen.errors import (
     QuotaExceededError,
     RequestCancelledError,
 )
+from musicgen_serving.client.types import ConnectionLostError
 from musicgen_serving.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -37,6 +38,13 @@ _LATER = {
     "temporarily_unavailable": OverloadedError,
 }
 _WORDS = re.compile(r"(?:[\w.-]+: )?expected (?P<expected>.+?), got (?P<got>.+?)(?:; (?P<hint>.+))?", re.DOTALL)
+
+
+def no_response(url: str, reason: str, protocol: str) -> ConnectionLostError:
+    """The error of a service that cannot be reached, or does not speak `protocol` there."""
+    return ConnectionLostError(
+        f"{url}: no response ({reason}); is the service running, and is this its {protocol} port?"
+    )
 
 
 def error_from(code: str, message: str, param: str | None = None, retry_after_s: float | None = None) -> MusicGenError:

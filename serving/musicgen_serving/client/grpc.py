@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,10 +13,9 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 
 from musicgen.errors import MusicGenError
 from musicgen_serving.client.base import Client
-from musicgen_serving.client.errors import error_from
+from musicgen_serving.client.errors import error_from, no_response
 from musicgen_serving.client.types import (
     Chunk,
-    ConnectionLostError,
     Event,
     Generated,
     MusicRequest,
@@ -67,6 +67,7 @@ class GrpcClient(Client):
         retries: Retries | None = None,
     ) -> None:
         super().__init__(retries)
+        self._url = f"{'grpc' if tls is None else 'grpcs'}://{target}"
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
         if tls is None:
@@ -89,8 +90,15 @@ class GrpcClient(Client):
     def close(self) -> None:
         self._channel.close()
 
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise _error(error, self._url) from error
+
     def _call(self, method: Callable[..., T], request: Any) -> T:
-        with _own_errors():
+        with self._own_errors():
             return method(request, timeout=self._timeout_s, metadata=self._metadata)
 
     def _whole(self, request: MusicRequest) -> Generated:
@@ -112,7 +120,7 @@ class GrpcClient(Client):
         channels = 1
         call: Any = self._stub.StreamGenerate(message, timeout=self._timeout_s, metadata=self._metadata)
         try:
-            with _own_errors():
+            with self._own_errors():
                 for answer in call:
                     kind = answer.WhichOneof("event")
                     if kind == "started":
@@ -146,15 +154,7 @@ def _spec(request: MusicRequest, first_sample: int) -> pb.GenerationSpec:
     )
 
 
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise _error(error) from error
-
-
-def _error(error: Any) -> MusicGenError:
+def _error(error: Any, url: str) -> MusicGenError:
     """The exception for a failed call; only statuses sent by the service have details."""
     code, message = error.code(), error.details() or ""
     found = _details(error)
@@ -168,8 +168,13 @@ def _error(error: Any) -> MusicGenError:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return TooLargeError(f"the message exceeds a size limit ({message})")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL):
-        return ConnectionLostError(f"no response from the service ({message})")
+        return no_response(url, _reason(message), "gRPC")
     return MusicGenError(f"unexpected status {code.name} ({message})")
+
+
+def _reason(message: str) -> str:
+    """grpc's message without its nested causes and addresses."""
+    return re.split(r" \(|: \[", re.sub(r".*last error: \w+: (?:\w+:\S+: )?", "", message))[0]
 
 
 def _details(error: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import httpx2
 
 from musicgen.errors import MusicGenError
 from musicgen_serving.client.base import Client
-from musicgen_serving.client.errors import error_from
+from musicgen_serving.client.errors import error_from, no_response
 from musicgen_serving.client.types import (
     BrokenAnswerError,
     Chunk,
@@ -62,7 +62,7 @@ class HttpClient(Client):
         retries: Retries | None = None,
     ) -> None:
         super().__init__(retries)
-        self._timeout_s = timeout_s
+        self._url, self._timeout_s = url, timeout_s
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         verify = _context(tls) if tls is not None else True
         timeout = httpx2.Timeout(timeout_s, connect=_CONNECT_S)
@@ -81,15 +81,24 @@ class HttpClient(Client):
     def close(self) -> None:
         self._http.close()
 
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx2.ReadTimeout as error:
+            raise DeadlineExceededError("the request timed out") from error
+        except (httpx2.TransportError, httpx2.StreamError) as error:
+            raise no_response(self._url, str(error) or type(error).__name__, "HTTP") from error
+
     def _json(self, method: str, path: str) -> dict[str, Any]:
-        with _own_errors(), _well_formed():
+        with self._own_errors(), _well_formed():
             response = self._http.request(method, path)
             _raise_for_error(response)
             answer: dict[str, Any] = response.json()
             return answer
 
     def _whole(self, request: MusicRequest) -> Generated:
-        with _own_errors(), _well_formed():
+        with self._own_errors(), _well_formed():
             response = self._http.post(_PATH, **_body(request, 0, events=False))
             _raise_for_error(response)
             headers = response.headers
@@ -117,7 +126,7 @@ class HttpClient(Client):
         body = _body(request, first_sample, events=True)
         end_at = None if self._timeout_s is None else time.monotonic() + self._timeout_s
         channels = 1
-        with _own_errors(), _well_formed(), self._http.stream("POST", _PATH, **body) as response:
+        with self._own_errors(), _well_formed(), self._http.stream("POST", _PATH, **body) as response:
             if response.status_code != 200:
                 response.read()
             _raise_for_error(response)
@@ -166,16 +175,6 @@ def _body(request: MusicRequest, first_sample: int, *, events: bool) -> dict[str
 
 def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@contextmanager
-def _own_errors() -> Iterator[None]:
-    try:
-        yield
-    except httpx2.ReadTimeout as error:
-        raise DeadlineExceededError("the request timed out") from error
-    except (httpx2.TransportError, httpx2.StreamError) as error:
-        raise ConnectionLostError(f"no response from the service ({type(error).__name__})") from error
 
 
 @contextmanager

@@ -211,8 +211,21 @@ def test_attempts_are_bounded(protocol: str) -> None:
 
 @BOTH
 def test_nobody_there(protocol: str) -> None:
-    with connect(f"{protocol}://127.0.0.1:1", retries=QUICK) as client, pytest.raises(ConnectionLostError):
+    nobody = f"{protocol}://127.0.0.1:1"
+    with connect(nobody, retries=QUICK) as client, pytest.raises(ConnectionLostError) as error:
         client.generate("x")
+    assert str(error.value).startswith(f"{nobody}: no response (")
+    assert "Connection refused); is the service running" in str(error.value)
+
+
+def test_the_port_of_the_other_protocol() -> None:
+    with running(FakeService()) as there:
+        http, grpc = there.grpc_url.replace("grpc:", "http:"), there.http_url.replace("http:", "grpc:")
+        for url, reason, name in ((http, "illegal request line", "HTTP"), (grpc, "Failed parsing HTTP/2", "gRPC")):
+            with connect(url, retries=ONCE) as client, pytest.raises(ConnectionLostError) as error:
+                client.models()
+            hint = f"is the service running, and is this its {name} port?"
+            assert str(error.value) == f"{url}: no response ({reason}); {hint}"
 
 
 @BOTH
