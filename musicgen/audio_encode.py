@@ -9,7 +9,7 @@ import io
 import math
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,14 @@ from torch import Tensor
 
 from musicgen.arguments import checked_float
 from musicgen.errors import InvalidRequestError
+from musicgen.types import SamplingParams
 from musicgen.waveform import MAX_CHANNELS, Waveform, check_sample_rate, resample, validate_waveform
 
 SOFTWARE = "musicgen-serve"
 MACHINE_MADE = "Machine-made music"
 _TAGS = ("title", "artist", "album", "date", "genre", "copyright", "license", "comment", "software")
 _MAX_TAG_CHARS = 1000
+_DEFAULT_SAMPLING = SamplingParams()
 _WRITE_BLOCK = 65536
 """Samples per write: the stack use of libsndfile's Vorbis encoder grows with it, and can overflow on long pieces."""
 
@@ -57,12 +59,25 @@ FORMATS: Mapping[str, FileFormat] = {
 }
 
 
-def generation_metadata(model: str, seed: int, *, license: str = "", prompt: str = "") -> dict[str, str]:
-    """Metadata of a generated file: that it was generated, by which model, with which seed and prompt."""
+def generation_metadata(
+    model: str, seed: int, *, settings: Mapping[str, object] | None = None, license: str = "", prompt: str = ""
+) -> dict[str, str]:
+    """Metadata of a generated file: that it was generated, by which model, and from what.
+
+    Args:
+        settings: what else reproduces the piece, by name; see `changed_sampling`.
+    """
     parts = [MACHINE_MADE, f"model: {model}", f"seed: {seed}"]
+    parts += [f"{name}: {value}" for name, value in (settings or {}).items()]
     parts += [f"licence of the weights: {license}"] if license else []
     parts += [f"prompt: {prompt}"] if prompt else []
     return {"comment": "; ".join(parts), "software": SOFTWARE}
+
+
+def changed_sampling(sampling: SamplingParams) -> dict[str, object]:
+    """The parameters that are not MusicGen's defaults, except for the seed."""
+    names = [field.name for field in fields(SamplingParams) if field.name != "seed"]
+    return {name: value for name in names if (value := getattr(sampling, name)) != getattr(_DEFAULT_SAMPLING, name)}
 
 
 def encode_audio(

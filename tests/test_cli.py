@@ -114,6 +114,8 @@ def test_two_prompts_two_files(run: Run, folders: dict[str, Path], models: dict[
     )
     assert summary["real_time_factor"] == pytest.approx(summary["work_s"] / 1.0, rel=0.05)
     assert min(summary["parts_s"].values()) > 0
+    assert summary["settings"]["guidance"] == 3.0
+    assert summary["settings"]["duration"] == 0.5
     for name in names:
         assert f"out/{name}" in out
 
@@ -128,10 +130,15 @@ def test_two_prompts_two_files(run: Run, folders: dict[str, Path], models: dict[
 
 
 def test_a_file_says_what_it_is(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
-    run("generate", "happy rock", "--duration", 0.5, "--seed", 3, "--model", folders["text"], "--format", "flac")
+    run(
+        *("generate", "happy rock", "--duration", 0.5, "--seed", 3, "--model", folders["text"], "--format", "flac"),
+        *("--temperature", 0.9, "--top-k", 250, "--weights", "int8"),
+    )
     with soundfile.SoundFile(tmp_path / "out" / "happy-rock_seed3.flac") as file:
         assert file.title == "happy rock"
-        for words in ("Machine-made", f"model: {folders['text'].name}", "seed: 3", "licence", "happy rock"):
+        assert "top_k" not in file.comment  # the default
+        settings = "weights: int8; duration: 0.5 s; temperature: 0.9; "
+        for words in ("Machine-made", settings, f"model: {folders['text'].name}", "seed: 3", "licence", "happy rock"):
             assert words in file.comment
 
 
@@ -259,6 +266,8 @@ def test_melody_once_for_all_or_one_each(run: Run, folders: dict[str, Path], rec
     _, out, _ = run(*command, "--melody", recording, "--melody", other, "--json")
     each = _last_json(out)["files"]
     assert [Path(file["melody"]).name for file in each] == ["My tune.mp3", "other.wav"]
+    with soundfile.SoundFile(each[1]["path"]) as file:
+        assert "greedy: True; melody: other.wav; " in file.comment
 
     def samples(file: dict[str, Any]) -> np.ndarray:
         return np.asarray(soundfile.read(file["path"])[0])

@@ -22,6 +22,7 @@ Strategy = Literal["loudness", "peak", "rms", "clip"]
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 DEFAULT_LOUDNESS_LUFS = -14.0
+DEFAULT_EXTEND_STRIDE_S = 18.0
 
 ABOUT = """\
 Generate music from text and melodies with MusicGen models.
@@ -264,7 +265,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add(
         "--extend-stride",
         type=float,
-        default=18.0,
+        default=DEFAULT_EXTEND_STRIDE_S,
         metavar="SECONDS",
         help="seconds between window starts for pieces beyond the model's window of 30 s (default: %(default)g)",
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from musicgen.cli.options import DEFAULT_FORMAT, FORMATS, GenerateOptions
+from musicgen.cli.checks import sampling_params
+from musicgen.cli.options import DEFAULT_EXTEND_STRIDE_S, DEFAULT_FORMAT, FORMATS, GenerateOptions
 from musicgen.cli.plan import MAX_PIECES, Piece
 from musicgen.cli.report import ModelFacts, Written
 from musicgen.errors import InvalidRequestError
@@ -59,10 +60,17 @@ class Output:
         return replace(written, path=Path("/dev/stdout"))
 
     def _write(self, path: Path, piece: Piece, wav: Tensor, model: ModelFacts) -> Written:
-        from musicgen.audio import audio_write, generation_metadata
+        from musicgen.audio import audio_write
+        from musicgen.audio_encode import generation_metadata
 
         options = self._options
-        tags = generation_metadata(model.name, piece.seed, license=model.license, prompt=piece.text or "")
+        tags = generation_metadata(
+            model.name,
+            piece.seed,
+            settings=_settings(options, piece, model),
+            license=model.license,
+            prompt=piece.text or "",
+        )
         audio_write(
             path,
             wav,
@@ -94,6 +102,21 @@ class Output:
                 raise InvalidRequestError(
                     "a new file", f"{path}, which exists", "replace it with --overwrite", param="out"
                 )
+
+
+def _settings(options: GenerateOptions, piece: Piece, model: ModelFacts) -> dict[str, object]:
+    """What reproduces the piece, besides its seed and prompt. Paths are not revealed, and defaults are left out."""
+    from musicgen.audio_encode import changed_sampling
+
+    settings: dict[str, object] = {"weights": model.weights, "duration": f"{options.duration:g} s"}
+    settings |= changed_sampling(sampling_params(options))
+    if options.extend_stride != DEFAULT_EXTEND_STRIDE_S:
+        settings["extend_stride"] = f"{options.extend_stride:g} s"
+    if piece.melody:
+        settings["melody"] = f"{piece.melody.name}{' without drums and bass' if options.stems else ''}"
+    if piece.prompt_audio:
+        settings["prompt_audio"] = piece.prompt_audio.name
+    return settings
 
 
 def _with(path: Path, ending: str) -> Path:

@@ -20,6 +20,10 @@ from musicgen.weights.registry import DEMO_MODEL
 
 DEMO_NOTE = "bundled demo model (small; not Meta's weights)"
 MAX_TITLE_LEN = 32
+SETTINGS = (
+    *("temperature", "top_k", "top_p", "greedy", "guidance", "melody_guidance"),
+    *("duration", "extend_stride", "stems"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,7 @@ class Report:
             "license": self._model.license,
             "weights": self._model.weights,
             "device": self._model.device,
+            "settings": {name: getattr(self._options, name) for name in SETTINGS},
             "files": [_as_dict(written) for written in self._written],
             "audio_s": round(audio_s, 3),
             "work_s": round(work_s, 3),

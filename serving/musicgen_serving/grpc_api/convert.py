@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from musicgen.audio import generation_metadata
+from musicgen.audio_encode import changed_sampling, generation_metadata
 from musicgen.errors import InvalidRequestError
-from musicgen.types import FinishReason
+from musicgen.types import FinishReason, SamplingParams
 from musicgen_serving.audio_formats import encode_raw, encode_whole, levelled
 from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 from musicgen_serving.types import GenerationEnd, GenerationStatus, ModelInfo, PieceAudio, PieceReport, Started
@@ -54,6 +54,7 @@ def checked_format(audio_format: pb.AudioFormat, *, stream: bool) -> pb.AudioFor
 
 def file_bytes(
     audio_format: pb.AudioFormat,
+    sampling: SamplingParams,
     started: Started,
     license: str,
     loudness_lufs: float | None,
@@ -62,7 +63,8 @@ def file_bytes(
 ) -> bytes:
     """Encode a whole piece `[C, N]` in any format, optionally normalized in loudness. File tags mark it as
     AI-generated and name the licence of the weights. Slow for compressed formats."""
-    tags = generation_metadata(started.model, started.seeds[piece], license=license)
+    settings = changed_sampling(sampling)
+    tags = generation_metadata(started.model, started.seeds[piece], settings=settings, license=license)
     samples = levelled(samples, started.sample_rate, loudness_lufs)
     return encode_whole(samples, started.sample_rate, _FORMATS[audio_format], tags)
 

@@ -41,7 +41,9 @@ class MusicServicer(pb_grpc.MusicServiceServicer):
                 license = (await call.service.model(call.tenant, generation.model)).license
                 async with call.service.generate(call.tenant, generation) as events:
                     started, parts, end = await _collect(events, share)
-                encode = partial(convert.file_bytes, audio_format, started, license, loudness_lufs(request.spec))
+                encode = partial(
+                    convert.file_bytes, audio_format, generation.sampling, started, license, loudness_lufs(request.spec)
+                )
                 answer = await asyncio.to_thread(_whole, started, parts, end, encode)
             await call.send_request_id()
         return answer

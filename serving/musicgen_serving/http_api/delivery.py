@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from musicgen.audio_encode import generation_metadata
+from musicgen.audio_encode import changed_sampling, generation_metadata
 from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen.types import FinishReason
 from musicgen_serving import delay_points
@@ -189,6 +189,7 @@ def common_headers(request: GenerationRequest, started: Started, media_type: str
     }
 
 
-def file_metadata(started: Started, piece: int, wish: Wish) -> dict[str, str]:
+def file_metadata(request: GenerationRequest, started: Started, piece: int, wish: Wish) -> dict[str, str]:
     """Tags of an audio file; never the prompt."""
-    return generation_metadata(started.model, started.seeds[piece], license=wish.license)
+    settings = changed_sampling(request.sampling)
+    return generation_metadata(started.model, started.seeds[piece], settings=settings, license=wish.license)

@@ -32,7 +32,7 @@ class StreamDelivery:
         audio: GenerationEvent = await next_audio(events)
         num_left = started.num_samples - self._request.first_sample
         format, rate = self._wish.response_format, started.sample_rate
-        metadata = file_metadata(started, 0, self._wish)
+        metadata = file_metadata(self._request, started, 0, self._wish)
         # In a thread as well: writing the head of a file already involves some encoding.
         encoder = await asyncio.to_thread(stream_encoder, format, rate, started.channels, num_left, metadata)
         order = PieceOrder(self._request, started)

@@ -67,7 +67,7 @@ class WholeDelivery:
         for index, part in enumerate(parts):
             samples = torch.cat(part, dim=-1)
             samples = levelled(samples, started.sample_rate, self._wish.loudness_lufs)
-            metadata = file_metadata(started, index, self._wish)
+            metadata = file_metadata(self._request, started, index, self._wish)
             files.append(encode_whole(samples, started.sample_rate, self._wish.response_format, metadata))
         return files
 

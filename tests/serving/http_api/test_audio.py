@@ -228,3 +228,10 @@ def test_loudness(client: Client) -> None:
         refused = client.post(loudness=-20, **options)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == "loudness"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_names_the_sampling_that_is_not_the_default(client: Client, stream: bool) -> None:
+    response = client.post(response_format="flac", stream=stream, temperature=0.5, top_k=250)
+    with soundfile.SoundFile(io.BytesIO(response.content)) as file:
+        assert file.comment.startswith("Machine-made music; model: demo; seed: 7; temperature: 0.5; licence")
