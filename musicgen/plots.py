@@ -16,6 +16,11 @@ _N_FFT = 2048
 _NUM_MELS = 96
 _MAX_COLUMNS = 1200
 _RANGE_DB = 80.0
+_FONTS = (
+    *("DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "IPAexGothic"),
+    *("Hiragino Sans", "Yu Gothic", "Microsoft YaHei", "Arial Unicode MS", "Noto Emoji"),
+)
+"""Fonts for titles in any script, as far as they are installed; the first comes with matplotlib."""
 _TICKS_HZ = (100, 250, 500, 1000, 2000, 4000, 8000, 16000)
 
 
@@ -44,9 +49,22 @@ def plot_audio(wav: Tensor, sample_rate: int, path: str | os.PathLike[str], titl
     image = _draw_spectrogram(mel_axes, samples, sample_rate)
     figure.colorbar(image, ax=mel_axes, label="dB relative to maximum", pad=0.01)
     if title:
-        figure.suptitle(title, parse_math=False)  # a prompt may contain $
+        shown, fonts = _drawable(title)
+        figure.suptitle(shown, fontfamily=fonts, parse_math=False)  # a prompt may contain $
     figure.savefig(path, format="png")
     return Path(path)
+
+
+def _drawable(text: str) -> tuple[str, list[str]]:
+    """The text with a question mark for each sign that no installed font has, and the fonts to draw it with."""
+    from matplotlib import font_manager
+
+    installed = font_manager.get_font_names()
+    fonts = [name for name in _FONTS if name in installed]
+    known: set[int] = set()
+    for name in fonts:
+        known.update(font_manager.get_font(font_manager.findfont(name)).get_charmap())
+    return "".join(sign if ord(sign) in known else "?" for sign in " ".join(text.split())), fonts
 
 
 def _draw_waveform(axes: Any, samples: Tensor, sample_rate: int) -> None:

@@ -15,7 +15,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from musicgen import audio, stems
+from musicgen import audio, plots, stems
 from musicgen.errors import InvalidRequestError, MissingDependencyError
 from musicgen.inputs import checked_prompt
 from musicgen.plots import log_mel, plot_audio
@@ -428,6 +428,12 @@ def test_a_picture_is_drawn_without_touching_the_backend(tmp_path: Path, seconds
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 5000
     assert dict(mpl.rcParams) == before
+
+
+def test_a_title_in_any_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot_audio(sine(0.2), 32000, tmp_path / "any.png", title="音楽 \N{GUITAR}\ncafé")  # matplotlib would warn
+    monkeypatch.setattr(plots, "_FONTS", ("DejaVu Sans",))
+    assert plots._drawable("音楽 \N{GUITAR}\ncafé") == ("?? ? café", ["DejaVu Sans"])
 
 
 def test_the_spectrogram_shows_the_pitch() -> None:
