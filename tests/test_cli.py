@@ -27,7 +27,7 @@ from musicgen.cli import checks, main, output
 from musicgen.cli.plan import Piece, slug
 from musicgen.cli.timing import Stopwatch
 from musicgen.engine.packing import pack_decoder
-from musicgen.errors import WeightsError
+from musicgen.errors import InvalidRequestError, WeightsError
 from musicgen.model import Model
 from musicgen.weights import load_model
 
@@ -439,6 +439,21 @@ def test_bad_input_is_one_line_before_any_work(
     assert err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("param", "option"),
+    [("duration_s", "--duration"), ("url", "--server"), ("extend_stride_s", "--extend-stride"), ("prompt", "prompt")],
+)
+def test_errors_of_a_service_name_options_too(
+    param: str, option: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise InvalidRequestError("less", "more", "reduce it", param=param)
+
+    monkeypatch.setattr("musicgen.cli.plugins.generate_remote", lambda: refuse)
+    _, _, err = run("generate", "rock", "--server", "grpc://localhost:9000")
+    assert err == f"musicgen: error: {option}: expected less, got more; reduce it\n"
 
 
 @pytest.mark.parametrize(

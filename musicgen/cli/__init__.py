@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from musicgen.cli import plugins
 from musicgen.cli.interrupt import Terminated
-from musicgen.cli.options import parse
+from musicgen.cli.parser import parse
 from musicgen.errors import InvalidRequestError, MusicGenError
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143

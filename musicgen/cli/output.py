@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from musicgen.cli.checks import sampling_params
 from musicgen.cli.options import DEFAULT_EXTEND_STRIDE_S, DEFAULT_FORMAT, FORMATS, GenerateOptions
-from musicgen.cli.plan import MAX_PIECES, Piece
+from musicgen.cli.plan import MAX_PIECES, Piece, shown
 from musicgen.cli.report import ModelFacts, Written
 from musicgen.errors import InvalidRequestError
 
@@ -113,9 +113,9 @@ def _settings(options: GenerateOptions, piece: Piece, model: ModelFacts) -> dict
     if options.extend_stride != DEFAULT_EXTEND_STRIDE_S:
         settings["extend_stride"] = f"{options.extend_stride:g} s"
     if piece.melody:
-        settings["melody"] = f"{piece.melody.name}{' without drums and bass' if options.stems else ''}"
+        settings["melody"] = f"{shown(piece.melody.name)}{' without drums and bass' if options.stems else ''}"
     if piece.prompt_audio:
-        settings["prompt_audio"] = piece.prompt_audio.name
+        settings["prompt_audio"] = shown(piece.prompt_audio.name)
     return settings
 
 

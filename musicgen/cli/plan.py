@@ -34,7 +34,7 @@ class Piece:
         melody = f"melody {self.melody.stem}" if self.melody else None
         begin = f"after {self.prompt_audio.stem}" if self.prompt_audio else None
         title = ", ".join(filter(None, (self.text, melody, begin))) or "unconditional"
-        return title.encode(errors="replace").decode()  # file names can contain undecodable bytes
+        return shown(title)
 
     @property
     def file_stem(self) -> str:
@@ -106,6 +106,11 @@ def _one_each(files: Sequence[Path], num_texts: int, option: str) -> Sequence[Pa
             f"one file for all prompts, or one per prompt ({num_texts})", f"{len(files)}", param=option
         )
     return files
+
+
+def shown(text: str) -> str:
+    """`text` with question marks for the undecodable bytes that file names can contain."""
+    return text.encode(errors="replace").decode()
 
 
 def slug(text: str) -> str:

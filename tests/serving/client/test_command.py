@@ -16,7 +16,8 @@ from musicgen_serving.errors import NotFoundError
 from serving.client.running import running
 from serving.fake_service import FakeService, tone
 
-from musicgen.cli.options import GenerateOptions, parse
+from musicgen.cli.options import GenerateOptions
+from musicgen.cli.parser import parse
 from musicgen.errors import InvalidRequestError, MissingDependencyError
 from serving import fake_service
 
