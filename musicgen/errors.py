@@ -4,8 +4,8 @@
     ├── InvalidRequestError      fixable by the caller: bad argument, unreadable audio, unknown model name
     ├── RetryLaterError          not started; carries a retry delay if it is known
     │   ├── OverloadedError      no capacity at the moment
-    │   │   └── DeadlineTooShortError   cannot be finished before its deadline
     │   └── QuotaExceededError   the tenant's quota is used up
+    ├── DeadlineTooShortError    cannot be finished before its deadline
     ├── RequestCancelledError    cancelled by the caller or a deadline
     ├── EngineDeadError          the engine thread failed; the replica must be replaced
     ├── InternalError            one request cannot be computed; a bug, but others are unaffected
@@ -62,12 +62,12 @@ class OverloadedError(RetryLaterError):
     """No capacity at the moment; the request was not started."""
 
 
-class DeadlineTooShortError(OverloadedError):
-    """The deadline cannot be met under the current load; the request was not started."""
-
-
 class QuotaExceededError(RetryLaterError):
     """The tenant's quota is used up; the request was not started."""
+
+
+class DeadlineTooShortError(MusicGenError):
+    """The request was not started, because it cannot be finished before its deadline. A retry needs more time."""
 
 
 class RequestCancelledError(MusicGenError):

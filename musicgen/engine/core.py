@@ -107,7 +107,8 @@ class EngineCore:
         total_s = (quoted_steps + sequence.num_steps_left) * self._step_times.mean_s
         if request.deadline_s is not None and total_s > request.deadline_s:
             raise DeadlineTooShortError(
-                f"expected a deadline of at least {total_s:.1f} s, got {request.deadline_s:.1f} s; retry later"
+                f"expected a deadline of at least {total_s:.1f} s, got {request.deadline_s:.1f} s; "
+                "allow more time or request less audio"
             )
         self._sequences[request.request_id] = sequence
         self._num_accepted += 1

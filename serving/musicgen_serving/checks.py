@@ -26,20 +26,14 @@ MAX_IDEMPOTENCY_KEY_CHARS = 255
 MAX_MODEL_CHARS = 200
 MAX_API_KEY_CHARS = 512
 MIN_LOUDNESS_LUFS, MAX_LOUDNESS_LUFS = -70.0, 0.0
+DRAWN_SEEDS = 2**52
+"""Random seeds are drawn below this, so that seed + piece stays below 2^53: exact as a JavaScript number."""
 _MAX_NUMBER = 1e4
 """Upper bound of numeric fields; keeps float32 arithmetic finite."""
 _MAX_COUNT = 2**31 - 1
 _INLINE_BYTES = 65536
 _REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _TRACE_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-
-
-class TooLargeFieldError(TooLargeError):
-    """A size limit is exceeded by a named field."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        self.param = param
-        super().__init__(message)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +129,9 @@ def build_request(fields: RequestFields, tenant: Tenant, limits: LimitSettings) 
     )
     if fields.stems and fields.melody is None:
         raise InvalidRequestError("a melody with stems", "none", "send a melody or omit stems", param="stems")
+    if fields.melody_guidance is not None and fields.melody is None:
+        hint = "send a melody or omit melody_guidance"
+        raise InvalidRequestError("a melody with melody_guidance", "none", hint, param="melody_guidance")
     texts = [prompt for prompt in fields.prompts for _ in range(fields.num_samples)]
     seeds = resolve_seeds(_first_seed(fields, tenant.name), len(texts))
     return GenerationRequest(
@@ -175,7 +172,7 @@ def _check_texts(fields: RequestFields, limits: LimitSettings) -> None:
             continue
         if len(prompt) > limits.max_prompt_chars:
             message = f"prompt: expected at most {limits.max_prompt_chars} characters, got {len(prompt)}"
-            raise TooLargeFieldError(message, "prompt")
+            raise TooLargeError(message, param="prompt")
         if any("\ud800" <= char <= "\udfff" for char in prompt):
             raise InvalidRequestError("valid Unicode", "a lone surrogate", param="prompt")
 
@@ -203,12 +200,13 @@ def _check_numbers(fields: RequestFields, tenant: Tenant, limits: LimitSettings)
     num_pieces = len(fields.prompts) * fields.num_samples
     if num_pieces > limits.max_pieces:
         expected = f"at most {limits.max_pieces} pieces (prompts × num_samples)"
-        raise InvalidRequestError(expected, str(num_pieces), "send several requests", param="num_samples")
+        param = "num_samples" if fields.num_samples > 1 else "prompt"
+        raise InvalidRequestError(expected, str(num_pieces), "send several requests", param=param)
     if fields.chunks is None and num_pieces > 1 and num_pieces * fields.duration_s > limits.max_answer_s:
-        raise TooLargeFieldError(
+        raise TooLargeError(
             f"duration_s: expected at most {limits.max_answer_s:g} s of audio in a non-streaming response "
             f"(max_answer_s), got {num_pieces} pieces of {fields.duration_s:g} s; stream them or send several requests",
-            "duration_s",
+            param="duration_s",
         )
 
 
@@ -216,8 +214,12 @@ def _check_range(param: str, value: float, low: float, high: float, unit: str = 
     """Check `low ≤ value ≤ high`, or `low < value ≤ high` if `above`; rejects NaN."""
     if (low < value if above else low <= value) and value <= high:
         return
-    bounds = f"more than {low:g} and at most {high:g}" if above else f"{low:g} to {high:.17g}"
+    bounds = f"more than {low:g} and at most {_bound(high)}" if above else f"{low:g} to {_bound(high)}"
     raise InvalidRequestError(f"{bounds} {unit}".rstrip(), _shown(value), param=param)
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _shown(value: float) -> str:
@@ -230,9 +232,9 @@ def _first_seed(fields: RequestFields, tenant: str) -> int:
         _check_range("seed", fields.seed, 0, MAX_SEED)
         return fields.seed
     if fields.idempotency_key is None:
-        return secrets.randbelow(MAX_SEED + 1)
+        return secrets.randbelow(DRAWN_SEEDS)
     text = json.dumps(["musicgen seed", tenant, fields.idempotency_key])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") & MAX_SEED
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % DRAWN_SEEDS
 
 
 def _fingerprint(fields: RequestFields, seeds: list[int]) -> str:

@@ -2,10 +2,11 @@
 
     MusicGenError
     ├── UnauthenticatedError     missing or invalid API key
-    ├── ForbiddenError           not permitted for this tenant
-    ├── NotFoundError            no such model or request
+    ├── FieldError               caused by a field of the request
+    │   ├── NotFoundError        no such model or request
+    │   ├── NotOfferedError      this service lacks an optional feature
+    │   └── TooLargeError        a body, file or text exceeds a limit
     ├── ConflictError            an idempotency key or request id already in use for something else
-    ├── TooLargeError            a body, file or text exceeds a limit
     ├── DeadlineExceededError    the caller's deadline passed
     └── ReplicaLostError         a replica died or stopped responding, and so did its replacements
 
@@ -20,7 +21,6 @@ from musicgen.errors import (
     DeadlineTooShortError,
     EngineDeadError,
     InvalidRequestError,
-    MissingDependencyError,
     MusicGenError,
     OverloadedError,
     QuotaExceededError,
@@ -33,20 +33,32 @@ class UnauthenticatedError(MusicGenError):
     """Missing or invalid API key."""
 
 
-class ForbiddenError(MusicGenError):
-    """The API key is valid, but not permitted to do this."""
+class FieldError(MusicGenError):
+    """Caused by a field of the request.
+
+    Args:
+        param: name of the field, if it is known.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
 
 
-class NotFoundError(MusicGenError):
+class NotFoundError(FieldError):
     """Not found, or not visible to the tenant."""
+
+
+class NotOfferedError(FieldError):
+    """This service lacks an optional feature."""
+
+
+class TooLargeError(FieldError):
+    """A size limit is exceeded."""
 
 
 class ConflictError(MusicGenError):
     """The request id or idempotency key is already in use for a different request."""
-
-
-class TooLargeError(MusicGenError):
-    """A size limit is exceeded."""
 
 
 class DeadlineExceededError(MusicGenError):
@@ -85,15 +97,14 @@ class _Row:
 _TABLE = (
     _Row(TooLargeError, 413, "invalid_request_error", "too_large", "INVALID_ARGUMENT"),
     _Row(InvalidRequestError, 400, "invalid_request_error", "invalid_request", "INVALID_ARGUMENT"),
-    _Row(MissingDependencyError, 400, "invalid_request_error", "not_available_here", "FAILED_PRECONDITION"),
+    _Row(NotOfferedError, 400, "invalid_request_error", "not_available_here", "FAILED_PRECONDITION"),
     _Row(UnauthenticatedError, 401, "authentication_error", "invalid_api_key", "UNAUTHENTICATED"),
-    _Row(ForbiddenError, 403, "permission_error", "not_allowed", "PERMISSION_DENIED"),
     _Row(NotFoundError, 404, "invalid_request_error", "not_found", "NOT_FOUND"),
     _Row(ConflictError, 409, "invalid_request_error", "conflict", "ALREADY_EXISTS"),
     _Row(QuotaExceededError, 429, "rate_limit_error", "rate_limit_exceeded", "RESOURCE_EXHAUSTED"),
     _Row(RequestCancelledError, 499, "request_cancelled", "cancelled", "CANCELLED"),
     _Row(DeadlineExceededError, 504, "timeout_error", "deadline_exceeded", "DEADLINE_EXCEEDED"),
-    _Row(DeadlineTooShortError, 503, "timeout_error", "deadline_too_short", "UNAVAILABLE"),
+    _Row(DeadlineTooShortError, 504, "timeout_error", "deadline_too_short", "DEADLINE_EXCEEDED"),
     _Row(OverloadedError, 503, "overloaded_error", "overloaded", "UNAVAILABLE"),
     _Row(ReplicaLostError, 503, "overloaded_error", "temporarily_unavailable", "UNAVAILABLE"),
     _Row(EngineDeadError, 503, "overloaded_error", "temporarily_unavailable", "UNAVAILABLE"),

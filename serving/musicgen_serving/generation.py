@@ -22,11 +22,11 @@ from musicgen_serving.checks import longest_piece_s
 from musicgen_serving.components import LostError
 from musicgen_serving.concurrency import together
 from musicgen_serving.deployments.language_model import ModelCard
-from musicgen_serving.errors import DeadlineExceededError, ForbiddenError, NotFoundError
+from musicgen_serving.errors import DeadlineExceededError, NotFoundError
 from musicgen_serving.failover import call_with_failover
 from musicgen_serving.generation_task import GenerationTask
 from musicgen_serving.pipeline import PieceStarted, Pipeline, Prepared, check_fits
-from musicgen_serving.recordings import length_s
+from musicgen_serving.recordings import length_s, naming
 from musicgen_serving.request_metrics import RequestMetrics
 from musicgen_serving.running_requests import Running, RunningRequests
 from musicgen_serving.service import Readiness
@@ -117,20 +117,15 @@ class GenerationService:
         return _info(model, await self._card(model.name), self._settings, tenant)
 
     def _allowed_model(self, tenant: Tenant, name: str | None) -> ModelSettings:
-        """Raises: NotFoundError, ForbiddenError."""
-        models = self._settings.models
-        if name is None:
-            for model in models:
-                if _is_allowed(model, tenant):
-                    return model
-            raise NotFoundError("model: no served model is available to this API key")
+        """Raises: NotFoundError: not served, or not to this tenant; the two are indistinguishable."""
+        models = [model for model in self._settings.models if _is_allowed(model, tenant)]
+        if not models:
+            raise NotFoundError("model: no served model is available to this API key", param="model")
         for model in models:
-            if model.name == name:
-                if _is_allowed(model, tenant):
-                    return model
-                raise ForbiddenError(f"model: {name!r} is not available to this API key")
+            if name in (None, model.name):
+                return model
         names = ", ".join(model.name for model in models)
-        raise NotFoundError(f"model: expected one of {names}, got {name!r}")
+        raise NotFoundError(f"model: expected one of {names}, got {name!r}", param="model")
 
     async def _info_if_reached(self, model: ModelSettings, tenant: Tenant) -> ModelInfo | None:
         if model.name not in self._cards:
@@ -260,7 +255,8 @@ class GenerationService:
         if request.prompt_audio is not None:
             prompt_s = await asyncio.to_thread(length_s, request.prompt_audio)
             if prompt_s is not None:
-                check_prompt_length(prompt_s, config, request.duration_s)
+                with naming("prompt_audio"):
+                    check_prompt_length(prompt_s, config, request.duration_s)
         components = self._pipelines[request.model].components
         long = {piece.prompt for piece in request.pieces if piece.prompt and _may_be_too_long(piece.prompt)}
         checks = [components.check_prompt(prompt) for prompt in long]

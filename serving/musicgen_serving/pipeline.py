@@ -80,7 +80,7 @@ class Pipeline:
 
         Raises:
             InvalidRequestError: an unreadable or unusable recording, or a prompt that is too long.
-            MissingDependencyError: stem separation is not installed.
+            NotOfferedError: stem separation is not installed.
             ReplicaLostError: a component of the model is unavailable.
         """
         lost = _Counter()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import soundfile
 
 from musicgen.errors import InvalidRequestError
 from musicgen.waveform import MAX_CHANNELS, MAX_SAMPLE_RATE, MAX_SAMPLES_PER_S, MIN_SAMPLE_RATE
-from musicgen_serving.checks import TooLargeFieldError
+from musicgen_serving.errors import TooLargeError
 from musicgen_serving.settings import LimitSettings
 
 _CONTAINERS = {"wav": ("WAV", "WAVEX", "RF64"), "flac": ("FLAC",), "mp3": ("MP3",), "ogg": ("OGG",), "aiff": ("AIFF",)}
@@ -57,12 +59,21 @@ async def check_recording(content: bytes, param: str, limits: LimitSettings) -> 
     """
     if len(content) > limits.max_file_bytes:
         message = f"{param}: expected at most {limits.max_file_bytes} bytes, got {len(content)}; trim or compress it"
-        raise TooLargeFieldError(message, param)
+        raise TooLargeError(message, param=param)
     kind = sniff(content)
     if kind is None:
         got = "no bytes" if not content else "an unknown format"
         raise InvalidRequestError(_EXPECTED, got, param=param)
     await asyncio.to_thread(_check_header, content, kind, param, limits.max_recording_s)
+
+
+@contextmanager
+def naming(param: str) -> Iterator[None]:
+    """Makes an InvalidRequestError about a recording name its field: the library names its own arguments."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(error.expected, error.got, error.hint, param=param) from error
 
 
 def length_s(content: bytes) -> float | None:

@@ -48,7 +48,7 @@ class MusicService(Protocol):
         the first `anext`; after `Started` nothing is raised, failures are reported in `GenerationEnd`.
 
         Raises:
-            InvalidRequestError, ForbiddenError, NotFoundError, QuotaExceededError, OverloadedError, ConflictError, ...:
+            InvalidRequestError, NotFoundError, QuotaExceededError, OverloadedError, ConflictError, ...:
                 from the first `anext`.
         """
 
@@ -64,7 +64,7 @@ class MusicService(Protocol):
     async def model(self, tenant: Tenant, name: str | None) -> ModelInfo:
         """One model; None: the tenant's default. Does not depend on other models being available.
 
-        Raises: NotFoundError, ForbiddenError, ReplicaLostError.
+        Raises: NotFoundError, ReplicaLostError.
         """
 
     async def readiness(self) -> Readiness:

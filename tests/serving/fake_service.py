@@ -103,7 +103,7 @@ class FakeService:
         if self.refusal is not None:
             raise self.refusal
         if request.model != MODEL.name:
-            raise NotFoundError(f"expected a served model, got {request.model!r}")
+            raise NotFoundError(f"expected a served model, got {request.model!r}", param="model")
         num_samples = round(request.duration_s * SAMPLE_RATE)
         if request.first_sample >= num_samples:
             raise InvalidRequestError(f"a sample below {num_samples}", "another", param="first_sample")

@@ -13,7 +13,7 @@ from musicgen_serving.admission import Tenant
 from musicgen_serving.components import LostError
 from musicgen_serving.deployments.gatekeeper import LocalGatekeeper
 from musicgen_serving.deployments.language_model import ModelCard
-from musicgen_serving.errors import ForbiddenError, NotFoundError, ReplicaLostError
+from musicgen_serving.errors import NotFoundError, ReplicaLostError, report
 from musicgen_serving.generation import GenerationService
 from musicgen_serving.request_metrics import RequestMetrics
 from musicgen_serving.settings import FailoverSettings, ModelSettings, ServeSettings
@@ -68,8 +68,9 @@ def test_one_model_is_known_without_asking_the_others() -> None:
         assert [part.num_calls for part in parts.values()] == [0, 0, 1]
         only_well = Tenant("bob", "default", 1.0, 0, None, frozenset({"well"}))
         assert (await service.model(only_well, None)).name == "well"
-        with pytest.raises(ForbiddenError, match="'lost'"):
+        with pytest.raises(NotFoundError, match="expected one of well, got 'lost'") as hidden:
             await service.model(only_well, "lost")
+        assert report(hidden.value).param == "model"
         with pytest.raises(NotFoundError, match="silent, lost, well"):
             await service.model(ANYBODY, "another")
         with pytest.raises(NotFoundError, match="no served model"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from musicgen.errors import (
+    DeadlineTooShortError,
     InvalidRequestError,
-    MissingDependencyError,
     MusicGenError,
     OverloadedError,
     QuotaExceededError,
@@ -16,28 +16,29 @@ from musicgen_serving.client.types import ConnectionLostError
 from musicgen_serving.errors import (
     ConflictError,
     DeadlineExceededError,
-    ForbiddenError,
+    FieldError,
     NotFoundError,
+    NotOfferedError,
     TooLargeError,
     UnauthenticatedError,
 )
 
 _BY_CODE: dict[str, type[MusicGenError]] = {
     "too_large": TooLargeError,
-    "not_available_here": MissingDependencyError,
+    "not_available_here": NotOfferedError,
     "invalid_api_key": UnauthenticatedError,
-    "not_allowed": ForbiddenError,
     "not_found": NotFoundError,
     "conflict": ConflictError,
     "cancelled": RequestCancelledError,
     "deadline_exceeded": DeadlineExceededError,
+    "deadline_too_short": DeadlineTooShortError,
 }
 _LATER = {
     "rate_limit_exceeded": QuotaExceededError,
     "overloaded": OverloadedError,
     "temporarily_unavailable": OverloadedError,
 }
-_WORDS = re.compile(r"(?:[\w.-]+: )?expected (?P<expected>.+?), got (?P<got>.+?)(?:; (?P<hint>.+))?", re.DOTALL)
+_WORDS = re.compile(r"(?:[\w.-]+: )?expected (?P<expected>.+?)(?:, got (?P<got>.+?))?(?:; (?P<hint>.+))?", re.DOTALL)
 
 
 def no_response(url: str, reason: str, protocol: str) -> ConnectionLostError:
@@ -59,5 +60,6 @@ def error_from(code: str, message: str, param: str | None = None, retry_after_s:
         words = _WORDS.fullmatch(message)
         if words is None:
             return InvalidRequestError("a valid request", message, param=param)
-        return InvalidRequestError(words["expected"], words["got"], words["hint"] or "", param=param)
-    return _BY_CODE.get(code, MusicGenError)(message)
+        return InvalidRequestError(words["expected"], words["got"] or "", words["hint"] or "", param=param)
+    kind = _BY_CODE.get(code, MusicGenError)
+    return kind(message, param=param) if issubclass(kind, FieldError) else kind(message)

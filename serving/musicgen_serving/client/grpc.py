@@ -161,7 +161,7 @@ def _error(error: Any, url: str) -> MusicGenError:
     if "ErrorInfo" in found:
         violations = found["BadRequest"].field_violations if "BadRequest" in found else ()
         retry_after_s = found["RetryInfo"].retry_delay.ToNanoseconds() / 1e9 if "RetryInfo" in found else None
-        param = violations[0].field if violations else None
+        param = _param(violations[0].field) if violations else None
         return error_from(found["ErrorInfo"].reason.lower(), message, param, retry_after_s)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceededError("the request timed out")
@@ -175,6 +175,12 @@ def _error(error: Any, url: str) -> MusicGenError:
 def _reason(message: str) -> str:
     """grpc's message without its nested causes and addresses."""
     return re.split(r" \(|: \[", re.sub(r".*last error: \w+: (?:\w+:\S+: )?", "", message))[0]
+
+
+def _param(path: str) -> str:
+    """The name of a field as in `MusicRequest`."""
+    name = path.rpartition(".")[2]
+    return "prompt" if name == "prompts" else name
 
 
 def _details(error: Any) -> dict[str, Any]:

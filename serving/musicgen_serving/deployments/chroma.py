@@ -16,12 +16,14 @@ from torch import Tensor
 
 from musicgen.audio import load_audio
 from musicgen.conditioning import Melody, window_chroma
-from musicgen.errors import InvalidRequestError
+from musicgen.errors import InvalidRequestError, MissingDependencyError
 from musicgen.stems import MelodyStems, check_installed
 from musicgen.types import Window
 from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
 from musicgen_serving.deployments.self_check import SelfCheck
+from musicgen_serving.errors import NotOfferedError
+from musicgen_serving.recordings import naming
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
 MAX_BATCH = 8
@@ -67,14 +69,14 @@ class ChromaExtractor:
 
         Raises:
             InvalidRequestError: unreadable or too long audio, or the model does not support melodies.
-            MissingDependencyError: stems were requested, but stem separation is not installed.
+            NotOfferedError: stems were requested, but stem separation is not installed.
         """
         with self._self_check.watching():
             return await self._extract(recording)
 
     async def check_stems(self) -> None:
-        """Raises: MissingDependencyError: stem separation is not installed."""
-        check_installed()
+        """Raises: NotOfferedError: stem separation is not installed."""
+        _check_stems()
 
     def _extract_all(self, recordings: Sequence[Recording]) -> list[list[Tensor] | Exception]:
         """Never runs concurrently: batches do not overlap."""
@@ -92,8 +94,10 @@ class ChromaExtractor:
             raise InvalidRequestError(f"no melody for model {self._config.name!r}", "a melody", hint, param="melody")
         key = recording.key
         if key not in self._cache:
-            wav, sample_rate = load_audio(recording.content, max_duration_s=self._limits.max_recording_s)
+            with naming("melody"):
+                wav, sample_rate = load_audio(recording.content, max_duration_s=self._limits.max_recording_s)
             if recording.stems:
+                _check_stems()
                 wav, sample_rate = self._stems(wav, sample_rate), self._stems.sample_rate
             melody = Melody(wav, sample_rate)
             self._cache[key] = window_chroma(self._extractor, melody, recording.windows, self._config)
@@ -109,3 +113,12 @@ class ChromaExtractor:
     async def check_health(self) -> None:
         """Raises: RuntimeError: persistent failure; the replica must be replaced."""
         await self._self_check.check()
+
+
+def _check_stems() -> None:
+    """The library's error tells how to install it, which is not for remote callers."""
+    try:
+        check_installed()
+    except MissingDependencyError as error:
+        message = "stems: this service does not offer stem separation; omit stems"
+        raise NotOfferedError(message, param="stems") from error

@@ -20,6 +20,7 @@ from musicgen.inputs import checked_prompt
 from musicgen.weights import open_checkpoint
 from musicgen_serving.batching import Batcher
 from musicgen_serving.deployments.self_check import SelfCheck
+from musicgen_serving.recordings import naming
 from musicgen_serving.settings import LimitSettings, ModelSettings
 
 MAX_BATCH = 16
@@ -109,8 +110,10 @@ class CodecDecoder:
         return results
 
     def _encode_one(self, content: bytes, duration_s: float) -> Tensor:
-        wav, sample_rate = load_audio(content, max_duration_s=self._limits.max_recording_s)
-        return self._encoder.encode(checked_prompt(wav, sample_rate, self._config, duration_s)).cpu()
+        with naming("prompt_audio"):
+            wav, sample_rate = load_audio(content, max_duration_s=self._limits.max_recording_s)
+            prompt = checked_prompt(wav, sample_rate, self._config, duration_s)
+        return self._encoder.encode(prompt).cpu()
 
     async def num_calls(self) -> int:
         """Decode calls in flight: the load."""

@@ -1,6 +1,6 @@
 """Errors → gRPC statuses with google.rpc details. The public codes are those of `musicgen_serving.errors`.
 
-Owns which details accompany which status. Independent of the service and its messages.
+Owns which details accompany which status, and the paths of fields. Independent of the service.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from musicgen_serving.errors import ErrorReport, report
+from musicgen_serving.proto.musicgen.v1 import music_service_pb2 as pb
 
 DOMAIN = "musicgen"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -21,6 +22,13 @@ REQUEST_ID_KEY = "x-request-id"
 _MAX_MESSAGE_BYTES = 600
 """Clients reject responses with more than 8 KiB of trailing metadata. It contains the message up to three times, once
 percent-encoded at three bytes per byte."""
+_PATHS = {
+    **{name: name for name in pb.GenerateRequest.DESCRIPTOR.fields_by_name},
+    **{name: f"spec.{name}" for name in pb.GenerationSpec.DESCRIPTOR.fields_by_name},
+    **{name: f"spec.sampling.{name}" for name in pb.SamplingOptions.DESCRIPTOR.fields_by_name},
+    "prompt": "spec.prompts",
+}
+"""Name of a field in errors → its path in the request message."""
 
 
 def to_status(error: BaseException, request_id: str = "") -> status_pb2.Status:
@@ -38,8 +46,8 @@ def _details(seen: ErrorReport, message: str, request_id: str) -> list[Message]:
     details: list[Message] = [
         error_details_pb2.ErrorInfo(reason=seen.code.upper(), domain=DOMAIN, metadata=metadata),
     ]
-    if seen.param is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=seen.param, description=message)
+    if (path := _PATHS.get(seen.param or "")) is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=path, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if seen.grpc_code == "RESOURCE_EXHAUSTED":
         failure = error_details_pb2.QuotaFailure.Violation(subject="tenant", description=message)

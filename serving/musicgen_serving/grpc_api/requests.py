@@ -24,7 +24,7 @@ async def to_request(
 
     Raises:
         InvalidRequestError, TooLargeError: a field is out of range, or a recording is invalid; names the field.
-        NotFoundError, ForbiddenError, ReplicaLostError: the model is unknown, not permitted or unavailable.
+        NotFoundError, ReplicaLostError: the model is unknown or unavailable.
     """
     spec = message.spec
     fields = RequestFields(

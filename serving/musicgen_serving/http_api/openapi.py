@@ -75,14 +75,16 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
         },
     },
     400: _error("Malformed request or value out of range; `param` names the field."),
-    403: _error("Not permitted for this API key."),
     408: _error("Timed out while reading the request body."),
     409: _error("The request id is in use, or the Idempotency-Key was used for a different request."),
     413: _error("The body, a recording, a text or the requested audio is too large."),
     415: _error("The body is neither JSON nor multipart/form-data."),
     429: _error("Quota exceeded.", retry=True),
     499: _error("The request was cancelled before its first audio."),
-    504: _error("The deadline passed before the first audio."),
+    504: _error(
+        "The deadline passed before the first audio (code `deadline_exceeded`), or cannot be met, so the request was "
+        "not started (`deadline_too_short`): repeating it unchanged is futile."
+    ),
 }
 
 

@@ -68,7 +68,8 @@ class GenerationBody(BaseModel):
         ge=0,
         le=MAX_SEED,
         description="The same seed yields the same audio; piece i uses seed + i. Default: derived from the "
-        "Idempotency-Key if present, else random. The response includes it.",
+        "Idempotency-Key if present, else random; then all seeds are below 2^53, exact in parsers that read numbers "
+        "as 64-bit floats, such as JavaScript's. The response includes it.",
         examples=[42],
     )
     temperature: float = Field(1.0, ge=0, le=1e4, description="Sampling temperature; 0 is greedy.")
@@ -97,9 +98,7 @@ class GenerationBody(BaseModel):
         le=1e4,
         description="Stride in seconds between overlapping windows, for pieces longer than the model's window.",
     )
-    stems: bool = Field(
-        False, description="Remove drums and bass from the melody first; requires demucs on the server."
-    )
+    stems: bool = Field(False, description="Remove drums and bass from the melody first. Not every service offers it.")
     loudness: float | None = Field(
         None,
         ge=-70,
@@ -128,7 +127,8 @@ class GenerationBody(BaseModel):
         None,
         gt=0,
         le=1e6,
-        description="Time limit in seconds; the request is cancelled when it expires. Default: none.",
+        description="Time limit in seconds; the request is cancelled when it expires, and not started if it cannot be "
+        "met. Default: none.",
         examples=[30],
     )
     first_sample: int = Field(
@@ -146,7 +146,7 @@ class ErrorObject(BaseModel):
 
     message: str = Field(description="Human-readable description.")
     type: str = Field(examples=["invalid_request_error", "rate_limit_error"])
-    param: str | None = Field(description="The invalid field, if any.")
+    param: str | None = Field(description="The invalid field, if any; of several, the first one in the message.")
     code: str = Field(description="Stable machine-readable code.", examples=["invalid_request", "rate_limit_exceeded"])
 
 

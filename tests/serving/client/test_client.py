@@ -19,8 +19,8 @@ from musicgen_serving.client.types import Chunk, Report, Start, to_bytes
 from musicgen_serving.errors import (
     ConflictError,
     DeadlineExceededError,
-    ForbiddenError,
     NotFoundError,
+    NotOfferedError,
     TooLargeError,
     UnauthenticatedError,
 )
@@ -29,8 +29,8 @@ from serving.client.running import Cuts, running
 from serving.fake_service import API_KEY, FakeService, tone
 
 from musicgen.errors import (
+    DeadlineTooShortError,
     InvalidRequestError,
-    MissingDependencyError,
     MusicGenError,
     OverloadedError,
     QuotaExceededError,
@@ -77,10 +77,10 @@ def test_all_fields_arrive(protocol: str) -> None:
     soundfile.write(recording, np.zeros(3200, np.float32), 32000, format="WAV")
     content = recording.getvalue()
     with running(service) as there, connect(there.url(protocol)) as client:
-        for files in ({}, {"melody": content, "prompt_audio": content, "stems": True}):
+        for files in ({}, {"melody": content, "prompt_audio": content, "stems": True, "melody_guidance": 4.0}):
             client.stream(
                 "words", model="demo", duration_s=2.0, seed=5, temperature=0.5, top_k=0, top_p=0.9, greedy=True,
-                guidance_scale=2.0, melody_guidance=4.0, extend_stride_s=9.0, idempotency_key="once", **files,
+                guidance_scale=2.0, extend_stride_s=9.0, idempotency_key="once", **files,
             ).read()  # fmt: skip
         client.generate(duration_s=1.0)
     without, full, empty = service.requests
@@ -89,7 +89,7 @@ def test_all_fields_arrive(protocol: str) -> None:
         assert (request.duration_s, request.extend_stride_s, request.idempotency_key) == (2.0, 9.0, "once")
         sampling = request.sampling
         assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.greedy) == (0.5, 0, 0.9, True)
-        assert (sampling.guidance_scale, sampling.melody_guidance) == (2.0, 4.0)
+        assert (sampling.guidance_scale, sampling.melody_guidance) == (2.0, 4.0 if request is full else None)
         assert request.chunks is not None
     assert (without.melody, without.prompt_audio, without.stems) == (None, None, False)
     assert (full.melody, full.prompt_audio, full.stems) == (content, content, True)
@@ -119,14 +119,16 @@ def test_models_status_cancel_and_keys(protocol: str) -> None:
 ERRORS = [
     InvalidRequestError("an integer", "'x'", "write one", param="top_k"),
     TooLargeError("expected less, got more"),
-    MissingDependencyError("stems: not installed"),
+    NotOfferedError("stems: not here", param="stems"),
     UnauthenticatedError("expected a key"),
-    ForbiddenError("expected another model"),
-    NotFoundError("expected a served model"),
+    InvalidRequestError("fewer words", "more", param="prompt"),
+    InvalidRequestError("a melody", "", param="melody"),
+    NotFoundError("expected a served model", param="model"),
     ConflictError("expected a new id"),
     QuotaExceededError("used up", retry_after_s=12.0),
     RequestCancelledError("cancelled by somebody"),
     DeadlineExceededError("too late"),
+    DeadlineTooShortError("never by then"),
     OverloadedError("later, please", retry_after_s=3.0),
 ]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import deploy_files
 import pytest
-from musicgen_serving.errors import _TABLE, CLIENT_CODES, TooLargeError
+from musicgen_serving.errors import _TABLE, CLIENT_CODES, NotOfferedError, TooLargeError
 from musicgen_serving.metrics import METRICS, PREFIX, RAY_PREFIX
 
-from musicgen.errors import InvalidRequestError, MissingDependencyError, OverloadedError, QuotaExceededError
+from musicgen.errors import InvalidRequestError, OverloadedError, QuotaExceededError
 
 FULL = RAY_PREFIX + PREFIX
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
@@ -95,7 +95,7 @@ def test_reasons_are_the_codes_that_the_service_uses() -> None:
     named = {reason for rule in rules() for reason in re.findall(r'reason="(\w+)"', rule["expr"])}
     assert named == {codes[OverloadedError], codes[QuotaExceededError]}
     # What `Pipeline.prepare` can find to be its caller's mistake, after admission: no failure of the service.
-    mistakes = {codes[error] for error in (InvalidRequestError, MissingDependencyError, TooLargeError)}
+    mistakes = {codes[error] for error in (InvalidRequestError, NotOfferedError, TooLargeError)}
     assert mistakes <= CLIENT_CODES
     of_failures = [expression for expression in expressions() if "requests_failed" in expression]
     assert len(of_failures) == 3

@@ -130,6 +130,6 @@ def test_a_model_has_a_name_of_bounded_length(name: str) -> None:
         async with connected(FakeService()) as stub:
             failure = await failure_of(stub.Generate(pb.GenerateRequest(spec=spec(model=name))))
             violations: Any = details(failure)["BadRequest"]
-            assert violations.field_violations[0].field == "model"
+            assert violations.field_violations[0].field == "spec.model"
 
     asyncio.run(main())

@@ -10,8 +10,8 @@ import pytest
 from musicgen_serving.errors import (
     ConflictError,
     DeadlineExceededError,
-    ForbiddenError,
     NotFoundError,
+    NotOfferedError,
     ReplicaLostError,
     TooLargeError,
     UnauthenticatedError,
@@ -23,9 +23,9 @@ from serving.fake_service import FakeService
 from serving.grpc_api.harness import connected, details, spec
 
 from musicgen.errors import (
+    DeadlineTooShortError,
     EngineDeadError,
     InvalidRequestError,
-    MissingDependencyError,
     OverloadedError,
     QuotaExceededError,
     RequestCancelledError,
@@ -35,14 +35,14 @@ from musicgen.errors import (
 ERRORS = [
     (InvalidRequestError("an integer", "'x'", param="top_k"), "INVALID_ARGUMENT", "INVALID_REQUEST"),
     (TooLargeError("expected less, got more"), "INVALID_ARGUMENT", "TOO_LARGE"),
-    (MissingDependencyError("stems: not installed"), "FAILED_PRECONDITION", "NOT_AVAILABLE_HERE"),
+    (NotOfferedError("stems: not here"), "FAILED_PRECONDITION", "NOT_AVAILABLE_HERE"),
     (UnauthenticatedError("expected a key"), "UNAUTHENTICATED", "INVALID_API_KEY"),
-    (ForbiddenError("expected another model"), "PERMISSION_DENIED", "NOT_ALLOWED"),
     (NotFoundError("expected a served model"), "NOT_FOUND", "NOT_FOUND"),
     (ConflictError("expected a new id"), "ALREADY_EXISTS", "CONFLICT"),
     (QuotaExceededError("used up", retry_after_s=12.5), "RESOURCE_EXHAUSTED", "RATE_LIMIT_EXCEEDED"),
     (RequestCancelledError("cancelled by its caller"), "CANCELLED", "CANCELLED"),
     (DeadlineExceededError("too late"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
+    (DeadlineTooShortError("never by then"), "DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT"),
     (OverloadedError("later, please", retry_after_s=3.0), "UNAVAILABLE", "OVERLOADED"),
     (ReplicaLostError("gone"), "UNAVAILABLE", "TEMPORARILY_UNAVAILABLE"),
     (EngineDeadError("secret /srv/place"), "UNAVAILABLE", "TEMPORARILY_UNAVAILABLE"),
@@ -63,7 +63,7 @@ def check(failure: grpc.aio.AioRpcError, error: BaseException, code: str, reason
     assert "secret" not in repr(failure)
     if isinstance(error, InvalidRequestError):
         (violation,) = found.pop("BadRequest").field_violations
-        assert (violation.field, violation.description) == ("top_k", str(error))
+        assert (violation.field, violation.description) == ("spec.sampling.top_k", str(error))
     if isinstance(error, QuotaExceededError):
         assert found.pop("QuotaFailure").violations[0].description == "used up"
     if isinstance(error, QuotaExceededError | OverloadedError):
@@ -120,16 +120,18 @@ def test_a_failure_after_the_start_is_a_status_without_finished(num_chunks: int)
         ({"duration_s": float("nan")}, "duration_s"),
         ({"duration_s": 121.0}, "duration_s"),
         ({"num_samples": 9}, "num_samples"),
+        ({"prompts": ["x"] * 9}, "prompts"),
         ({"num_samples": 0}, "num_samples"),
-        ({"prompts": ["x" * 2001]}, "prompt"),
+        ({"prompts": ["x" * 2001]}, "prompts"),
         ({"seed": -1}, "seed"),
         ({"first_sample": -1}, "first_sample"),
         ({"first_sample": 32000}, "first_sample"),
         ({"extend_stride_s": 0.0}, "extend_stride_s"),
-        ({"sampling": pb.SamplingOptions(top_k=-1)}, "top_k"),
-        ({"sampling": pb.SamplingOptions(top_p=1.5)}, "top_p"),
-        ({"sampling": pb.SamplingOptions(temperature=-1)}, "temperature"),
-        ({"sampling": pb.SamplingOptions(guidance_scale=float("inf"))}, "guidance_scale"),
+        ({"sampling": pb.SamplingOptions(top_k=-1)}, "sampling.top_k"),
+        ({"sampling": pb.SamplingOptions(top_p=1.5)}, "sampling.top_p"),
+        ({"sampling": pb.SamplingOptions(temperature=-1)}, "sampling.temperature"),
+        ({"sampling": pb.SamplingOptions(guidance_scale=float("inf"))}, "sampling.guidance_scale"),
+        ({"sampling": pb.SamplingOptions(melody_guidance=3)}, "sampling.melody_guidance"),
         ({"stems": True}, "stems"),
         ({"melody": b"no audio"}, "melody"),
         ({"melody": b""}, "melody"),
@@ -149,14 +151,35 @@ def test_bad_fields_are_named(fields: dict[str, object], param: str) -> None:
                 with pytest.raises(grpc.aio.AioRpcError) as failure:
                     await call
                 assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-                assert details(failure.value)["BadRequest"].field_violations[0].field == param
+                assert details(failure.value)["BadRequest"].field_violations[0].field == f"spec.{param}"
 
     asyncio.run(main())
     assert service.num_given == 0
     assert service.entered == service.left
     assert service.refused == ([("invalid_request", "default")] * 2 if service.entered == 0 else []) or (
-        param == "prompt" and service.refused == [("too_large", "default")] * 2
+        param == "prompts" and service.refused == [("too_large", "default")] * 2
     )
+
+
+def test_an_unknown_model_is_a_bad_field() -> None:
+    async def main() -> None:
+        async with connected(FakeService()) as stub:
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await stub.Generate(pb.GenerateRequest(spec=spec(model="nobody")))
+            assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+            assert details(failure.value)["BadRequest"].field_violations[0].field == "spec.model"
+
+    asyncio.run(main())
+
+
+def test_the_range_of_a_seed_is_written_out() -> None:
+    async def main() -> None:
+        async with connected(FakeService()) as stub:
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await stub.Generate(pb.GenerateRequest(spec=spec(seed=-1)))
+            assert failure.value.details() == "seed: expected 0 to 9223372036854775807, got -1"
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("audio_format", [pb.AUDIO_FORMAT_WAV, 77])

@@ -94,7 +94,7 @@ class FakeService:
         for model in MODELS:
             if name in (None, model.name):
                 return model
-        raise NotFoundError("model: expected a served one")
+        raise NotFoundError("model: expected a served one", param="model")
 
     def count_refusal(self, code: str, tenant: Tenant | None = None) -> None:
         self.refused.append((code, tenant.tenant_class if tenant else ""))

@@ -8,15 +8,15 @@ from typing import Any
 
 import httpx2
 import pytest
-from musicgen_serving.errors import ConflictError, DeadlineExceededError, ForbiddenError, ReplicaLostError
+from musicgen_serving.errors import ConflictError, DeadlineExceededError, NotOfferedError, ReplicaLostError
 from musicgen_serving.http_api.middleware import max_body_bytes
 from serving.http_api.conftest import URL, Client
 from serving.http_api.fakes import KEY, FakeService
 
 from musicgen.errors import (
+    DeadlineTooShortError,
     EngineDeadError,
     InvalidRequestError,
-    MissingDependencyError,
     MusicGenError,
     OverloadedError,
     QuotaExceededError,
@@ -27,8 +27,7 @@ from musicgen.types import FinishReason
 SECRET = "/srv/secret/replica-7"
 REFUSALS: list[tuple[BaseException, int, str, str]] = [
     (InvalidRequestError("a melody model", "demo", param="melody"), 400, "invalid_request_error", "invalid_request"),
-    (MissingDependencyError("stems are not installed"), 400, "invalid_request_error", "not_available_here"),
-    (ForbiddenError("not this model"), 403, "permission_error", "not_allowed"),
+    (NotOfferedError("no stems", param="stems"), 400, "invalid_request_error", "not_available_here"),
     (ConflictError("the key was used"), 409, "invalid_request_error", "conflict"),
     (QuotaExceededError("used up", retry_after_s=12.2), 429, "rate_limit_error", "rate_limit_exceeded"),
     (QuotaExceededError("used up"), 429, "rate_limit_error", "rate_limit_exceeded"),
@@ -36,6 +35,7 @@ REFUSALS: list[tuple[BaseException, int, str, str]] = [
     (ReplicaLostError("gone"), 503, "overloaded_error", "temporarily_unavailable"),
     (EngineDeadError(SECRET), 503, "overloaded_error", "temporarily_unavailable"),
     (DeadlineExceededError("late"), 504, "timeout_error", "deadline_exceeded"),
+    (DeadlineTooShortError("never by then"), 504, "timeout_error", "deadline_too_short"),
     (WeightsError(SECRET), 500, "server_error", "internal_error"),
     (MusicGenError(SECRET), 500, "server_error", "internal_error"),
     (RuntimeError(SECRET), 500, "server_error", "internal_error"),
@@ -142,7 +142,6 @@ def test_a_service_that_breaks_its_promise_never_looks_whole(client: Client, bro
         ({"num_samples": 0}, "num_samples"),
         ({"num_samples": 9}, "num_samples"),
         ({"num_samples": 10**30}, "num_samples"),
-        ({"prompt": ["a"] * 9}, "num_samples"),
         ({"prompt": []}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": [["a"]]}, "prompt"),
@@ -155,6 +154,9 @@ def test_a_service_that_breaks_its_promise_never_looks_whole(client: Client, bro
         ({"loudness": 1}, "loudness"),
         ({"loudness": -71}, "loudness"),
         ({"stems": True}, "stems"),
+        ({"melody_guidance": 3}, "melody_guidance"),
+        ({"prompt": ["a"] * 9}, "prompt"),
+        ({"prompt": ["a"] * 3, "num_samples": 3}, "num_samples"),
         ({"first_sample": -1}, "first_sample"),
         ({"response_format": "aac"}, "response_format"),
         ({"stream_format": "websocket"}, "stream_format"),
@@ -259,7 +261,7 @@ def test_unknown_routes_and_methods(client: Client) -> None:
     response = client.request("PUT", URL, json={})
     check_error(response, 405, "method_not_allowed")
     assert "POST" in response.headers["allow"]
-    check_error(client.post(model="nobody"), 404, "not_found")
+    assert check_error(client.post(model="nobody"), 404, "not_found")["param"] == "model"
     for id in ("nobody", "%00", "a" * 500, "%F0%9F%8E%B5", ".."):
         assert client.request("GET", f"{URL}/{id}").status_code in (404, 405)
         assert client.request("DELETE", f"{URL}/{id}").status_code in (404, 405)

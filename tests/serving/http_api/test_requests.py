@@ -84,14 +84,16 @@ def test_defaults(client: Client) -> None:
 
 def test_seeds_without_a_seed(client: Client) -> None:
     def seed(**headers: str) -> int:
-        client.request("POST", URL, json={"duration_s": 0.1}, headers=headers)
-        return client.service.requests[-1].pieces[0].seed
+        client.request("POST", URL, json={"duration_s": 0.1, "num_samples": 8}, headers=headers)
+        seeds = [piece.seed for piece in client.service.requests[-1].pieces]
+        assert seeds == list(range(seeds[0], seeds[0] + 8))
+        assert 0 <= seeds[0] <= seeds[-1] < 2**53, "what JavaScript reads as it is"
+        return seeds[0]
 
     assert seed() != seed()
     first = seed(**{"Idempotency-Key": "k1"})
     assert first == seed(**{"Idempotency-Key": "k1"})
     assert first != seed(**{"Idempotency-Key": "k2"})
-    assert 0 <= first < 2**63
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_seeds_without_a_seed(client: Client) -> None:
         ({"top_p": 0.5}, False),
         ({"greedy": True}, False),
         ({"guidance_scale": 1}, False),
-        ({"melody_guidance": 3}, False),
+        ({"melody_guidance": 3, "melody": "recording"}, False),
         ({"extend_stride_s": 17}, False),
         ({"loudness": -14}, False),
         ({"model": "stereo"}, False),
