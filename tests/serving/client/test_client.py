@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,19 @@ def test_all_fields_arrive(protocol: str) -> None:
     assert empty.pieces[0].prompt is None
     assert (empty.sampling.top_k, empty.sampling.temperature, empty.chunks) == (250, 1.0, None)
     assert empty.idempotency_key
+
+
+@BOTH
+def test_recordings_may_be_local_files(protocol: str, tmp_path: Path) -> None:
+    service, path = FakeService(), tmp_path / "tune.wav"
+    soundfile.write(path, np.zeros(3200, np.float32), 32000)
+    with running(service) as there, connect(there.url(protocol)) as client:
+        client.generate("x", duration_s=1.0, melody=str(path), prompt_audio=path)
+        with pytest.raises(InvalidRequestError, match=r"gone\.wav \(No such file") as failure:
+            client.generate("x", melody="gone.wav")
+    (request,) = service.requests
+    assert request.melody == request.prompt_audio == path.read_bytes()
+    assert failure.value.param == "melody"
 
 
 @BOTH
