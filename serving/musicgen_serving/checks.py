@@ -32,7 +32,7 @@ _MAX_NUMBER = 1e4
 """Upper bound of numeric fields; keeps float32 arithmetic finite."""
 _MAX_COUNT = 2**31 - 1
 _INLINE_BYTES = 65536
-_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+REQUEST_ID_PATTERN = "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 _TRACE_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -73,7 +73,7 @@ class RequestFields:
 
 def is_request_id(text: str) -> bool:
     """Whether a caller's request id is valid: up to 128 letters, digits, '.', '_', ':' or '-'."""
-    return _REQUEST_ID.fullmatch(text) is not None
+    return re.fullmatch(REQUEST_ID_PATTERN, text) is not None
 
 
 def new_request_id() -> str:

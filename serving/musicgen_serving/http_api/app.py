@@ -104,6 +104,7 @@ def _add_model_routes(app: FastAPI, get_service: Callable[[], MusicService]) -> 
 def _add_operations_routes(app: FastAPI, get_service: Callable[[], MusicService], metrics: Metrics | None) -> None:
     tags: list[str | Enum] = ["operations"]
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", tags=tags, response_model=LiveBody, operation_id="live")
     async def live() -> LiveBody:
         """Liveness: the process responds."""
@@ -113,6 +114,7 @@ def _add_operations_routes(app: FastAPI, get_service: Callable[[], MusicService]
         503: {"model": NotReadyBody, "description": "Not ready; `details` lists what is missing."}
     }
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=tags, response_model=ReadyBody, responses=not_ready, operation_id="ready")
     async def ready() -> Response:
         """Readiness: requests can be served."""
@@ -126,6 +128,7 @@ def _add_operations_routes(app: FastAPI, get_service: Callable[[], MusicService]
             }
         }
 
+        @app.head("/metrics", include_in_schema=False)
         @app.get("/metrics", tags=tags, response_class=Response, responses=text, operation_id="metrics")
         async def get_metrics() -> Response:
             """Metrics for Prometheus."""

@@ -6,9 +6,12 @@ Reads with a timeout per message and parses large bodies in a thread. Opens no f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import re
+from collections.abc import AsyncGenerator, Iterable
+from difflib import get_close_matches
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
@@ -22,6 +25,8 @@ from musicgen_serving.http_api.schemas import RECORDING_FIELDS, GenerationBody
 _INLINE_BYTES = 65536
 """Smaller bodies are parsed inline, which is faster than a thread."""
 _MAX_FILES, _MAX_FIELDS = 4, 200
+_MAX_PROBLEMS = 10
+_SHOULD = re.compile("(?:Value error, )?(?:Input should be|String should have) (.+)", re.DOTALL)
 
 
 class _InMemoryParser(MultiPartParser):
@@ -49,8 +54,12 @@ async def parse_body(headers: Headers, content: bytes) -> GenerationBody:
 
     Raises:
         InvalidRequestError: malformed JSON or multipart, an unknown field, or a value of the wrong type or range.
-        HTTPException: 415: unsupported media type.
+        HTTPException: 415: unsupported media type, or a compressed body.
     """
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        message = f"Content-Encoding: expected none, got {plain_text(coding, 50)}; send the body uncompressed"
+        raise HTTPException(415, message, {"Accept-Encoding": "identity"})
     kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind == "application/json":
         if len(content) <= _INLINE_BYTES:
@@ -114,13 +123,33 @@ def _put(fields: dict[str, object], name: str, value: object) -> None:
 
 
 def _invalid(error: ValidationError) -> InvalidRequestError:
-    """The first problem, without echoing any submitted value."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # `loc` starts with the field and ends with the alternative of a union.
-    param = plain_text(str(first["loc"][0]), 100) if first["loc"] else None
-    if first["type"] == "json_invalid":
-        return InvalidRequestError("a JSON object", plain_text(first["msg"], 200))
-    if first["type"] == "extra_forbidden":
-        return InvalidRequestError("a field of this API", "an unknown field", "see /docs", param=param)
-    reason = first["msg"].removeprefix("Value error, ")
-    return InvalidRequestError("a value of the documented type and range", plain_text(reason, 300), param=param)
+    """All problems, the first one as the error's own, without echoing any submitted value."""
+    problems: dict[str, list[ErrorDetails]] = {}
+    for found in error.errors(include_url=False, include_context=False, include_input=False):
+        if not found["loc"]:
+            is_json = found["type"] != "json_invalid"
+            reason = "" if is_json else plain_text(found["msg"].removeprefix("Invalid JSON: "), 200)
+            return InvalidRequestError("a JSON object", "another value" if is_json else "invalid JSON", reason)
+        # `loc` starts with the field and ends with the alternative of a union.
+        problems.setdefault(plain_text(str(found["loc"][0]), 100), []).append(found)
+    first, *others = (_problem(param, found) for param, found in list(problems.items())[:_MAX_PROBLEMS])
+    hint = "; ".join(filter(None, [first.hint, *map(str, others)]))
+    return InvalidRequestError(first.expected, first.got, hint, param=first.param)
+
+
+def _problem(param: str, found: Iterable[ErrorDetails]) -> InvalidRequestError:
+    if any(detail["type"] == "extra_forbidden" for detail in found):
+        near = get_close_matches(param, GenerationBody.model_fields, 1, cutoff=0.7)
+        hint = f"did you mean {near[0]}?" if near else "see /docs"
+        return InvalidRequestError("a field of this API", "an unknown field", hint, param=param)
+    expected = " or ".join(dict.fromkeys(_expected(detail["msg"]) for detail in found))
+    return InvalidRequestError(expected, "", param=param)
+
+
+def _expected(message: str) -> str:
+    """Pydantic's message as the rest of "expected …"."""
+    should = _SHOULD.fullmatch(message)
+    if should is None:
+        return f"a valid value ({plain_text(message, 200)})"
+    what = plain_text(should[1], 300)
+    return f"a value {what}" if what.startswith(("greater", "less")) else what

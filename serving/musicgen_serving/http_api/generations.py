@@ -17,9 +17,11 @@ from musicgen_serving.admission import Tenant
 from musicgen_serving.audio_formats import EVENT_FORMATS
 from musicgen_serving.checks import RequestFields, checked_request, given_key, is_request_id
 from musicgen_serving.errors import NotFoundError, report
+from musicgen_serving.http_api.accept import Accepted, accepted
 from musicgen_serving.http_api.body import parse_body, read_body
 from musicgen_serving.http_api.delivery import Delivery, GenerationResponse, Wish
 from musicgen_serving.http_api.errors import http_report, request_id_of
+from musicgen_serving.http_api.middleware import REQUEST_ID_HEADER
 from musicgen_serving.http_api.openapi import ERRORS, GENERATION_DOCS, GENERATION_RESPONSES
 from musicgen_serving.http_api.schemas import GenerationBody, StatusBody
 from musicgen_serving.http_api.sse import SseDelivery
@@ -100,7 +102,7 @@ async def _respond(service: MusicService, tenant: Tenant, request: Request, body
     model = await service.model(tenant, body.model)
     fields = _fields(body, model.name, request)
     generation = await checked_request(fields, tenant, service.limits)
-    delivery = _delivery(body, generation, _wants_json(request.headers), model.license)
+    delivery = _delivery(body, generation, accepted(request.headers), model.license)
     return GenerationResponse(service, tenant, generation, delivery)
 
 
@@ -108,7 +110,8 @@ def _fields(body: GenerationBody, model: str, request: Request) -> RequestFields
     prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
     is_stream = body.stream or body.stream_format == "sse"
     return RequestFields(
-        request_id=request_id_of(request.scope),
+        # An id that does not have the form was replaced for the response; the validation refuses it.
+        request_id=request.headers.get(REQUEST_ID_HEADER) or request_id_of(request.scope),
         model=model,
         prompts=tuple(prompts),
         duration_s=body.duration_s,
@@ -133,30 +136,22 @@ def _fields(body: GenerationBody, model: str, request: Request) -> RequestFields
     )
 
 
-def _delivery(body: GenerationBody, generation: GenerationRequest, wants_json: bool, license: str) -> Delivery:
+def _delivery(body: GenerationBody, generation: GenerationRequest, accept: Accepted, license: str) -> Delivery:
     """The form of the response. Raises: InvalidRequestError: an unsupported combination of options."""
     is_events = body.stream_format == "sse"
-    format = body.response_format or ("pcm16" if is_events else "wav")
+    format = body.response_format or ("pcm16" if is_events else accept.response_format or "wav")
     if is_events:
         if format not in EVENT_FORMATS:
             expected, hint = f"one of {', '.join(EVENT_FORMATS)} for events", "use one of these, or omit stream_format"
             raise InvalidRequestError(expected, format, hint, param="response_format")
         return SseDelivery(generation, Wish(format))
     if not body.stream:
-        as_json = wants_json or len(generation.pieces) > 1
+        as_json = accept.wants_json or len(generation.pieces) > 1
         return WholeDelivery(generation, Wish(format, as_json, body.loudness, license))
     if len(generation.pieces) > 1:
         got, hint = f"{len(generation.pieces)}", "use stream_format: sse, or omit stream"
         raise InvalidRequestError("one piece with stream", got, hint, param="stream")
     return StreamDelivery(generation, Wish(format, license=license))
-
-
-def _wants_json(headers: Headers) -> bool:
-    return any(kind.partition(";")[0].strip().lower() == "application/json" for kind in _accepted(headers))
-
-
-def _accepted(headers: Headers) -> list[str]:
-    return ",".join(headers.getlist("accept")).split(",")
 
 
 def _known_form(id: str) -> str:

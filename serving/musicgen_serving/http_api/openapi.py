@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from musicgen_serving.checks import REQUEST_ID_PATTERN
 from musicgen_serving.http_api.schemas import RECORDING_FIELDS, ErrorBody, GenerationBody, GenerationResult
 
 _BODY_REF = "#/components/schemas/GenerationBody"
@@ -36,14 +37,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     401: _error("Missing or invalid API key."),
     404: _error("Not found, or not visible to this API key."),
     500: _error("Internal error."),
-    503: _error("Overloaded or temporarily unavailable.", retry=True),
+    503: _error("Overloaded, too many connections, or temporarily unavailable.", retry=True),
 }
 """Error responses of every authenticated route."""
 
 GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
     200: {
-        "description": "Audio of one piece in the requested format; JSON for several pieces or with `Accept: "
-        "application/json`; events with `stream_format: sse`.",
+        "description": "Audio of one piece in the requested format; JSON for several pieces or if `Accept` "
+        "prefers `application/json`; events with `stream_format: sse`.",
         "model": GenerationResult,
         "content": {
             "audio/wav": _BINARY,
@@ -74,11 +75,11 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
             }.items()
         },
     },
-    400: _error("Malformed request or value out of range; `param` names the field."),
+    400: _error("Malformed request or values out of range; `param` names the first such field, the message all."),
     408: _error("Timed out while reading the request body."),
     409: _error("The request id is in use, or the Idempotency-Key was used for a different request."),
     413: _error("The body, a recording, a text or the requested audio is too large."),
-    415: _error("The body is neither JSON nor multipart/form-data."),
+    415: _error("The body is neither JSON nor multipart/form-data, or has a Content-Encoding."),
     429: _error("Quota exceeded.", retry=True),
     499: _error("The request was cancelled before its first audio."),
     504: _error(
@@ -107,7 +108,12 @@ GENERATION_DOCS: dict[str, Any] = {
         },
     },
     "parameters": [
-        _header("X-Request-Id", "Id of the generation; generated if absent.", "my-song-17", maxLength=128),
+        _header(
+            "X-Request-Id",
+            "Id of the generation; generated if absent. 400 if it does not have this form.",
+            "my-song-17",
+            pattern=f"^{REQUEST_ID_PATTERN}$",
+        ),
         _header(
             "Idempotency-Key",
             "Makes retries safe: the same key identifies the same request and, without an explicit seed, yields the "

@@ -25,7 +25,7 @@ def _content(value: Any) -> Any:
     try:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("expected a base64-encoded audio file; URLs and paths are not supported") from None
+        raise ValueError("Input should be a base64-encoded audio file, not a URL or path") from None
 
 
 Recording = Annotated[bytes | None, BeforeValidator(_content), WithJsonSchema(_BASE64_SCHEMA)]
@@ -45,7 +45,7 @@ class GenerationBody(BaseModel):
     )
     prompt: str | list[str | None] | None = Field(
         None,
-        description="Text prompt, or a list of prompts. If omitted, generation is unconditional. "
+        description="Text prompt, or a list of prompts. If omitted, null or empty, generation is unconditional. "
         "In a multipart body, repeat the field for several prompts.",
         examples=["a calm piano over soft rain", ["fast techno", "slow jazz"]],
     )
@@ -109,9 +109,10 @@ class GenerationBody(BaseModel):
     )
     response_format: ResponseFormat | None = Field(
         None,
-        description="Default: wav, or pcm16 with `stream_format: sse`. pcm16 and f32 are raw little-endian samples, "
-        "channels interleaved. wav, flac and pcm16 are 16-bit; opus is at 48 kHz. All formats can be streamed; "
-        "encoding delays ogg by up to 2.5 s, the others by up to 0.15 s. Events carry pcm16 or f32.",
+        description="Default: the audio type that Accept prefers, else wav; pcm16 with `stream_format: sse`. "
+        "pcm16 and f32 are raw little-endian samples, channels interleaved. wav, flac and pcm16 are 16-bit; opus is at "
+        "48 kHz. All formats can be streamed; encoding delays ogg by up to 2.5 s, the others by up to 0.15 s. Events "
+        "carry pcm16 or f32.",
     )
     stream: bool = Field(
         False,

@@ -12,13 +12,15 @@ import math
 import socket
 import ssl
 
+import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from musicgen.errors import InvalidRequestError
+from musicgen.errors import InvalidRequestError, OverloadedError
 from musicgen_serving.certificates import Certificates, certificates_of
-from musicgen_serving.http_api.errors import ConnectionCutError
+from musicgen_serving.errors import report
+from musicgen_serving.http_api.errors import ConnectionCutError, error_response, http_report
 from musicgen_serving.settings import HttpSettings
 from musicgen_serving.watched_files import poll
 
@@ -126,19 +128,37 @@ def _listen(settings: HttpSettings, stall_s: float) -> socket.socket:
 
 
 class _Connection(H11Protocol):
-    """uvicorn's connection, with a time limit on request heads.
+    """uvicorn's connection, with a time limit on request heads and errors in the form of the API.
 
     h11 rather than httptools, because it bounds the size of a head (64 KiB).
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # uvicorn's own check allows one connection fewer, and refuses requests of all of them when there are too many.
+        most, self.limit_concurrency = self.limit_concurrency, None
+        if most is not None and len(self.connections) > most:
+            _log.warning("more than %d connections; refusing new ones", most)
+            self.app = _refuse
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def data_received(self, data: bytes) -> None:
         """uvicorn stops the timer at the first byte; here it runs until the head is complete."""
         self.conn.receive_data(data)
         self.handle_events()
+
+    def send_400_response(self, msg: str) -> None:
+        answer = error_response(http_report(400, msg), {"Connection": "close"})
+        head = h11.Response(status_code=400, headers=answer.raw_headers, reason=b"Bad Request")
+        for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of a connection beyond `max_connections`."""
+    error = OverloadedError("too many connections; retry later")
+    await error_response(report(error), {"Connection": "close"})(scope, receive, send)
 
 
 def _cut_is_no_error(record: logging.LogRecord) -> bool:

@@ -199,6 +199,29 @@ def test_one_piece_as_json_on_request(client: Client) -> None:
     assert response.json()["id"] == response.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("audio/wav, application/json", "application/json"),
+        ("audio/wav, application/json;q=0", "audio/wav"),
+        ("audio/flac, application/json;q=0.5", "audio/flac"),
+        ("audio/flac;q=0.2, application/json; Q=0.5", "application/json"),
+        ("audio/flac;q=0, audio/mpeg;q=0.1, */*;q=0.1", "audio/mpeg"),
+        ("audio/*", "audio/wav"),
+        ("text/html;q=abc, ;;, audio/ogg", "audio/ogg"),
+    ],
+)
+def test_what_the_client_accepts_decides(client: Client, accept: str, kind: str) -> None:
+    def kind_of(**fields: Any) -> str:
+        body = {"duration_s": 0.1, **fields}
+        response = client.request("POST", "/v1/music/generations", json=body, headers={"Accept": accept})
+        return str(response.headers["content-type"])
+
+    assert kind_of() == kind
+    if kind != "application/json":
+        assert kind_of(response_format="mp3") == "audio/mpeg", "what the body says goes first"
+
+
 @pytest.mark.parametrize("format", ["wav", "pcm16", "f32", "flac"])
 def test_the_rest_of_a_broken_stream(client: Client, format: str) -> None:
     whole = client.post(response_format=format)

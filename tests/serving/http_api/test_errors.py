@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from typing import Any
@@ -202,6 +203,38 @@ def test_wrong_fields(client: Client, fields: dict[str, Any], param: str) -> Non
 def test_broken_json(client: Client, body: bytes) -> None:
     response = client.request("POST", URL, content=body, headers={"Content-Type": "application/json"})
     check_error(response, 400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "expected a JSON object, got invalid JSON; EOF while parsing a value at line 1 column 0"),
+        (b"[]", "expected a JSON object, got another value"),
+        (b'{"duration_s": 0}', "duration_s: expected a value greater than 0"),
+        (b'{"stream": 3}', "stream: expected a valid boolean"),
+        (b'{"melody": "a.wav"}', "melody: expected a base64-encoded audio file, not a URL or path"),
+        (b'{"duration": 5}', "duration: expected a field of this API, got an unknown field; did you mean duration_s?"),
+        (b'{"tempo": 5}', "tempo: expected a field of this API, got an unknown field; see /docs"),
+        (
+            b'{"top_p": 2, "duration_s": "long", "tempo": 3}',
+            "duration_s: expected a valid number; top_p: expected a value less than or equal to 1; "
+            "tempo: expected a field of this API, got an unknown field; see /docs",
+        ),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_messages_say_all_that_is_wrong(client: Client, body: bytes, message: str) -> None:
+    error = check_error(client.request("POST", URL, content=body), 400, "invalid_request")
+    assert error["message"] == message
+    assert error["param"] == (message.split(":")[0] if ":" in message else None)
+
+
+def test_compressed_bodies(client: Client) -> None:
+    for coding in ("gzip", "br, gzip", "x" * 1000):
+        headers = {"Content-Type": "application/json", "Content-Encoding": coding}
+        response = client.request("POST", URL, content=gzip.compress(b"{}"), headers=headers)
+        assert "Content-Encoding" in check_error(response, 415, "unsupported_media_type")["message"]
+    assert client.post(duration_s=0.1).status_code == 200
 
 
 def test_prompts_that_are_too_long(client: Client) -> None:

@@ -155,14 +155,19 @@ def test_good_request_ids_are_kept(client: Client, given: str) -> None:
     assert client.service.requests[0].request_id == given
 
 
-@pytest.mark.parametrize("given", ["", "A" * 129, "a b", "../x", "a\u00e9", "-a", 'a"b'])
-def test_other_request_ids_are_replaced(client: Client, given: str) -> None:
+@pytest.mark.parametrize("given", ["A" * 129, "a b", "../x", "a\u00e9", "-a", 'a"b'])
+def test_other_request_ids_are_refused_and_not_echoed(client: Client, given: str) -> None:
     headers = [(b"X-Request-Id", given.encode("latin-1"))]
     response = client.request("POST", URL, json={"duration_s": 0.1}, headers=headers)
-    assert response.status_code == 200
-    made = response.headers["x-request-id"]
-    assert made not in ("", given)
-    assert client.service.requests[0].request_id == made
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "request_id"
+    assert response.headers["x-request-id"] not in ("", given)
+
+
+def test_a_request_without_an_id_gets_one(client: Client) -> None:
+    for headers in ({}, {"X-Request-Id": ""}):
+        response = client.request("POST", URL, json={"duration_s": 0.1}, headers=headers)
+        assert response.headers["x-request-id"] == client.service.requests[-1].request_id != ""
 
 
 @pytest.mark.parametrize(
@@ -329,6 +334,11 @@ def test_health(service: FakeService) -> None:
     assert response.json()["details"] == {"demo/language_model": "warming"}
     assert response.json()["error"]["code"] == "overloaded"
     assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_probes_may_ask_for_the_head_alone(client: Client, path: str) -> None:
+    assert client.request("HEAD", path).status_code == 200
 
 
 def test_metrics(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -219,11 +220,29 @@ def test_more_connections_than_a_replica_takes(run: Run) -> None:
         async with serving(max_connections=2) as there:
             url = f"http://127.0.0.1:{there.port}/healthz"
             _, waiting = await asyncio.open_connection("127.0.0.1", there.port)
-            async with httpx2.AsyncClient() as client:
-                assert (await client.get(url)).status_code == 503
+            async with httpx2.AsyncClient() as client, httpx2.AsyncClient() as late:
+                assert (await client.get(url)).status_code == 200, "the second of two"
+                refused = await late.get(url)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+                assert int(refused.headers["retry-after"]) >= 1
+                assert refused.headers["connection"] == "close"
+                assert (await client.get(url)).status_code == 200, "those who were there stay"
                 waiting.close()
                 await until(lambda: len(there._server.server_state.connections) <= 1)
-                assert (await client.get(url)).status_code == 200
+                assert (await late.get(url)).status_code == 200
+
+    run(check())
+
+
+def test_what_is_not_http_gets_an_error_like_all_others(run: Run) -> None:
+    async def check() -> None:
+        async with serving() as there:
+            reader, writer = await asyncio.open_connection("127.0.0.1", there.port)
+            writer.write(b"HELLO\r\n\r\n")
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+            assert json.loads(body)["error"]["code"] == "invalid_request"
+            writer.close()
 
     run(check())
 
