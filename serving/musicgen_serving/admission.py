@@ -82,6 +82,16 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """Tells an ingress to stop a request. Set by the gatekeeper."""
+
+    serial: str
+    """Of its ticket."""
+    superseded: bool = False
+    """A retry takes over; otherwise it was cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settlement:
     """How an admitted request ended. Set by the service; idempotent per ticket."""
 
@@ -119,15 +129,15 @@ class Gatekeeper(Protocol):
     async def settle(self, settlement: Settlement) -> None:
         """Settle an ended request: quota, slot, ledger entry. It may have been admitted by an earlier gatekeeper."""
 
-    async def report(self, edge: str, running: list[Progress]) -> list[str]:
-        """Report the progress of an ingress's requests, about once a second; returns the serials of cancelled ones.
+    async def report(self, edge: str, running: list[Progress]) -> list[Stop]:
+        """Report the progress of an ingress's requests, about once a second; returns those to stop.
 
         Requests of an ingress that stops reporting are settled as cancelled. Unknown requests are adopted: the
         gatekeeper may have been replaced.
         """
 
-    async def wait_cancelled(self, edge: str) -> list[str]:
-        """Long-poll, for a few seconds at most, for cancelled requests of this ingress; returns their serials."""
+    async def wait_cancelled(self, edge: str) -> list[Stop]:
+        """Long-poll, for a few seconds at most, for requests that this ingress must stop."""
 
     async def cancel(self, tenant: str, request_id: str) -> GenerationStatus:
         """Cancel a request, wherever it runs. No effect if it has already ended.

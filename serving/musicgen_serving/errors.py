@@ -6,6 +6,7 @@
     │   ├── NotFoundError        no such model or request
     │   ├── NotOfferedError      this service lacks an optional feature
     │   └── TooLargeError        a body, file or text exceeds a limit
+    ├── SupersededError          a retry took over; a RequestCancelledError
     ├── ConflictError            an idempotency key or request id already in use for something else
     ├── DeadlineExceededError    the caller's deadline passed
     └── ReplicaLostError         a replica died or stopped responding, and so did its replacements
@@ -57,6 +58,10 @@ class TooLargeError(FieldError):
     """A size limit is exceeded."""
 
 
+class SupersededError(RequestCancelledError):
+    """A retry of the same request took over; this attempt was cancelled."""
+
+
 class ConflictError(MusicGenError):
     """The request id or idempotency key is already in use for a different request."""
 
@@ -102,6 +107,7 @@ _TABLE = (
     _Row(NotFoundError, 404, "invalid_request_error", "not_found", "NOT_FOUND"),
     _Row(ConflictError, 409, "invalid_request_error", "conflict", "ALREADY_EXISTS"),
     _Row(QuotaExceededError, 429, "rate_limit_error", "rate_limit_exceeded", "RESOURCE_EXHAUSTED"),
+    _Row(SupersededError, 499, "request_cancelled", "superseded", "CANCELLED"),
     _Row(RequestCancelledError, 499, "request_cancelled", "cancelled", "CANCELLED"),
     _Row(DeadlineExceededError, 504, "timeout_error", "deadline_exceeded", "DEADLINE_EXCEEDED"),
     _Row(DeadlineTooShortError, 504, "timeout_error", "deadline_too_short", "DEADLINE_EXCEEDED"),

@@ -102,7 +102,7 @@ class GenerationService:
         self._metrics.rejected("", "" if tenant is None else tenant.tenant_class, code)
 
     async def cancel(self, tenant: Tenant, request_id: str) -> GenerationStatus:
-        self._running.stop(tenant.name, request_id)  # if it runs here, stop it without waiting for the gatekeeper
+        self._running.cancel(tenant.name, request_id)  # if it runs here, stop it without waiting for the gatekeeper
         return await self._gatekeeper.cancel(tenant.name, request_id)
 
     async def status(self, tenant: Tenant, request_id: str) -> GenerationStatus:

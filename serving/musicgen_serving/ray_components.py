@@ -22,7 +22,7 @@ from musicgen.codec_stream import StreamPiece, StreamState
 from musicgen.errors import EngineDeadError, MusicGenError
 from musicgen.types import EngineRequest
 from musicgen_serving import tracing
-from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Tenant, Ticket
+from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Stop, Tenant, Ticket
 from musicgen_serving.components import BrokenError, LostError
 from musicgen_serving.concurrency import together
 from musicgen_serving.deployments.chroma import Recording
@@ -227,10 +227,10 @@ class RayGatekeeper:
     async def settle(self, settlement: Settlement) -> None:
         await self._call("settle", settlement)
 
-    async def report(self, edge: str, running: list[Progress]) -> list[str]:
+    async def report(self, edge: str, running: list[Progress]) -> list[Stop]:
         return list(await self._call("report", edge, running))
 
-    async def wait_cancelled(self, edge: str) -> list[str]:
+    async def wait_cancelled(self, edge: str) -> list[Stop]:
         return list(await self._call("wait_cancelled", edge))
 
     async def cancel(self, tenant: str, request_id: str) -> GenerationStatus:

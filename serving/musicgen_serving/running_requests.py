@@ -15,7 +15,8 @@ from musicgen.config import ModelConfig
 from musicgen.errors import MusicGenError, RequestCancelledError
 from musicgen.types import FinishReason
 from musicgen_serving import errors
-from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Progress, Settlement, Ticket
+from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Progress, Settlement, Stop, Ticket
+from musicgen_serving.errors import SupersededError
 from musicgen_serving.generation_task import GenerationTask
 from musicgen_serving.request_metrics import RequestTimer
 from musicgen_serving.types import GenerationEnd, GenerationRequest, PieceAudio, PieceReport
@@ -108,14 +109,20 @@ class RunningRequests:
                     await asyncio.wait([*self._tasks, asyncio.create_task(asyncio.sleep(0.05))])
         await asyncio.gather(*self._loops, return_exceptions=True)
 
-    def stop(self, tenant: str, request_id: str) -> None:
+    def cancel(self, tenant: str, request_id: str) -> None:
         """Stop a tenant's request, if it runs here."""
-        self._stop(lambda ticket: (ticket.tenant, ticket.request_id) == (tenant, request_id))
-
-    def _stop(self, is_meant: Callable[[Ticket], bool]) -> None:
         for running in self._running:
-            if is_meant(running.ticket):
+            if (running.ticket.tenant, running.ticket.request_id) == (tenant, request_id):
                 running.task.stop(RequestCancelledError("the request was cancelled"))
+
+    def _obey(self, stop: Stop) -> None:
+        for running in self._running:
+            if running.ticket.serial == stop.serial:
+                running.task.stop(
+                    SupersededError("a retry of this request took over")
+                    if stop.superseded
+                    else RequestCancelledError("the request was cancelled")
+                )
 
     async def admit(self, request: AdmissionRequest) -> Ticket:
         """Get a ticket from the gatekeeper. If the client disconnects meanwhile, the ticket is settled on arrival.
@@ -191,8 +198,8 @@ class RunningRequests:
         async def report() -> None:
             # Requests being settled are not reported: a new gatekeeper would consider them running.
             progress = [running.progress() for running in self._running if not running.settled]
-            unwanted = await self._gatekeeper.report(self._edge, progress)
-            self._stop(lambda ticket: ticket.serial in unwanted)
+            for stop in await self._gatekeeper.report(self._edge, progress):
+                self._obey(stop)
 
         while True:
             await _outlived(report)
@@ -200,8 +207,8 @@ class RunningRequests:
 
     async def _listen_forever(self) -> None:
         async def listen() -> None:
-            cancelled = await self._gatekeeper.wait_cancelled(self._edge)
-            self._stop(lambda ticket: ticket.serial in cancelled)
+            for stop in await self._gatekeeper.wait_cancelled(self._edge):
+                self._obey(stop)
 
         while True:
             if not await _outlived(listen):

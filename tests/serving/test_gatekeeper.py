@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Progress, Settlement, Ticket
+from musicgen_serving.admission import AdmissionRequest, Gatekeeper, Progress, Settlement, Stop, Ticket
 from musicgen_serving.deployments.gatekeeper import GRACE_S, LocalGatekeeper
 from musicgen_serving.errors import ConflictError, NotFoundError, UnauthenticatedError
 from musicgen_serving.settings import ServeSettings, load_settings
@@ -63,6 +63,8 @@ class Setting:
         }
         self.settings = settings or load_settings(values)
         self.admitted: dict[str, tuple[Ticket, float]] = {}
+        self.superseded: set[str] = set()
+        """Ids of requests that a report was told to stop because of a retry."""
         self.keeper = self.new(**times)
 
     def new(self, **times: Any) -> LocalGatekeeper:
@@ -78,7 +80,9 @@ class Setting:
         return ticket
 
     async def report(self, edge: str, *tickets: Ticket, done_s: float = 0.0, audio_s: float = 10.0) -> list[str]:
-        return await self.keeper.report(edge, [Progress(t, "demo", audio_s, done_s, done_s) for t in tickets])
+        stops = await self.keeper.report(edge, [Progress(t, "demo", audio_s, done_s, done_s) for t in tickets])
+        self.superseded.update(stop.serial for stop in stops if stop.superseded)
+        return [stop.serial for stop in stops]
 
     async def settle(
         self,
@@ -279,7 +283,7 @@ def test_cancel_reaches_a_waiting_edge_at_once_and_answers_with_the_end() -> Non
         other = asyncio.create_task(s.keeper.wait_cancelled("other edge"))
 
         async def edge() -> None:
-            assert await s.keeper.wait_cancelled("edge") == [ticket.serial]
+            assert await s.keeper.wait_cancelled("edge") == [Stop(ticket.serial)]
             await s.settle("r", 3.0, FinishReason.CANCELLED)
 
         task = asyncio.create_task(edge())
@@ -300,8 +304,8 @@ def test_cancel_reaches_an_edge_that_comes_later_and_one_that_missed_the_answer(
         ticket = await s.admit("r")
         assert await s.keeper.wait_cancelled("edge") == []
         assert (await s.keeper.cancel("a", "r")).state == "running"
-        assert await s.keeper.wait_cancelled("edge") == [ticket.serial]  # nobody has reported it: all are told
-        assert await s.keeper.wait_cancelled("other") == [ticket.serial]
+        assert await s.keeper.wait_cancelled("edge") == [Stop(ticket.serial)]  # nobody has reported it: all are told
+        assert await s.keeper.wait_cancelled("other") == [Stop(ticket.serial)]
         assert await s.keeper.wait_cancelled("edge") == []  # once
         assert await s.report("edge", ticket) == [ticket.serial]  # but every report says it again
         assert await s.report("edge", ticket) == [ticket.serial]
@@ -399,7 +403,7 @@ def test_a_new_gatekeeper_takes_over_what_runs(tmp_path: Path) -> None:
 async def repeat_with_living_edge(s: Setting, request_id: str, key: str | None) -> None:
     ticket = await s.admit("first", "one", key="k", fingerprint="f")
     await s.report("edge", ticket)
-    seen: list[str] = []
+    seen: list[Stop] = []
 
     async def edge() -> None:
         seen.extend(await s.keeper.wait_cancelled("edge"))
@@ -410,7 +414,7 @@ async def repeat_with_living_edge(s: Setting, request_id: str, key: str | None) 
     task = asyncio.create_task(edge())
     again = await s.admit(request_id, "one", key=key, fingerprint="f")
     await task
-    assert seen == [ticket.serial]
+    assert seen == [Stop(ticket.serial, superseded=True)]
     assert again.request_id == request_id
     assert (await s.keeper.status("one", request_id)).state == "running"
     assert await s.report("edge", again) == []
@@ -438,6 +442,7 @@ def test_a_repeat_need_not_wait_for_an_edge_that_died(tmp_path: Path, silent_s: 
         assert await s.report("dead edge", ticket, done_s=6.0) == [ticket.serial]
         assert await s.report("new edge", again, done_s=0.0) == []
         assert await s.report("dead edge", ticket, done_s=6.0) == [ticket.serial]
+        assert s.superseded == {ticket.serial}
         assert await s.report("new edge", again, done_s=7.0) == []
         await s.settle(ticket, 6.0, FinishReason.CANCELLED, total_s=silent_s + 2.0)  # the first one's end, late
         assert (await s.keeper.status("a", "r")).state == "running"

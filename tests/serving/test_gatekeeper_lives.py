@@ -120,14 +120,14 @@ class Life:
             reports = [running.progress() for running in place.values()]
             for unwanted in self.wait(self.keeper.report(str(edge), reports)):
                 met["told by a report"] += 1
-                self.settle(place, unwanted, FinishReason.CANCELLED)
+                self.settle(place, unwanted.serial, FinishReason.CANCELLED)
         self.balanced()
 
     def listen(self, edge: int) -> None:
         name = list(self.edges)[edge]
         for unwanted in self.wait(self.keeper.wait_cancelled(str(name))):
             met["told by a poll"] += 1
-            self.settle(self.edges[name], unwanted, FinishReason.CANCELLED)
+            self.settle(self.edges[name], unwanted.serial, FinishReason.CANCELLED)
         self.balanced()
 
     def end(self, edge: int, reason: FinishReason, twice: bool) -> None:

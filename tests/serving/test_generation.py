@@ -22,6 +22,7 @@ from musicgen_serving.errors import (
     NotFoundError,
     NotOfferedError,
     ReplicaLostError,
+    SupersededError,
     UnauthenticatedError,
     report,
 )
@@ -383,6 +384,21 @@ def test_a_cancelled_request_says_so(service: InProcess) -> None:
         return event
 
     assert service.run(cancel()).reason is FinishReason.CANCELLED
+
+
+def test_a_request_that_its_retry_replaces_says_so(service: InProcess) -> None:
+    async def run() -> GenerationEnd:
+        same: dict[str, Any] = {"idempotency_key": "twice", "fingerprint": "f"}
+        older = asyncio.create_task(collect(service, request("older", duration_s=60.0, **same)))
+        while (await service.gatekeeper.counts()).running == 0:
+            await asyncio.sleep(0.01)
+        end = (await collect(service, request("newer", **same)))[2]
+        with pytest.raises(SupersededError):
+            raise (await older)[2].error or AssertionError("it is not to end well")
+        await at_rest(service)
+        return end
+
+    assert service.run(run()).reason is FinishReason.FINISHED
 
 
 def test_a_deadline_ends_it(service: InProcess) -> None:

@@ -19,6 +19,7 @@ from musicgen_serving.errors import (
     FieldError,
     NotFoundError,
     NotOfferedError,
+    SupersededError,
     TooLargeError,
     UnauthenticatedError,
 )
@@ -30,6 +31,7 @@ _BY_CODE: dict[str, type[MusicGenError]] = {
     "not_found": NotFoundError,
     "conflict": ConflictError,
     "cancelled": RequestCancelledError,
+    "superseded": SupersededError,
     "deadline_exceeded": DeadlineExceededError,
     "deadline_too_short": DeadlineTooShortError,
 }

@@ -38,7 +38,7 @@ from collections.abc import Callable
 
 from musicgen.errors import MusicGenError, OverloadedError, QuotaExceededError
 from musicgen.types import FinishReason
-from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Tenant, Ticket
+from musicgen_serving.admission import AdmissionRequest, Progress, Settlement, Stop, Tenant, Ticket
 from musicgen_serving.backlog import MAX_RETRY_S, MIN_RETRY_S, Backlog
 from musicgen_serving.errors import NotFoundError, UnauthenticatedError, report
 from musicgen_serving.ledger import Counts, Ledger, UsageLine
@@ -195,6 +195,8 @@ class LocalGatekeeper:
 
     async def _take_over(self, record: Record) -> None:
         """End a running request, so that its retry can start."""
+        if not record.cancelled:
+            record.error_code = SUPERSEDED
         self._want_end(record)
         if self._clock() - record.seen_at <= self._takeover_s:
             await _wait(record.ended, self._takeover_s)
@@ -216,10 +218,10 @@ class LocalGatekeeper:
         self._ledger.admit(ticket.tenant_class, progress.model)
         self._note_end(record, settlement, here=False)
 
-    async def report(self, edge: str, running: list[Progress]) -> list[str]:
+    async def report(self, edge: str, running: list[Progress]) -> list[Stop]:
         """See `admission.Gatekeeper`."""
         now = self._clock()
-        unwanted = [progress.ticket.serial for progress in running if not self._note(edge, progress, now)]
+        unwanted = [self._stop(progress.ticket) for progress in running if not self._note(edge, progress, now)]
         await self._sweep()
         return unwanted
 
@@ -241,6 +243,14 @@ class LocalGatekeeper:
         self._backlogs[record.model].progress(ticket.serial, record.done_s)
         return not record.cancelled
 
+    def _stop(self, ticket: Ticket) -> Stop:
+        try:
+            record = self._registry.find(ticket.tenant, ticket.request_id)
+        except NotFoundError:
+            return Stop(ticket.serial)
+        is_retry = record.ticket.serial != ticket.serial
+        return Stop(ticket.serial, superseded=is_retry or record.error_code == SUPERSEDED)
+
     def _adopt(self, edge: str, progress: Progress, now: float) -> Record | None:
         """Adopt a request that an earlier gatekeeper admitted; None: its model is no longer served."""
         ticket, backlog = progress.ticket, self._backlogs.get(progress.model)
@@ -254,7 +264,7 @@ class LocalGatekeeper:
         self._ledger.admit(ticket.tenant_class, progress.model)
         return record
 
-    async def wait_cancelled(self, edge: str) -> list[str]:
+    async def wait_cancelled(self, edge: str) -> list[Stop]:
         """See `admission.Gatekeeper`. A request not reported by any ingress yet is sent to all; others ignore it."""
         until = self._clock() + self._poll_s
         while True:
@@ -263,7 +273,7 @@ class LocalGatekeeper:
             if found or left_s <= 0:
                 for record in found:
                     record.told.add(edge)
-                return [record.ticket.serial for record in found]
+                return [self._stop(record.ticket) for record in found]
             if not await _wait(self._news, left_s):
                 return []
 

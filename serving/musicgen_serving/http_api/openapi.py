@@ -81,7 +81,10 @@ GENERATION_RESPONSES: dict[int | str, dict[str, Any]] = ERRORS | {
     413: _error("The body, a recording, a text or the requested audio is too large."),
     415: _error("The body is neither JSON nor multipart/form-data, or has a Content-Encoding."),
     429: _error("Quota exceeded.", retry=True),
-    499: _error("The request was cancelled before its first audio."),
+    499: _error(
+        "Before its first audio, the request was cancelled (code `cancelled`), or a retry with the same "
+        "Idempotency-Key or X-Request-Id took over (`superseded`)."
+    ),
     504: _error(
         "The deadline passed before the first audio (code `deadline_exceeded`), or cannot be met, so the request was "
         "not started (`deadline_too_short`): repeating it unchanged is futile."
@@ -117,7 +120,8 @@ GENERATION_DOCS: dict[str, Any] = {
         _header(
             "Idempotency-Key",
             "Makes retries safe: the same key identifies the same request and, without an explicit seed, yields the "
-            "same audio. A retry within ten minutes of the end is charged only for audio not generated before.",
+            "same audio. A retry takes over: if the earlier request still runs, it ends with code `superseded`. A "
+            "retry within ten minutes of the end is charged only for audio not generated before.",
             "5f1c7a",
             minLength=1,
             maxLength=255,

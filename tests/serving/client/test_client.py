@@ -22,6 +22,7 @@ from musicgen_serving.errors import (
     DeadlineExceededError,
     NotFoundError,
     NotOfferedError,
+    SupersededError,
     TooLargeError,
     UnauthenticatedError,
 )
@@ -141,6 +142,7 @@ ERRORS = [
     ConflictError("expected a new id"),
     QuotaExceededError("used up", retry_after_s=12.0),
     RequestCancelledError("cancelled by somebody"),
+    SupersededError("a retry took over"),
     DeadlineExceededError("too late"),
     DeadlineTooShortError("never by then"),
     OverloadedError("later, please", retry_after_s=3.0),

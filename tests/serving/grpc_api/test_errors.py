@@ -13,6 +13,7 @@ from musicgen_serving.errors import (
     NotFoundError,
     NotOfferedError,
     ReplicaLostError,
+    SupersededError,
     TooLargeError,
     UnauthenticatedError,
 )
@@ -41,6 +42,7 @@ ERRORS = [
     (ConflictError("expected a new id"), "ALREADY_EXISTS", "CONFLICT"),
     (QuotaExceededError("used up", retry_after_s=12.5), "RESOURCE_EXHAUSTED", "RATE_LIMIT_EXCEEDED"),
     (RequestCancelledError("cancelled by its caller"), "CANCELLED", "CANCELLED"),
+    (SupersededError("a retry took over"), "CANCELLED", "SUPERSEDED"),
     (DeadlineExceededError("too late"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     (DeadlineTooShortError("never by then"), "DEADLINE_EXCEEDED", "DEADLINE_TOO_SHORT"),
     (OverloadedError("later, please", retry_after_s=3.0), "UNAVAILABLE", "OVERLOADED"),

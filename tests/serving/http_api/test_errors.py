@@ -9,7 +9,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from musicgen_serving.errors import ConflictError, DeadlineExceededError, NotOfferedError, ReplicaLostError
+from musicgen_serving.errors import (
+    ConflictError,
+    DeadlineExceededError,
+    NotOfferedError,
+    ReplicaLostError,
+    SupersededError,
+)
 from musicgen_serving.http_api.middleware import max_body_bytes
 from serving.http_api.conftest import URL, Client
 from serving.http_api.fakes import KEY, FakeService
@@ -35,6 +41,7 @@ REFUSALS: list[tuple[BaseException, int, str, str]] = [
     (OverloadedError("busy", retry_after_s=0.2), 503, "overloaded_error", "overloaded"),
     (ReplicaLostError("gone"), 503, "overloaded_error", "temporarily_unavailable"),
     (EngineDeadError(SECRET), 503, "overloaded_error", "temporarily_unavailable"),
+    (SupersededError("a retry took over"), 499, "request_cancelled", "superseded"),
     (DeadlineExceededError("late"), 504, "timeout_error", "deadline_exceeded"),
     (DeadlineTooShortError("never by then"), 504, "timeout_error", "deadline_too_short"),
     (WeightsError(SECRET), 500, "server_error", "internal_error"),
