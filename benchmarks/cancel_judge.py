@@ -8,7 +8,7 @@ from musicgen_serving.deployments.language_model import Load
 
 from benchmarks.cancel_types import Cell, Phase, Service
 from benchmarks.cancel_victim import Victim
-from musicgen.errors import OverloadedError
+from musicgen.errors import DeadlineTooShortError
 
 SETTLE_S = 10.0
 """A request that has not ended this long after its cancellation counts as lost."""
@@ -109,7 +109,7 @@ def is_late(victim: Victim, phase: Phase) -> bool:
 
 def is_refused(victim: Victim) -> bool:
     """The engine rejected its deadline."""
-    return isinstance(victim.error, OverloadedError)
+    return isinstance(victim.error, DeadlineTooShortError)
 
 
 def num_over(victims: list[Victim]) -> int:

@@ -23,7 +23,7 @@ from engine.fakes import (
 )
 
 from musicgen.engine.checks import check_request
-from musicgen.errors import EngineDeadError, InvalidRequestError, OverloadedError
+from musicgen.errors import DeadlineTooShortError, EngineDeadError, InvalidRequestError, OverloadedError
 from musicgen.models.t5 import MAX_TEXT_TOKENS
 from musicgen.types import (
     ChunkPolicy,
@@ -137,7 +137,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
         core.step()
     core.add(EngineRequest("waiting", codes_request(40)))
     late = EngineRequest("late", codes_request(40), deadline_s=1.0)
-    with pytest.raises(OverloadedError, match="retry later"):
+    with pytest.raises(DeadlineTooShortError, match="allow more time"):
         core.add(late)
     assert core.stats().num_accepted == 2
     core.add(replace(late, deadline_s=1.5))
