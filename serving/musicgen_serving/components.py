@@ -47,10 +47,10 @@ class Components(Protocol):
         """Check whether `encode_text` would accept the prompt. Raises: InvalidRequestError, LostError."""
 
     async def check_stems(self) -> None:
-        """Check whether stem separation is installed. Raises: MissingDependencyError, LostError."""
+        """Check whether stem separation is installed. Raises: NotOfferedError, LostError."""
 
     async def extract_chroma(self, recording: Recording) -> list[Tensor]:
-        """Raises: InvalidRequestError, MissingDependencyError, LostError."""
+        """Raises: InvalidRequestError, NotOfferedError, LostError."""
 
     async def encode_prompt(self, content: bytes, duration_s: float) -> Tensor:
         """Raises: InvalidRequestError, LostError."""

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import soundfile
 from musicgen_serving.client.command import generate_remote
-from musicgen_serving.errors import NotFoundError
+from musicgen_serving.errors import NotFoundError, NotOfferedError
 from serving.client.running import running
 from serving.fake_service import FakeService, tone
 
 from musicgen.cli.options import GenerateOptions
 from musicgen.cli.parser import parse
-from musicgen.errors import InvalidRequestError, MissingDependencyError
+from musicgen.errors import InvalidRequestError
 from serving import fake_service
 
 BOTH = pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -61,8 +61,8 @@ def test_files_and_report(protocol: str, tmp_path: Path, capsys: pytest.CaptureF
 
 @BOTH
 def test_a_refusal_ends_the_command(protocol: str, tmp_path: Path) -> None:
-    service = FakeService(refusal=MissingDependencyError("stems: not installed"))
-    with running(service) as there, pytest.raises(MissingDependencyError, match="stems"):
+    service = FakeService(refusal=NotOfferedError("stems: not offered"))
+    with running(service) as there, pytest.raises(NotOfferedError, match="stems"):
         generate_remote(options("a", "b", "-o", str(tmp_path)), there.url(protocol), None)
     assert list(tmp_path.iterdir()) == []
 
@@ -88,8 +88,8 @@ def test_a_file_and_stdout(tmp_path: Path, capsysbinary: pytest.CaptureFixture[b
 
 @BOTH
 def test_one_failure_cancels_the_others(protocol: str, tmp_path: Path) -> None:
-    service = FakeService(chunk_delay_s=0.05, failure=MissingDependencyError("gone"), num_chunks_before_failure=3)
-    with running(service) as there, pytest.raises(MissingDependencyError, match="gone"):
+    service = FakeService(chunk_delay_s=0.05, failure=NotOfferedError("gone"), num_chunks_before_failure=3)
+    with running(service) as there, pytest.raises(NotOfferedError, match="gone"):
         generate_remote(options("a", "b", "--duration", "60", "-o", str(tmp_path)), there.url(protocol), None)
     assert service.left == service.entered
 
