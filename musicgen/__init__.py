@@ -16,15 +16,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from musicgen.api import GenerationParams, MusicGen
+    from musicgen.api import MusicGen
     from musicgen.audio import audio_write
-    from musicgen.types import SamplingParams
+    from musicgen.types import GenerationParams, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["GenerationParams", "MusicGen", "SamplingParams", "__version__", "audio_write"]
 
 _MODULES = {
-    "GenerationParams": "musicgen.api",
+    "GenerationParams": "musicgen.types",
     "MusicGen": "musicgen.api",
     "SamplingParams": "musicgen.types",
     "audio_write": "musicgen.audio",

@@ -5,10 +5,9 @@ Orchestrates a call: validate, condition, generate codes, decode. Independent of
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import AsyncGenerator, Generator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from musicgen.aio import iterate_in_threads
-from musicgen.arguments import checked_bool, checked_float, checked_int, checked_path, shown
+from musicgen.arguments import checked_bool, checked_int, checked_path, shown
 from musicgen.codec_stream import GridBuffer, StreamingCodec, decode_audio, decode_on_grid
 from musicgen.conditioning import Melody, condition
 from musicgen.config import EngineConfig, WeightDtype
@@ -36,38 +35,9 @@ from musicgen.inputs import (
 from musicgen.local_engine import LocalEngine
 from musicgen.model import Model
 from musicgen.progress import Progress, ProgressCallback
-from musicgen.types import AudioChunk, ChunkPolicy, CodesRequest, SamplingParams
+from musicgen.types import AudioChunk, ChunkPolicy, CodesRequest, GenerationParams, SamplingParams
 from musicgen.waveform import Waveform
 from musicgen.weights import load_model, packed
-
-MAX_DURATION_S = 3600.0
-DEFAULT_DURATION_S = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationParams:
-    """Parameters of pieces: those that `set_generation_params` sets, or those of one call. Validated on construction.
-
-    What depends on the model is validated when they are used.
-    """
-
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    """Its seed is ignored: calls take their own."""
-    duration_s: float = DEFAULT_DURATION_S
-    """Including an audio prompt."""
-    extend_stride_s: float = 18.0
-    """Between window starts in pieces longer than the model's window."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.sampling, SamplingParams):
-            raise InvalidRequestError("SamplingParams", shown(self.sampling), param="sampling")
-        expected = f"a number of seconds in (0, {MAX_DURATION_S:g}]"
-        duration_s = checked_float(self.duration_s, lambda x: 0 < x <= MAX_DURATION_S, expected, param="duration")
-        stride_s = checked_float(
-            self.extend_stride_s, lambda x: 0 < x < math.inf, "a positive number of seconds", param="extend_stride"
-        )
-        object.__setattr__(self, "duration_s", duration_s)
-        object.__setattr__(self, "extend_stride_s", stride_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

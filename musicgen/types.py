@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from musicgen.arguments import checked_bool, checked_float, checked_int
+from musicgen.arguments import checked_bool, checked_float, checked_int, shown
 from musicgen.errors import InvalidRequestError
 
 if TYPE_CHECKING:  # the service's gatekeeper and `--help` do not import torch
@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # the service's gatekeeper and `--help` do not import torch
 MAX_SEED = 2**63 - 1
 MIN_TEMPERATURE = 1e-4
 """Below this, scaled logits overflow or sampling is effectively greedy."""
+MAX_DURATION_S = 3600.0
+DEFAULT_DURATION_S = 15.0
 
 
 def checked_seed(seed: object) -> int:
@@ -70,6 +72,32 @@ class SamplingParams:
         }
         for name, value in plain.items():
             object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """Parameters of pieces: those that `set_generation_params` sets, or those of one call. Validated on construction.
+
+    What depends on the model is validated when they are used.
+    """
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """Its seed is ignored: calls take their own."""
+    duration_s: float = DEFAULT_DURATION_S
+    """Including an audio prompt."""
+    extend_stride_s: float = 18.0
+    """Between window starts in pieces longer than the model's window."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling, SamplingParams):
+            raise InvalidRequestError("SamplingParams", shown(self.sampling), param="sampling")
+        expected = f"a number of seconds in (0, {MAX_DURATION_S:g}]"
+        duration_s = checked_float(self.duration_s, lambda x: 0 < x <= MAX_DURATION_S, expected, param="duration")
+        stride_s = checked_float(
+            self.extend_stride_s, lambda x: 0 < x < math.inf, "a positive number of seconds", param="extend_stride"
+        )
+        object.__setattr__(self, "duration_s", duration_s)
+        object.__setattr__(self, "extend_stride_s", stride_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,8 +22,8 @@ from musicgen_kernels.whole_step import whole_step
 from tiny import tune
 
 import musicgen
-from musicgen import MusicGen, api, audio_write
-from musicgen.cli import checks, main, output
+from musicgen import MusicGen, audio_write
+from musicgen.cli import main
 from musicgen.cli.plan import Piece, slug
 from musicgen.cli.timing import Stopwatch
 from musicgen.engine.packing import pack_decoder
@@ -467,10 +467,6 @@ def test_numbers_are_checked_before_torch_is_imported(option: str, tmp_path: Pat
     )
     subprocess.run([sys.executable, "-c", code, option], cwd=tmp_path, check=True)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_longest_piece_is_the_librarys() -> None:
-    assert (checks.MAX_DURATION_S, output.MAX_WRITTEN_S) == (api.MAX_DURATION_S, 2 * api.MAX_DURATION_S)
 
 
 @pytest.mark.parametrize(

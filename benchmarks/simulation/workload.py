@@ -49,7 +49,7 @@ class Request:
     prompt: int
     """Requests of one kind with the same number have the same text and melody."""
     leaves_after_s: float
-    """Failover: the listener disconnects this long after arriving; infinite: never."""
+    """Patience: the listener disconnects this long after arriving; infinite: never."""
 
     @property
     def num_new(self) -> int:

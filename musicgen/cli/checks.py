@@ -7,7 +7,6 @@ The limits are the API's; this module applies them early.
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from musicgen.cli.options import DEFAULT_LOUDNESS_LUFS, GenerateOptions
 from musicgen.errors import InvalidRequestError, MissingDependencyError
-from musicgen.types import SamplingParams
+from musicgen.types import GenerationParams, SamplingParams
 from musicgen.weights.registry import find
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from musicgen.api import MusicGen
 
-MAX_DURATION_S = 3600.0
 MAX_THREADS = 1024
 
 
@@ -77,13 +75,7 @@ def sampling_params(options: GenerateOptions) -> SamplingParams:
 
 def check_options(options: GenerateOptions) -> None:
     """Check everything that needs neither a file nor the model. Does not import torch."""
-    sampling_params(options)
-    if not 0 < options.duration <= MAX_DURATION_S:
-        raise InvalidRequestError(
-            f"a number of seconds in (0, {MAX_DURATION_S:g}]", f"{options.duration:g}", param="duration"
-        )
-    if not 0 < options.extend_stride < math.inf:
-        raise InvalidRequestError("a number of seconds > 0", f"{options.extend_stride:g}", param="extend-stride")
+    GenerationParams(sampling_params(options), options.duration, options.extend_stride)
     if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
         raise InvalidRequestError(f"an integer in [1, {MAX_THREADS}]", str(options.threads), param="threads")
     card = find(options.model)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from musicgen.config import WeightDtype
 from musicgen.errors import InvalidRequestError
 
 FORMATS = ("wav", "flac", "mp3", "ogg", "opus")
@@ -13,8 +14,6 @@ DEFAULT_FORMAT = "wav"
 STDIN, STDOUT = "-", Path("-")
 STRATEGIES = ("loudness", "peak", "rms", "clip")
 Strategy = Literal["loudness", "peak", "rms", "clip"]
-Weights = Literal["float32", "bfloat16", "int8", "int4"]
-WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 DEFAULT_LOUDNESS_LUFS = -14.0
 DEFAULT_EXTEND_STRIDE_S = 18.0
 
@@ -41,7 +40,7 @@ class GenerateOptions:
     melody_guidance: float | None
     extend_stride: float
     device: str | None
-    weights: Weights | None
+    weights: WeightDtype | None
     threads: int | None
     batch: int
     out: Path

@@ -15,12 +15,10 @@ from musicgen.cli.options import DEFAULT_EXTEND_STRIDE_S, DEFAULT_FORMAT, FORMAT
 from musicgen.cli.plan import MAX_PIECES, Piece, shown
 from musicgen.cli.report import ModelFacts, Written
 from musicgen.errors import InvalidRequestError
+from musicgen.types import MAX_DURATION_S
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MAX_WRITTEN_S = 7200.0
-"""Longest file that is read back."""
 
 
 class Output:
@@ -167,7 +165,7 @@ def _read_back(path: Path, piece: Piece, *, plot: bool) -> Written:
     from musicgen.loudness import measure_loudness
     from musicgen.plots import plot_audio
 
-    wav, sample_rate = load_audio(path, max_duration_s=MAX_WRITTEN_S)
+    wav, sample_rate = load_audio(path, max_duration_s=2 * MAX_DURATION_S)
     return Written(
         path=path,
         piece=piece,

@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from musicgen import __version__
 from musicgen.cli import plugins
-from musicgen.cli.options import DEFAULT_EXTEND_STRIDE_S, FORMATS, STRATEGIES, WEIGHTS
+from musicgen.cli.options import DEFAULT_EXTEND_STRIDE_S, FORMATS, STRATEGIES
+from musicgen.config import WeightDtype
 
 ABOUT = """\
 Generate music from text and melodies with MusicGen models.
@@ -210,9 +211,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "branch, tag or commit (default: the bundled demo model; with --server, the first model of the service)",
     )
     add("--device", metavar="NAME", help="torch device, e.g. cpu or cuda (default: the GPU if available)")
-    add("--weights", choices=WEIGHTS, help="weight type (default: bfloat16 on a GPU, float32 on the CPU)")
+    add("--weights", choices=get_args(WeightDtype), help="weight type (default: bfloat16 on a GPU, float32 on the CPU)")
     hidden = argparse.SUPPRESS
-    add("--dtype", dest="weights", choices=WEIGHTS, default=hidden, help=hidden)  # its name in earlier versions
+    add(
+        "--dtype", dest="weights", choices=get_args(WeightDtype), default=hidden, help=hidden
+    )  # its name in earlier versions
     add("--threads", type=int, metavar="N", help="number of CPU threads (default: one per core)")
     add(
         "--server",

@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from musicgen.config import WeightDtype
 
 SERVE = """\
 Serve models over HTTP and gRPC, on this machine or on a Ray cluster.
@@ -45,7 +47,7 @@ class ServeCommand:
         add = parser.add_argument
         add("--config", type=Path, metavar="FILE", help="YAML settings file")
         add("--model", action="append", metavar="NAME", help="model to serve; repeatable (default: demo)")
-        add("--weights", choices=("float32", "bfloat16", "int8", "int4"), help="weight data type of all models")
+        add("--weights", choices=get_args(WeightDtype), help="weight data type of all models")
         add("--device", metavar="NAME", help="cpu or cuda, for all models (default: cuda on a machine with a GPU)")
         add("--host", metavar="ADDRESS", help="listen address of both protocols (default: 127.0.0.1)")
         add("--http-port", type=int, metavar="PORT", help="HTTP port (default: 8000)")

@@ -59,7 +59,7 @@ class CodeStream:
         made: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._components, self._request, self._settings, self._tell_made = components, request, settings, made
-        self._patience = Failover(settings, f"request {request.request_id}: language model")
+        self._failover = Failover(settings, f"request {request.request_id}: language model")
         known = request.codes.known_codes
         self._made: list[Tensor] = [] if known is None else [known]
         self._num_made = request.codes.num_known_frames
@@ -78,11 +78,11 @@ class CodeStream:
                 async for event in self._attempt():
                     yield event
             except (LostError, TimeoutError) as error:
-                await self._patience.lost(error)
+                await self._failover.lost(error)
             except OverloadedError as error:
                 if not self._started:
                     raise
-                await self._patience.lost(error)
+                await self._failover.lost(error)
         yield self._end()
 
     async def _attempt(self) -> AsyncIterator[CodesStarted | Tensor]:
@@ -98,7 +98,7 @@ class CodeStream:
                     self._made.append(event.codes)
                     self._num_made += event.codes.shape[-1]
                     self._tell_made(self._num_made)
-                    self._patience.progress()
+                    self._failover.progress()
                     yield event.codes
                 elif isinstance(event, EndOfRequest):
                     self._usages.append(event.usage)
@@ -110,7 +110,7 @@ class CodeStream:
 
     def _next_request(self) -> EngineRequest:
         """The same piece from its current position. The deadline is only checked at the first attempt."""
-        attempt = self._patience.num_failures
+        attempt = self._failover.num_failures
         if attempt == 0:
             return self._request
         codes: CodesRequest = self._request.codes
@@ -126,7 +126,7 @@ class CodeStream:
             sum(usage.queue_s for usage in self._usages),
             sum(usage.prefill_s for usage in self._usages),
             sum(usage.decode_s for usage in self._usages),
-            self._patience.num_failures,
+            self._failover.num_failures,
         )
 
 

@@ -26,7 +26,7 @@ class ErrorValue:
 
 
 def returns_errors(method: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Decorates a replica method to return a `ErrorValue` instead of raising a `MusicGenError`.
+    """Decorates a replica method to return an `ErrorValue` instead of raising a `MusicGenError`.
 
     Except for a dead engine: that is a failure, and the replica must be replaced.
     """

@@ -137,7 +137,7 @@ class Pipeline:
         buffer = GridBuffer(prepared.config.decoder.num_codebooks, codes.num_frames)
         if codes.known_codes is not None:
             buffer.add(codes.known_codes)
-        sound = DeliveredAudio(prepared.num_samples, request.first_sample)
+        delivered = DeliveredAudio(prepared.num_samples, request.first_sample)
         state, num_failovers = await self._first_state(request), 0
         urgent = request.chunks is not None  # until the first audio is delivered
         async with aclosing(ahead(stream.events())) as events:
@@ -149,36 +149,36 @@ class Pipeline:
                         buffer.add(event)
                 if (part := buffer.take(state)) is not None:
                     await delay_points.pause(delay_points.CODEC_LAST if part.last else delay_points.CODEC_CALL)
-                    (samples, state), lost = await self._insist_on(
+                    (samples, state), lost = await self._call_for(
                         request,
                         "codec",
                         lambda part=part, urgent=urgent: self.components.decode(part, urgent=urgent),  # type: ignore[misc]
                     )
                     num_failovers += lost
-                    audio = sound.take(piece, samples)
+                    audio = delivered.take(piece, samples)
                     if audio is not None:
                         urgent = False
                         yield audio
                 if isinstance(batch[-1], CodesEnd):
-                    yield sound.report(piece, batch[-1], num_failovers + prepared.num_failovers)
+                    yield delivered.report(piece, batch[-1], num_failovers + prepared.num_failovers)
 
     async def _first_state(self, request: GenerationRequest) -> StreamState:
         """The codec's initial state; always the same, so it is fetched once."""
         if self._initial_state is None:
-            found = await self._insist_on(request, "codec", self.components.initial_state)
+            found = await self._call_for(request, "codec", self.components.initial_state)
             self._initial_state = found[0]
         return self._initial_state
 
     async def _text(self, text: str | None, lost: _Counter) -> Tensor | None:
         if not text:  # empty means no text
             return None
-        return await self._insist(lost, "text encoder", lambda: self.components.encode_text(text))
+        return await self._call_counted(lost, "text encoder", lambda: self.components.encode_text(text))
 
     async def _known_codes(self, request: GenerationRequest, lost: _Counter) -> Tensor | None:
         content = request.prompt_audio
         if content is None:
             return None
-        return await self._insist(
+        return await self._call_counted(
             lost, "codec", lambda: self.components.encode_prompt(content, request.duration_s), RECORDING_ATTEMPTS
         )
 
@@ -188,20 +188,18 @@ class Pipeline:
         if request.melody is None:
             return [None] * len(windows)
         recording = Recording(request.melody, windows, request.stems)
-        return await self._insist(
+        return await self._call_counted(
             lost, "chroma extractor", lambda: self.components.extract_chroma(recording), RECORDING_ATTEMPTS
         )
 
-    async def _insist(
+    async def _call_counted(
         self, lost: _Counter, what: str, call: Callable[[], Awaitable[T]], max_attempts: int | None = None
     ) -> T:
         result, num_lost = await call_with_failover(self._settings, what, call, max_attempts)
         lost.count += num_lost
         return result
 
-    async def _insist_on(
-        self, request: GenerationRequest, what: str, call: Callable[[], Awaitable[T]]
-    ) -> tuple[T, int]:
+    async def _call_for(self, request: GenerationRequest, what: str, call: Callable[[], Awaitable[T]]) -> tuple[T, int]:
         return await call_with_failover(self._settings, f"request {request.request_id}: {what}", call)
 
 

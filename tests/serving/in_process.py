@@ -75,8 +75,8 @@ class InProcess:
         parts = LocalComponents(self.engine, self.codec, TextEncoder(model), ChromaExtractor(model, limits))
         pipeline = Pipeline(self._wrap(parts), self.settings.failover)
         self.gatekeeper = LocalGatekeeper(self.settings)
-        watch = RequestMetrics(self.recorder, self.settings.observability.player_buffer_s)
-        self.service = GenerationService(self.settings, {model.name: pipeline}, self.gatekeeper, watch)
+        metrics = RequestMetrics(self.recorder, self.settings.observability.player_buffer_s)
+        self.service = GenerationService(self.settings, {model.name: pipeline}, self.gatekeeper, metrics)
         await self.service.start()
         any_port = {"port": 0}
         grpc, http = (edge.model_copy(update=any_port) for edge in (self.settings.grpc, self.settings.http))

@@ -116,9 +116,9 @@ def test_the_last_audio_is_played_however_short() -> None:
 
 def test_a_request_is_counted_once_under_names_of_the_table() -> None:
     recorder, now = ListRecorder(), [10.0]
-    watch = RequestMetrics(recorder, 0.5, lambda: now[0])
-    watch.rejected("demo", "free", "overloaded")
-    request = watch.admitted("r", "demo", "free", is_stream=True)
+    metrics = RequestMetrics(recorder, 0.5, lambda: now[0])
+    metrics.rejected("demo", "free", "overloaded")
+    request = metrics.admitted("r", "demo", "free", is_stream=True)
     for at, last in ((10.25, False), (11.0, False), (14.25, True)):
         now[0] = at
         request.audio(0, 1.0, last=last)
